@@ -1,0 +1,338 @@
+"""Softmax focal losses: integer labels, and a distribution over the classes."""
+
+import operator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from focal_jax import _arrays, _checks, _modulation
+
+
+class _Static(NamedTuple):
+    """What the compiler may know: the class axis, and gamma where it is a Python number."""
+
+    axis: int
+    exponent: int | float | None
+
+    def gamma(self, dynamic: Array | None, dtype: jnp.dtype) -> int | float | Array:
+        return dynamic.astype(dtype) if self.exponent is None else self.exponent
+
+
+def _classes(logits: Array, axis: int) -> Array:
+    return lax.broadcasted_iota(jnp.int32, logits.shape, axis)
+
+
+def _largest(z: Array, axis: int) -> Array:
+    # Finite also where there is no class left: -inf less -inf would be NaN.
+    top = jnp.max(z, axis, keepdims=True, initial=-jnp.inf)
+    return lax.stop_gradient(jnp.maximum(top, jnp.finfo(z.dtype).min))
+
+
+def _is_largest(z: Array, axis: int) -> Array:
+    return _classes(z, axis) == jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
+
+
+# ---------------------------------------------------------------- integer labels
+
+
+class _Rest(NamedTuple):
+    """A position's classes with the true one taken out."""
+
+    true: Array  # bool, the class axis: is this the true class
+    top: Array  # the largest of the other logits
+    exp: Array  # exp(logit - top) along the class axis, 0 at the true class
+
+
+def _rest(logits: Array, labels: Array, where: Array | None, axis: int) -> tuple[Array, _Rest]:
+    z = _arrays.keep(logits.astype(_arrays.compute_dtype(logits)), where)
+    true = _classes(logits, axis) == labels
+    others = jnp.where(true, -jnp.inf, z)
+    top = _largest(others, axis)
+    return z, _Rest(true, top, jnp.exp(others - top))
+
+
+def _terms(logits: Array, labels: Array, where: Array | None, axis: int):
+    z, rest = _rest(logits, labels, where, axis)
+    total = jnp.sum(rest.exp, axis, keepdims=True)
+    margin = jnp.sum(jnp.where(rest.true, z, 0), axis, keepdims=True) - rest.top
+    return rest, total, _modulation.terms(margin, total)
+
+
+def _weight(alpha: Array, labels: Array, classes: int, dtype: jnp.dtype) -> Array:
+    # An impossible label weighs NaN: loud, and at its own position only.
+    return jnp.where((labels >= 0) & (labels < classes), alpha.astype(dtype), jnp.nan)
+
+
+def _int_primal(static, logits, labels, alpha, gamma, where):
+    _, _, t = _terms(logits, labels, where, static.axis)
+    weight = _weight(alpha, labels, logits.shape[static.axis], t.p.dtype)
+    gamma = static.gamma(gamma, t.p.dtype)
+    return _arrays.keep(_modulation.loss(weight, t.q, t.log_q, t.n, gamma), where)
+
+
+def _int_fwd(static, *args):
+    return _int_primal(static, *args), args
+
+
+def _int_bwd(static, args, ct):
+    logits, labels, alpha, gamma, where = args
+    rest, total, t = _terms(logits, labels, where, static.axis)
+    weight = _weight(alpha, labels, logits.shape[static.axis], t.p.dtype)
+    g = static.gamma(gamma, t.p.dtype)
+    # The margin falls by each other class's share of the rest, and rises by the true logit.
+    slope = ct * weight * _modulation.slope(t, g)
+    share = rest.exp / (total + (total == 0).astype(total.dtype))
+    unweighted = ct * (_modulation.power(t.q, t.log_q, g) * _modulation.bounded(t.n))
+
+    def cotangent(primal, value):
+        return _arrays.cotangent_of(primal, _arrays.keep(value, where))
+
+    return (
+        cotangent(logits, jnp.where(rest.true, -slope, slope * share)),
+        None,
+        cotangent(alpha, unweighted),
+        cotangent(gamma, weight * unweighted * t.log_q),
+        None,
+    )
+
+
+_int_core = jax.custom_vjp(_int_primal, nondiff_argnums=(0,))
+_int_core.defvjp(_int_fwd, _int_bwd)
+
+
+# ---------------------------------------------------------------- a distribution
+
+
+def _sum_of_others(v: Array, largest: Array, axis: int) -> Array:
+    """Return for each class the sum of `v` over the other classes, without cancellation.
+
+    `largest` marks the class whose `v` is largest in size. Only there would `sum - v`
+    cancel, so only there the others are added up by themselves.
+    """
+    rest = jnp.sum(jnp.where(largest, 0, v), axis, keepdims=True)
+    top = jnp.sum(jnp.where(largest, v, 0), axis, keepdims=True)
+    return rest + jnp.where(largest, 0, top - v)
+
+
+def _class_terms(logits: Array, where: Array | None, axis: int):
+    """Return the softmax and, with each class taken for the true one, its terms."""
+    z = _arrays.keep(logits.astype(_arrays.compute_dtype(logits)), where)
+    largest = _is_largest(z, axis)
+    top = _largest(z, axis)
+    below = jnp.where(largest, -jnp.inf, z)
+    second = _largest(below, axis)
+    # Each class has the largest of the others for its reference: the second largest for
+    # the largest class, the largest for all the rest.
+    exp = jnp.exp(z - top)
+    rest = jnp.where(
+        largest,
+        jnp.sum(jnp.exp(below - second), axis, keepdims=True),
+        _sum_of_others(exp, largest, axis),
+    )
+    t = _modulation.terms(z - jnp.where(largest, second, top), rest)
+    return exp / jnp.sum(exp, axis, keepdims=True), t
+
+
+def _class_losses(static, logits, labels, alpha, gamma, where):
+    _, t = _class_terms(logits, where, static.axis)
+    dtype = t.p.dtype
+    weight = alpha.astype(dtype) * _arrays.keep(labels.astype(dtype), where)
+    return _modulation.loss(weight, t.q, t.log_q, t.n, static.gamma(gamma, dtype))
+
+
+def _soft_primal(static, logits, labels, alpha, gamma, where):
+    losses = _class_losses(static, logits, labels, alpha, gamma, where)
+    return _arrays.keep(jnp.sum(losses, static.axis, keepdims=True), where)
+
+
+def _soft_fwd(static, *args):
+    return _soft_primal(static, *args), args
+
+
+def _soft_bwd(static, args, ct):
+    logits, labels, alpha, gamma, where = args
+    axis = static.axis
+    p, t = _class_terms(logits, where, axis)
+    dtype = t.p.dtype
+    y = _arrays.keep(labels.astype(dtype), where)
+    a, g = alpha.astype(dtype), static.gamma(gamma, dtype)
+    # G_c = d loss/d log p_c; the chain through the softmax is G_j q_j - p_j sum_{c != j} G_c.
+    steep = a * y * _modulation.log_slope(t, g)
+    others = _sum_of_others(steep, _is_largest(jnp.abs(steep), axis), axis)
+    unweighted = ct * (_modulation.power(t.q, t.log_q, g) * _modulation.bounded(t.n))
+
+    def cotangent(primal, value):
+        return _arrays.cotangent_of(primal, _arrays.keep(value, where))
+
+    return (
+        cotangent(logits, ct * (p * others - t.q * steep)),
+        cotangent(labels, a * unweighted),
+        cotangent(alpha, y * unweighted),
+        cotangent(gamma, a * y * unweighted * t.log_q),
+        None,
+    )
+
+
+_soft_core = jax.custom_vjp(_soft_primal, nondiff_argnums=(0,))
+_soft_core.defvjp(_soft_fwd, _soft_bwd)
+
+
+# ---------------------------------------------------------------- public functions
+
+
+def _checked(logits, alpha, gamma, axis, where):
+    """Check what both heads share; return logits, losses' shape, statics and arrays."""
+    logits = jnp.asarray(logits)
+    _checks.floating("logits", logits)
+    axis = _checks.axis(axis, logits.ndim)
+    losses = logits.shape[:axis] + logits.shape[axis + 1 :]
+    dtype = _arrays.compute_dtype(logits)
+    exponent, gamma = _arrays.split_gamma(gamma, losses, dtype)
+    where = _arrays.mask(where, losses)
+    alpha = _arrays.option("alpha", 1.0 if alpha is None else alpha, dtype)
+    _checks.class_weights(alpha, logits.shape[axis])
+    align = partial(jax.tree.map, lambda x: _arrays.aligned(x, losses, axis))
+    gamma, where = align((gamma, where))
+    return logits, losses, _Static(axis, exponent), alpha, gamma, where
+
+
+def softmax_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Compute the focal loss of a softmax against a distribution over the classes.
+
+    With `p = softmax(logits)` along the class axis, each position's loss is
+
+        sum over c of alpha_c y_c * (1 - p_c)**gamma * (-log p_c)
+
+    For one-hot labels this is `softmax_focal_loss_with_integer_labels`. For soft ones
+    every class is modulated by its own `p_c`, as Keras and MindSpore have it: not by one
+    `p_t` for the whole position, and not by the cross entropy.
+
+    Args:
+      logits: `[..., C, ...]`, floating: unnormalized log-probabilities. -inf switches a
+        class off.
+      labels: of the logits' shape, real or bool: `y`, usually a distribution along the
+        class axis (it is not normalized here). A class with `y = 0` contributes exactly
+        nothing, also at a logit of -inf.
+      alpha: None, a scalar, or `[C]`, one weight per class.
+      gamma: focusing exponent, 0 or more. A Python number or an array that broadcasts to
+        the losses.
+      axis: the class axis.
+      where: bool, broadcasts to the losses: positions where it is False have loss 0 and
+        gradient 0, whatever the inputs hold there.
+
+    Returns:
+      The losses, of the logits' shape without the class axis, not reduced. float32 for
+      16-bit logits (which are computed in float32), else of the logits' dtype.
+
+    Raises:
+      ValueError: for logits that are not floating, labels of another shape, an axis out
+        of range, an alpha of the wrong length, a gamma or `where` that does not
+        broadcast to the losses, a `where` that is not bool, a negative Python `gamma`.
+
+    Differentiation: reverse mode in logits, labels, alpha and gamma, any number of
+      times, and forward over reverse. Forward mode alone is refused by
+      `jax.custom_vjp`; `focal_jax.reference.softmax_focal_loss` has it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import softmax_focal_loss
+      >>> logits = jnp.array([[2.0, 0.0, -jnp.inf], [0.0, 0.0, 0.0]])
+      >>> labels = jnp.array([[0.9, 0.1, 0.0], [0.0, 0.5, 0.5]])
+      >>> softmax_focal_loss(logits, labels).round(4).tolist()
+      [0.1666, 0.4883]
+
+    References:
+      Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
+      Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
+    """
+    logits, _, static, alpha, gamma, where = _checked(logits, alpha, gamma, axis, where)
+    labels = jnp.asarray(labels)
+    _checks.real("labels", labels)
+    _checks.shape("labels", labels, logits.shape, "a distribution over the classes, as the logits")
+    per_class = [1] * logits.ndim
+    per_class[static.axis] = alpha.size
+    losses = _soft_core(static, logits, labels, alpha.reshape(per_class), gamma, where)
+    return jnp.squeeze(losses, static.axis)
+
+
+def softmax_focal_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    axis: int = -1,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Compute the focal loss of a softmax against one class index per position.
+
+    With `p_t` the softmax probability of the position's own class, each loss is
+
+        alpha_t * (1 - p_t)**gamma * (-log p_t)
+
+    Args:
+      logits: `[..., C, ...]`, floating: unnormalized log-probabilities. -inf switches a
+        class off: probability 0, gradient 0.
+      labels: of the logits' shape without the class axis, any integer dtype: class
+        indices. One outside `[0, C)` that is not `ignore_label` gives a NaN loss and a
+        NaN gradient at its position only.
+      alpha: None, a scalar, or `[C]`, one weight per class, picked by the label.
+      gamma: focusing exponent, 0 or more. A Python number or an array that broadcasts to
+        the losses.
+      axis: the class axis.
+      ignore_label: positions with this label have loss 0 and gradient 0, whatever their
+        logits hold.
+      where: bool, broadcasts to the losses: likewise where it is False.
+
+    Returns:
+      The losses, of the labels' shape, not reduced. float32 for 16-bit logits (which are
+      computed in float32), else of the logits' dtype.
+
+    Raises:
+      ValueError: for logits that are not floating, labels that are not integers or have
+        another shape, an axis out of range, an alpha of the wrong length, a gamma or
+        `where` that does not broadcast to the losses, a `where` that is not bool, a
+        negative Python `gamma`.
+
+    Differentiation: reverse mode in logits, alpha and gamma, any number of times, and
+      forward over reverse. Forward mode alone is refused by `jax.custom_vjp`;
+      `focal_jax.reference.softmax_focal_loss_with_integer_labels` has it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import softmax_focal_loss_with_integer_labels
+      >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [5.0, 1.0, 0.0]])
+      >>> labels = jnp.array([0, 1, -1])
+      >>> losses = softmax_focal_loss_with_integer_labels(logits, labels, ignore_label=-1)
+      >>> losses.round(4).tolist()
+      [0.0109, 0.4883, 0.0]
+
+    References:
+      Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
+      Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
+    """
+    logits, losses, static, alpha, gamma, where = _checked(logits, alpha, gamma, axis, where)
+    classes = logits.shape[static.axis]
+    labels = _arrays.int32_labels(labels, losses)
+    if ignore_label is not None:
+        counts = jnp.expand_dims(labels != operator.index(ignore_label), static.axis)
+        where = counts if where is None else counts & where
+    labels = jnp.expand_dims(labels, static.axis)
+    if alpha.ndim:
+        alpha = jnp.take(alpha, labels, mode="clip")
+    else:
+        alpha = alpha.reshape((1,) * logits.ndim)
+    return jnp.squeeze(_int_core(static, logits, labels, alpha, gamma, where), static.axis)

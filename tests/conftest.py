@@ -1,0 +1,22 @@
+import os
+
+# Before JAX starts its backend: eight devices, so that sharding is tested in every run.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import hypothesis
+import jax
+import matplotlib
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+matplotlib.use("agg")
+
+hypothesis.settings.register_profile("focal_jax", deadline=None, max_examples=30)
+hypothesis.settings.load_profile("focal_jax")
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
