@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 
+NORMALIZATIONS = ("none", "full", "valid", "batch_size")
+
+
 class InputError(AssertionError, ValueError, TypeError):
     """An argument that does not fit: what was got and what was wanted.
 
@@ -79,6 +82,20 @@ def class_weights(alpha: Array, classes: int) -> None:
     if alpha.shape not in ((), (classes,)):
         raise InputError(
             f"alpha: got shape {alpha.shape}, wanted a scalar or ({classes},), one weight per class"
+        )
+
+
+def normalization(value: str, losses: Array) -> None:
+    """`value` names a divisor that the losses have."""
+    if value not in NORMALIZATIONS:
+        raise InputError(
+            f"normalization: got {value!r}, wanted one of {NORMALIZATIONS}, a number or a "
+            "scalar array"
+        )
+    if value == "batch_size" and not losses.ndim:
+        raise InputError(
+            "normalization: got 'batch_size' for losses of shape (), wanted losses with a "
+            "batch axis"
         )
 
 

@@ -7,7 +7,17 @@ from jax.typing import ArrayLike
 
 from focal_jax import _arrays, _checks
 
-_NORMALIZATIONS = ("none", "full", "valid", "batch_size")
+
+def _count(normalization: str, losses: Array, where: Array | None) -> int | Array:
+    match normalization:
+        case "none":
+            return 1
+        case "batch_size":
+            return losses.shape[0]
+        case "valid" if where is not None:
+            return jnp.sum(jnp.broadcast_to(where, losses.shape), dtype=jnp.int32)
+        case _:
+            return losses.size
 
 
 def _divisor(
@@ -15,32 +25,14 @@ def _divisor(
 ) -> Array:
     """Return the divisor of the whole batch, over all the mapped axes, at least 1."""
     if isinstance(normalization, str):
-        if normalization not in _NORMALIZATIONS:
-            raise _checks.InputError(
-                f"normalization: got {normalization!r}, wanted one of {_NORMALIZATIONS}, "
-                "a number or a scalar array"
-            )
-        if normalization == "batch_size" and not losses.ndim:
-            raise _checks.InputError(
-                "normalization: got 'batch_size' with losses of shape (), wanted losses "
-                "with a batch axis"
-            )
-        count: int | Array = {
-            "none": 1,
-            "full": losses.size,
-            "valid": losses.size,
-            "batch_size": losses.shape[0] if losses.ndim else 1,
-        }[normalization]
-        if normalization == "valid" and where is not None:
-            count = jnp.sum(jnp.broadcast_to(where, losses.shape), dtype=jnp.int32)
+        _checks.normalization(normalization, losses)
+        divisor = _count(normalization, losses, where)
         if normalization != "none" and axis_name is not None:
-            count = lax.psum(count, axis_name)
-        divisor = jnp.asarray(count, losses.dtype)
+            divisor = lax.psum(divisor, axis_name)
     else:
         divisor = _arrays.option("normalization", normalization, losses.dtype)
         _checks.shape("normalization", divisor, (), "one divisor for all the losses")
-        divisor = divisor.astype(losses.dtype)
-    return jnp.maximum(divisor, 1)
+    return jnp.maximum(jnp.asarray(divisor).astype(losses.dtype), 1)
 
 
 def reduce_loss(

@@ -110,7 +110,7 @@ def softmax_focal_loss(
         gamma = jnp.broadcast_to(gamma, z.shape)
     weight = y if alpha is None else y * _per_class(alpha, z, axis)
     # A class without weight contributes nothing, also where log p is -inf.
-    log_p = jnp.where(weight == 0, 0, log_p)
+    log_p = jnp.where((weight == 0) & (log_p == -jnp.inf), 0, log_p)
     losses = weight * _modulation(1 - jnp.exp(log_p), gamma, z.shape) * -log_p
     return jnp.where(where, jnp.sum(losses, axis), 0)
 
@@ -185,10 +185,13 @@ def reduce_loss(
     }
     divisor, devices = normalization, 1
     if isinstance(normalization, str):
+        _checks.normalization(normalization, losses)
         divisor = divisors[normalization]()
         if axis_name is not None and normalization != "none":
             divisor = lax.psum(divisor, axis_name)
     if axis_name is not None:
         devices = lax.psum(1, axis_name)
+    divisor = jnp.asarray(divisor).astype(losses.dtype)
+    _checks.shape("normalization", divisor, (), "one divisor for all the losses")
     total = jnp.sum(jnp.where(counts, losses, 0))
-    return total * devices / jnp.maximum(1, jnp.asarray(divisor, losses.dtype))
+    return total * devices / jnp.maximum(1, divisor)

@@ -12,7 +12,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("agg")
 
-hypothesis.settings.register_profile("focal_jax", deadline=None, max_examples=30)
+hypothesis.settings.register_profile(
+    # Every new shape compiles: no deadline, and no minutes of shrinking.
+    "focal_jax",
+    deadline=None,
+    max_examples=30,
+    phases=[p for p in hypothesis.Phase if p is not hypothesis.Phase.shrink],
+    print_blob=True,
+)
 hypothesis.settings.load_profile("focal_jax")
 
 

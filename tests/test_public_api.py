@@ -1,0 +1,102 @@
+"""What the package promises to everyone who imports it."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import focal_jax
+
+ROOT = Path(focal_jax.__file__).parent
+LOSSES = [
+    "sigmoid_focal_loss",
+    "softmax_focal_loss",
+    "softmax_focal_loss_with_integer_labels",
+    "reduce_loss",
+]
+# A room imports only from rooms on lower floors, so no import can turn back.
+FLOORS = [
+    {"_version"},
+    {"_checks"},
+    {"reference", "_arrays"},
+    {"_modulation"},
+    {"_sigmoid", "_softmax", "_reduction"},
+    {""},
+]
+SECTIONS = ["Args:", "Returns:", "Raises:", "Differentiation:", "Example:", "References:"]
+
+
+def _imports(path):
+    """Return the package's own modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "focal_jax":
+            parts = node.module.split(".")[1:]
+            found |= {".".join(parts)} if parts else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("focal_jax")}
+    return found
+
+
+def test_imports_run_downward_only():
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    for path in ROOT.glob("*.py"):
+        name = path.stem.removesuffix("__init__")
+        if name not in floor:
+            continue
+        for imported in _imports(path):
+            assert floor[imported] < floor[name], f"{name} imports {imported}"
+
+
+def test_the_reference_shares_nothing_but_the_checks():
+    assert _imports(ROOT / "reference.py") == {"_checks"}
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, focal_jax\n"
+        "heavy = ('flax', 'optax', 'google.protobuf', 'matplotlib', 'rich', 'sklearn')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert out.stdout.strip() == "[]"
+
+
+def _signature(function):
+    return {
+        name: (p.kind, p.default) for name, p in inspect.signature(function).parameters.items()
+    }
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_reference_has_the_same_signatures(name):
+    ours, reference = getattr(focal_jax, name), getattr(focal_jax.reference, name)
+    assert _signature(ours) == _signature(reference)
+
+
+def test_the_signature_is_optax_s():
+    optax = importlib.import_module("optax")
+    theirs = _signature(optax.losses.sigmoid_focal_loss)
+    ours = _signature(focal_jax.sigmoid_focal_loss)
+    assert {name: ours[name] for name in theirs} == theirs
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_docstrings_have_every_section_in_order(name):
+    text = inspect.getdoc(getattr(focal_jax, name))
+    at = [text.find(section) for section in SECTIONS]
+    assert -1 not in at, SECTIONS[at.index(-1)]
+    assert at == sorted(at)
+
+
+def test_every_module_imports_and_has_a_docstring():
+    for module in pkgutil.walk_packages([str(ROOT)], "focal_jax."):
+        if not module.name.endswith("__main__"):
+            assert importlib.import_module(module.name).__doc__, module.name
