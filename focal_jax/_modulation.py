@@ -6,6 +6,7 @@ a sigmoid head has the margin itself for a logit, a softmax head makes it from i
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,41 +24,94 @@ class Terms(NamedTuple):
     ratio: Array  # n / q, which tends to 1 as q tends to 0
 
 
-@jax.custom_jvp
-def terms(margin: Array, rest: Array) -> Terms:
-    """Return the terms of the margin `x = margin - log(rest)`.
+def _log1p(e: Array) -> Array:
+    """Return log(1 + e) for e in [0, 1], as 2 artanh(e / (2 + e)).
 
-    `margin` is the true logit less a reference logit, `rest` the sum over the other
-    classes of `exp(logit - reference)`: at least 1 when the reference is the largest of
-    the others, 0 when there are no others. A sigmoid has `rest = 1`.
+    Sums and products only: a fused loop of them costs XLA's CPU backend a third of what
+    its own log1p does. Written with the reciprocal, which is fused where a quotient of
+    two arrays is written out to memory.
     """
-    e = jnp.exp(-jnp.abs(margin))
-    right = margin >= 0
-    true, others = jnp.where(right, 1, e), rest * jnp.where(right, e, 1)
-    total = true + others
-    p, q = true / total, others / total
-    x = margin - jnp.log(rest)
-    log1p = jnp.log1p(jnp.minimum(true, others) / jnp.maximum(true, others))
-    n = log1p + jnp.maximum(-x, 0)
-    log_q = jnp.maximum(-(log1p + jnp.maximum(x, 0)), -(_large(x) ** 0.5))
-    none = (q == 0).astype(q.dtype)
-    return Terms(p, q, n, log_q, (n + none) / (q + none))
+    s = e * (1 / (2 + e))
+    square = s * s  # at most 1/9: each term adds nearly a digit
+    terms = 7 if e.dtype == jnp.float32 else 16
+    series = 1 / (2 * terms - 1)
+    for k in range(2 * terms - 3, 0, -2):
+        series = series * square + 1 / k
+    return 2 * s * series
 
 
-@terms.defjvp
-def _terms_jvp(primals, tangents):
-    # By hand, since autodiff of the formulas above is wrong at margin 0 (|x| has a kink
-    # there that cancels only on paper) and divides by q**2, which underflows long before
-    # the derivatives do. Every rule below is bounded, and so is its own derivative.
-    t = terms(*primals)
-    rest = primals[1]
-    dx = tangents[0] - tangents[1] / (rest + (rest == 0).astype(rest.dtype))
+def _terms(x: Array, e: Array) -> Terms:
+    """Return the terms of the margin `x`, given `e = exp(-|x|)`."""
+    right = x >= 0
+    inverse = 1 / (1 + e)
+    p, q = jnp.where(right, inverse, e * inverse), jnp.where(right, e * inverse, inverse)
+    log1p = _log1p(e)
+    n = log1p + jnp.where(right, 0, -x)
+    log_q = jnp.maximum(-(log1p + jnp.where(right, x, 0)), least_log(x))
+    return Terms(p, q, n, log_q, jnp.where(q == 0, 1, divide(n, q)))
+
+
+def _along(t: Terms, dx: Array) -> Terms:
+    # Autodiff of the formulas above would be wrong at x = 0, where |x| has a kink that
+    # cancels only on paper, and would divide by q**2, which underflows long before the
+    # derivatives do. Each rule here is bounded, and so is its own derivative.
     dp = t.p * t.q * dx
-    return t, Terms(dp, -dp, -t.q * dx, -t.p * dx, (t.p * bounded(t.ratio) - 1) * dx)
+    return Terms(dp, -dp, -t.q * dx, -t.p * dx, (t.p * bounded(t.ratio) - 1) * dx)
+
+
+@jax.custom_jvp
+def sigmoid_terms(x: Array) -> Terms:
+    """Return the terms of a logit, which is the margin itself."""
+    return _terms(x, jnp.exp(-jnp.abs(x)))
+
+
+@sigmoid_terms.defjvp
+def _sigmoid_terms_jvp(primals, tangents):
+    t = sigmoid_terms(*primals)
+    return t, _along(t, *tangents)
+
+
+@jax.custom_jvp
+def softmax_terms(true: Array, rest: Array) -> Terms:
+    """Return the terms of the margin `x = true - log(rest)`.
+
+    `true` is the true class's logit and `rest` the sum over the other classes of
+    exp(logit), both less the largest logit of the position. `rest` is 0 where no other
+    class is left, or where all of them underflow.
+    """
+    e = jnp.exp(true)
+    x = true - jnp.log(rest)
+    return _terms(x, jnp.minimum(e, rest) / jnp.maximum(e, rest))
+
+
+@softmax_terms.defjvp
+def _softmax_terms_jvp(primals, tangents):
+    t = softmax_terms(*primals)
+    return t, _along(t, tangents[0] - divide(tangents[1], primals[1]))
+
+
+@jax.custom_jvp
+def divide(a: Array, b: Array) -> Array:
+    """Return a / b, and 0 where both are 0.
+
+    Its derivative, of any order, divides by `b` and never by `b**2`, which may underflow.
+    """
+    return a * (1 / jnp.maximum(b, jnp.finfo(b.dtype).tiny))
+
+
+@divide.defjvp
+def _divide_jvp(primals, tangents):
+    quotient = divide(*primals)
+    return quotient, divide(tangents[0] - quotient * tangents[1], primals[1])
 
 
 def _large(x: Array) -> float:
     return math.sqrt(float(jnp.finfo(x.dtype).max))
+
+
+def least_log(x: Array) -> float:
+    """Return the bound that stands for log 0: 0 times it is 0, and so with its square."""
+    return -math.sqrt(_large(x))
 
 
 def bounded(x: Array) -> Array:
@@ -65,10 +119,29 @@ def bounded(x: Array) -> Array:
     return jnp.clip(x, -_large(x), _large(x))
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _static_power(gamma: int | float, q: Array, log_q: Array) -> Array:
+    if (2 * gamma) % 1:
+        return jnp.exp(gamma * log_q)
+    whole = lax.integer_pow(q, int(gamma))
+    return whole * jnp.sqrt(q) if gamma % 1 else whole
+
+
+@_static_power.defjvp
+def _static_power_jvp(gamma, primals, tangents):
+    # By way of log q, whose derivative is bounded where that of a root of q is not.
+    value = _static_power(gamma, *primals)
+    return value, gamma * value * tangents[1]
+
+
 def power(q: Array, log_q: Array, gamma: int | float | Array) -> Array:
-    """Return `q**gamma`, which is 1 at `gamma = 0` for every q."""
-    if isinstance(gamma, int):
-        return lax.integer_pow(q, gamma)
+    """Return `q**gamma`, which is 1 at `gamma = 0` for every q.
+
+    Halves of a whole Python number are products and a square root; the rest goes through
+    the logarithm.
+    """
+    if isinstance(gamma, (int, float)):
+        return _static_power(gamma, q, log_q)
     return jnp.exp(gamma * log_q)
 
 

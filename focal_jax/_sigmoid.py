@@ -9,113 +9,103 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax import _arrays, _checks, _modulation
+from focal_jax._island import island
 
 
-class _SoftTerms(NamedTuple):
-    """The scalar's terms for a label that is not quite hard, and two ratios of them."""
+class _Terms(NamedTuple):
+    """The scalar's terms for a label that may be soft, and what their slopes need."""
 
     q: Array  # 1 - p_t
     n: Array  # binary cross entropy
     log_q: Array
-    share: Array  # Q / q: 1 for a hard label, also where both underflow
+    fall: Array  # P Q / q, with P = sigmoid(z) and Q = sigmoid(-z)
     ratio: Array  # n / q
 
 
 @jax.custom_jvp
-def _soft_terms(x: Array, u: Array) -> _SoftTerms:
-    """Return the terms for margin `x` and softness `u`, the weight of the unlikelier class.
+def _terms(z: Array, y: Array) -> _Terms:
+    """Return the terms of logit `z` and label `y`: sums of products, no cancellation."""
+    t = _modulation.sigmoid_terms(z)
+    q = y * t.q + (1 - y) * t.p
+    right = z >= 0
+    wrong = jnp.where(right, 1 - y, y)  # the weight of the side that z is not on
+    size = jnp.where(right, z, -z)
+    n = jnp.where(right, t.n, -t.log_q) + jnp.where(wrong == 0, 0, wrong * size)
+    log_q = jnp.maximum(jnp.log(q), _modulation.least_log(q))
+    log_q = jnp.where(y == 1, t.log_q, jnp.where(y == 0, -_modulation.bounded(t.n), log_q))
+    return _Terms(q, n, log_q, _modulation.divide(t.p * t.q, q), _modulation.divide(n, q))
 
-    With `P, Q, N` the hard terms of `x`, `q = Q + u (P - Q)` and `n = N + u x`: sums of
-    products without cancellation, and exactly the hard terms at `u = 0`.
-    """
-    t = _modulation.terms(x, jnp.ones((), x.dtype))
-    hard = u == 0
-    q = t.q + u * (t.p - t.q)
-    n = jnp.where(hard, t.n, t.n + u * x)
-    safe = q + (q == 0).astype(q.dtype)
-    p = t.p - u * (t.p - t.q)
-    log_q = jnp.where(q < 0.5, jnp.log(safe), jnp.log1p(-p))
-    return _SoftTerms(
-        q,
-        n,
-        jnp.where(hard, t.log_q, log_q),
-        jnp.where(hard, 1, t.q / safe),
-        jnp.where(hard, t.ratio, n / safe),
+
+@_terms.defjvp
+def _terms_jvp(primals, tangents):
+    (z, y), (dz, dy) = primals, tangents
+    t, s = _modulation.sigmoid_terms(z), _terms(z, y)
+    ratio, steep = _modulation.bounded(s.ratio), (1 - 2 * y) * s.fall
+    tilt, dn = t.q - t.p, (1 - y) * t.p - y * t.q
+    z = _modulation.bounded(z)
+    lean = _modulation.divide(tilt, s.q)
+    return s, _Terms(
+        q=(1 - 2 * y) * t.p * t.q * dz + tilt * dy,
+        n=dn * dz - z * dy,
+        log_q=steep * dz + lean * dy,
+        fall=s.fall * ((tilt - steep) * dz - lean * dy),
+        ratio=(_modulation.divide(dn, s.q) - ratio * steep) * dz
+        - (_modulation.divide(z, s.q) + ratio * lean) * dy,
     )
 
 
-@_soft_terms.defjvp
-def _soft_terms_jvp(primals, tangents):
-    (x, u), (dx, du) = primals, tangents
-    hard = _modulation.terms(x, jnp.ones((), x.dtype))
-    s = _soft_terms(x, u)
-    x, ratio = _modulation.bounded(x), _modulation.bounded(s.ratio)
-    inverse = 1 / (s.q + (s.q == 0).astype(s.q.dtype))
-    softness, lean = u * inverse, (hard.p - hard.q) * inverse
-    fall = (1 - 2 * u) * hard.p * s.share  # -d(log q)/dx
-    return s, _SoftTerms(
-        q=-(1 - 2 * u) * hard.p * hard.q * dx + (hard.p - hard.q) * du,
-        n=-(hard.q - u) * dx + x * du,
-        log_q=-fall * dx + lean * du,
-        share=-s.share * (hard.p * softness * dx + lean * du),
-        ratio=(softness - s.share + ratio * fall) * dx + (x * inverse - ratio * lean) * du,
-    )
-
-
-def _terms(logits: Array, labels: Array, where: Array | None):
-    """Return the label in float, the sign of the likelier class, x, u and the terms."""
+def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
     dtype = _arrays.compute_dtype(logits)
-    z = _arrays.keep(logits.astype(dtype), where)
-    y = _arrays.keep(labels.astype(dtype), where)
-    likely = y >= 0.5
-    sign = jnp.where(likely, 1, -1).astype(dtype)
-    x, u = sign * z, jnp.where(likely, 1 - y, y)
-    return y, sign, x, u, _soft_terms(x, u)
+    return tuple(_arrays.keep(x.astype(dtype), where) for x in (logits, labels))
 
 
-def _weight(y: Array, u: Array, positive: Array, negative: Array) -> Array:
-    # A label outside [0, 1] has u < 0: it is an error in the data, so NaN and not an
-    # extrapolation.
-    weight = y * positive.astype(y.dtype) + (1 - y) * negative.astype(y.dtype)
-    return jnp.where(u < 0, jnp.nan, weight)
+def _weight(y: Array, positive: Array, negative: Array) -> Array:
+    return y * positive.astype(y.dtype) + (1 - y) * negative.astype(y.dtype)
 
 
-def _primal(exponent, logits, labels, positive, negative, gamma, where):
-    y, _, _, u, s = _terms(logits, labels, where)
+def _losses(exponent, logits, labels, positive, negative, gamma, where):
+    z, y = _inputs(logits, labels, where)
+    s = _terms(z, y)
     gamma = gamma.astype(y.dtype) if exponent is None else exponent
-    weight = _weight(y, u, positive, negative)
+    # A label outside [0, 1] is an error in the data: NaN, and not an extrapolation.
+    weight = jnp.where((y < 0) | (y > 1), jnp.nan, _weight(y, positive, negative))
     return _arrays.keep(_modulation.loss(weight, s.q, s.log_q, s.n, gamma), where)
 
 
+@partial(jax.jit, static_argnums=0)
+def _primal(exponent, *args):
+    return island(partial(_losses, exponent), *args)
+
+
 def _fwd(exponent, *args):
-    # The residuals are the inputs themselves: they cost no memory, and recomputing an
-    # exponential costs less than reading it back.
-    return _primal(exponent, *args), args
+    # The loss itself is a residual: it is a factor of the gradient, and saves the logarithm.
+    losses = _primal(exponent, *args)
+    return losses, (args, losses)
 
 
-def _bwd(exponent, args, ct):
-    logits, labels, positive, negative, gamma, where = args
-    y, sign, x, u, s = _terms(logits, labels, where)
-    hard = _modulation.terms(x, jnp.ones((), x.dtype))
+@partial(jax.jit, static_argnums=0)
+def _bwd(exponent, residuals, ct):
+    (logits, labels, positive, negative, gamma, where), losses = residuals
+    z, y = _inputs(logits, labels, where)
+    t, s = _modulation.sigmoid_terms(z), _terms(z, y)
     g = gamma.astype(y.dtype) if exponent is None else exponent
-    weight = _weight(y, u, positive, negative)
-    n, x = _modulation.bounded(s.n), _modulation.bounded(x)
-    m = ct * _modulation.power(s.q, s.log_q, g)
+    weight = _weight(y, positive, negative)
+    losses, z, n, ratio = (_modulation.bounded(x) for x in (losses, z, s.n, s.ratio))
+    m = _modulation.power(s.q, s.log_q, g)
 
-    # d loss/dx = weight q^g (dn/dx + g n/q dq/dx), and n/q dq/dx has no pole
-    dx = -weight * m * ((hard.q - u) + g * ((1 - 2 * u) * hard.p * n * s.share))
-    du = weight * m * (x + g * (_modulation.bounded(s.ratio) * (hard.p - hard.q)))
-    dy = m * n * (positive - negative).astype(y.dtype) - sign * du
+    # d(q^g n) = q^g (dn + g n dq/q); dq/q and n/q have no pole
+    dz = weight * m * ((1 - y) * t.p - y * t.q) + g * ((1 - 2 * y) * s.fall * losses)
+    dy = weight * m * (g * (ratio * (t.q - t.p)) - z) + m * n * (positive - negative).astype(y.dtype)
 
     def cotangent(primal, value):
-        return _arrays.cotangent_of(primal, _arrays.keep(value, where))
+        return _arrays.cotangent_of(primal, _arrays.keep(ct * value, where))
 
     return (
-        cotangent(logits, sign * dx),
+        cotangent(logits, dz),
         cotangent(labels, dy),
         cotangent(positive, m * n * y),
         cotangent(negative, m * n * (1 - y)),
-        cotangent(gamma, weight * m * n * s.log_q),
+        cotangent(gamma, losses * s.log_q),
         None,
     )
 

@@ -26,40 +26,30 @@ def _classes(logits: Array, axis: int) -> Array:
     return lax.broadcasted_iota(jnp.int32, logits.shape, axis)
 
 
-def _largest(z: Array, axis: int) -> Array:
-    # Finite also where there is no class left: -inf less -inf would be NaN.
-    top = jnp.max(z, axis, keepdims=True, initial=-jnp.inf)
-    return lax.stop_gradient(jnp.maximum(top, jnp.finfo(z.dtype).min))
-
-
 def _is_largest(z: Array, axis: int) -> Array:
     return _classes(z, axis) == jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
+
+
+def _relative(logits: Array, where: Array | None, axis: int) -> Array:
+    """Return the logits less the largest of their position, 0 where the mask is False."""
+    z = _arrays.keep(logits.astype(_arrays.compute_dtype(logits)), where)
+    top = jnp.max(z, axis, keepdims=True, initial=-jnp.inf)
+    # Finite also where no class is left: -inf less -inf would be NaN.
+    return z - lax.stop_gradient(jnp.maximum(top, jnp.finfo(z.dtype).min))
 
 
 # ---------------------------------------------------------------- integer labels
 
 
-class _Rest(NamedTuple):
-    """A position's classes with the true one taken out."""
-
-    true: Array  # bool, the class axis: is this the true class
-    top: Array  # the largest of the other logits
-    exp: Array  # exp(logit - top) along the class axis, 0 at the true class
-
-
-def _rest(logits: Array, labels: Array, where: Array | None, axis: int) -> tuple[Array, _Rest]:
-    z = _arrays.keep(logits.astype(_arrays.compute_dtype(logits)), where)
-    true = _classes(logits, axis) == labels
-    others = jnp.where(true, -jnp.inf, z)
-    top = _largest(others, axis)
-    return z, _Rest(true, top, jnp.exp(others - top))
-
-
 def _terms(logits: Array, labels: Array, where: Array | None, axis: int):
-    z, rest = _rest(logits, labels, where, axis)
-    total = jnp.sum(rest.exp, axis, keepdims=True)
-    margin = jnp.sum(jnp.where(rest.true, z, 0), axis, keepdims=True) - rest.top
-    return rest, total, _modulation.terms(margin, total)
+    """Return a mask of the true class, exp(logit) of the others, and the terms."""
+    z = _relative(logits, where, axis)
+    true = _classes(logits, axis) == labels
+    # Two users, the sum here and the gradient: written out once, in the gradient's place.
+    others = jnp.where(true, 0, jnp.exp(z))
+    rest = jnp.sum(others, axis, keepdims=True)
+    margin = jnp.take_along_axis(z, labels, axis)
+    return true, others, rest, margin
 
 
 def _weight(alpha: Array, labels: Array, classes: int, dtype: jnp.dtype) -> Array:
@@ -68,31 +58,37 @@ def _weight(alpha: Array, labels: Array, classes: int, dtype: jnp.dtype) -> Arra
 
 
 def _int_primal(static, logits, labels, alpha, gamma, where):
-    _, _, t = _terms(logits, labels, where, static.axis)
+    return _int_fwd(static, logits, labels, alpha, gamma, where)[0]
+
+
+def _int_fwd(static, logits, labels, alpha, gamma, where):
+    _, _, rest, margin = _terms(logits, labels, where, static.axis)
+    t = _modulation.softmax_terms(margin, rest)
     weight = _weight(alpha, labels, logits.shape[static.axis], t.p.dtype)
-    gamma = static.gamma(gamma, t.p.dtype)
-    return _arrays.keep(_modulation.loss(weight, t.q, t.log_q, t.n, gamma), where)
-
-
-def _int_fwd(static, *args):
-    return _int_primal(static, *args), args
+    g = static.gamma(gamma, t.p.dtype)
+    losses = _modulation.loss(weight, t.q, t.log_q, t.n, g)
+    return _arrays.keep(losses, where), (logits, labels, alpha, gamma, where)
 
 
 def _int_bwd(static, args, ct):
     logits, labels, alpha, gamma, where = args
-    rest, total, t = _terms(logits, labels, where, static.axis)
+    true, others, rest, margin = _terms(logits, labels, where, static.axis)
+    t = _modulation.softmax_terms(margin, rest)
     weight = _weight(alpha, labels, logits.shape[static.axis], t.p.dtype)
     g = static.gamma(gamma, t.p.dtype)
-    # The margin falls by each other class's share of the rest, and rises by the true logit.
-    slope = ct * weight * _modulation.slope(t, g)
-    share = rest.exp / (total + (total == 0).astype(total.dtype))
-    unweighted = ct * (_modulation.power(t.q, t.log_q, g) * _modulation.bounded(t.n))
+    m = ct * _modulation.power(t.q, t.log_q, g)
+    total = jnp.exp(margin) + rest
+    # d loss/d log p through the softmax: times p_j for the others, times -q for the true
+    # class, where the division by q is not done at all.
+    other = weight * m * (1 + g * (t.p * _modulation.bounded(t.ratio))) / total
+    own = weight * m * (t.q + g * (t.p * _modulation.bounded(t.n)))
+    unweighted = m * _modulation.bounded(t.n)
 
     def cotangent(primal, value):
         return _arrays.cotangent_of(primal, _arrays.keep(value, where))
 
     return (
-        cotangent(logits, jnp.where(rest.true, -slope, slope * share)),
+        cotangent(logits, jnp.where(true, -own, other * others)),
         None,
         cotangent(alpha, unweighted),
         cotangent(gamma, weight * unweighted * t.log_q),
@@ -120,20 +116,9 @@ def _sum_of_others(v: Array, largest: Array, axis: int) -> Array:
 
 def _class_terms(logits: Array, where: Array | None, axis: int):
     """Return the softmax and, with each class taken for the true one, its terms."""
-    z = _arrays.keep(logits.astype(_arrays.compute_dtype(logits)), where)
-    largest = _is_largest(z, axis)
-    top = _largest(z, axis)
-    below = jnp.where(largest, -jnp.inf, z)
-    second = _largest(below, axis)
-    # Each class has the largest of the others for its reference: the second largest for
-    # the largest class, the largest for all the rest.
-    exp = jnp.exp(z - top)
-    rest = jnp.where(
-        largest,
-        jnp.sum(jnp.exp(below - second), axis, keepdims=True),
-        _sum_of_others(exp, largest, axis),
-    )
-    t = _modulation.terms(z - jnp.where(largest, second, top), rest)
+    z = _relative(logits, where, axis)
+    exp = jnp.exp(z)
+    t = _modulation.softmax_terms(z, _sum_of_others(exp, _is_largest(z, axis), axis))
     return exp / jnp.sum(exp, axis, keepdims=True), t
 
 
