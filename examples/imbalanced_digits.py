@@ -80,7 +80,8 @@ def start(args: argparse.Namespace):
         model = Network(nnx.Rngs(params=key))
         return model, nnx.Optimizer(model, optax.adam(args.learning_rate), wrt=nnx.Param)
 
-    return create(jax.random.split(jax.random.key(0), args.seeds))
+    # XLA compiles the default generator for many seconds, this one for one.
+    return create(jax.random.split(jax.random.key(0, impl="unsafe_rbg"), args.seeds))
 
 
 @nnx.jit

@@ -1,7 +1,6 @@
 """The options and the call that the linen and the nnx modules share; no Flax in here."""
 
 import dataclasses
-import numbers
 import operator
 from typing import Any
 
@@ -24,9 +23,9 @@ def _constant(option: Any) -> Any:
     array among an nnx module's attributes is state, there for a transform to differentiate
     or an optimizer to find. A traced array has no numbers yet and stays what it is.
     """
-    if option is None or isinstance(option, str | numbers.Real | jax.core.Tracer):
-        return option
-    return _tuples(np.asarray(option).tolist())
+    if isinstance(option, list | np.ndarray | Array) and not isinstance(option, jax.core.Tracer):
+        return _tuples(np.asarray(option).tolist())
+    return option
 
 
 def _tuples(x: Any) -> Any:
@@ -52,11 +51,9 @@ class _FocalLoss:
     loss_weight: ArrayLike = 1.0
     axis_name: str | tuple[str, ...] | None = None
 
-    def __post_init__(self):
-        for name in ("alpha", "gamma", "normalization", "loss_weight"):
-            setattr(self, name, _constant(getattr(self, name)))
-        # linen's modules have one of their own, nnx's have none.
-        getattr(super(), "__post_init__", lambda: None)()
+    def __setattr__(self, name: str, value: Any):
+        # Before nnx sees it: an attribute that has once held an array remains state.
+        super().__setattr__(name, _constant(value))
 
     def _options(self, gamma: ArrayLike | None) -> dict[str, Any]:
         return {"alpha": self.alpha, "gamma": self.gamma if gamma is None else gamma}
