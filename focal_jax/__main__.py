@@ -32,7 +32,11 @@ from focal_jax._sigmoid import sigmoid_focal_loss
 
 _MARGINS = {"easy": "1 to 8", "hard": "-8 to 1", "saturated": "\N{PLUS-MINUS SIGN}(20 to 80)"}
 _COLOURS = {"custom": "#0072b2", "autodiff": "#d55e00"}
-_BESIDE: dict[str, Any] = {"textcoords": "offset points"}
+_BESIDE: dict[str, Any] = {
+    "textcoords": "offset points",
+    "size": "small",
+    "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+}
 _GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # those of the paper's Figure 1
 
 
@@ -52,8 +56,8 @@ def _extra(module: str) -> ModuleType:
 
 def _title(report: GradientComparison) -> str:
     shape = "\N{MULTIPLICATION SIGN}".join(map(str, report.shape))
-    alpha = "" if report.alpha is None else f", alpha {report.alpha}"
-    return f"{report.head}: {report.dtype} {shape}, gamma {report.gamma:g}{alpha}"
+    alpha = "per class" if isinstance(report.alpha, tuple) else report.alpha
+    return f"{report.head}: {report.dtype} {shape}, gamma {report.gamma:g}, alpha {alpha}"
 
 
 def _implementations(report: GradientComparison) -> dict[str, Measured]:
@@ -86,7 +90,6 @@ def _json(report: GradientComparison) -> str:
 def _print_table(report: GradientComparison) -> None:
     rich = _extra("rich.table")
     errors = rich.Table(
-        title=_title(report),
         caption="Largest errors of the finite gradients, against a float64 truth.",
     )
     cost = rich.Table(
@@ -112,7 +115,7 @@ def _print_table(report: GradientComparison) -> None:
             )
     for name, measured in _implementations(report).items():
         cost.add_row(name, _duration(measured.seconds), _size(measured.temporary_bytes))
-    _extra("rich").print(errors, cost)
+    _extra("rich").print(_title(report), errors, cost)
 
 
 # ---------------------------------------------------------------- figures
@@ -142,27 +145,28 @@ def _comparison_figure(report: GradientComparison):
     measured = _implementations(report)
 
     epsilon = float(jnp.finfo(report.dtype).eps)
-    bottom, lost, top = epsilon / 30, 30, 300
+    bottom, lost, top = epsilon / 100, 3e3, 1e5
     errors.set(yscale="log", ylim=(bottom, top), xlim=(-0.5, 2.5))
     errors.set_ylabel("largest relative error of the gradient")
     errors.set_xticks(range(3), [f"{name}\nmargin {at}" for name, at in _MARGINS.items()])
-    for y, what in ((epsilon, f"one unit of {report.dtype}"), (1, "no digit right")):
+    errors.set_yticks([10.0**k for k in range(0, math.floor(math.log10(bottom)), -2)])
+    for y, what in ((epsilon, f"one unit\nof {report.dtype}"), (1, "no digit\nright")):
         errors.axhline(y, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
-        errors.annotate(what, (2.5, y), (0, 2), color="0.4", ha="right", size="x-small", **_BESIDE)
+        errors.annotate(what, (2.5, y), (3, 0), color="0.4", va="center", **_BESIDE)
     for shift, (name, colour) in zip((-0.18, 0.18), _COLOURS.items()):
         found: list[GradientError] = [getattr(measured[name], regime) for regime in _MARGINS]
         errors.plot([], "o", color=colour, label=name)
         for x, error in enumerate(found):
             marks = []
             if not math.isnan(error.relative):
-                marks.append(("o", max(error.relative, 2 * bottom), _number(error.relative)))
+                y = min(max(error.relative, 2 * bottom), 100)
+                marks.append(("o", y, _number(error.relative)))
             if error.nans or error.infinities:
                 marks.append(("X", lost, f"{error.nans + error.infinities:,} NaN or inf"))
             for marker, y, text in marks:
                 errors.plot(x + shift, y, marker, color=colour, markersize=7)
-                errors.annotate(
-                    text, (x + shift, y), (0, 6), color=colour, ha="center", size="small", **_BESIDE
-                )
+                place = (x + shift, y)
+                errors.annotate(text, place, (0, 7), color=colour, ha="center", **_BESIDE)
     errors.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
 
     for panel, label, heights, texts in (
@@ -188,15 +192,15 @@ def _comparison_figure(report: GradientComparison):
 
 def _paper_figure():
     """Draw the loss against p_t, the paper's Figure 1, and its gradient beside it."""
-    p_t = jnp.linspace(0.001, 0.999, 999)
-    gammas = jnp.array(_GAMMAS)[:, None]
-    logits = jnp.broadcast_to(jnp.log(p_t / (1 - p_t)), (len(_GAMMAS), p_t.size))
+    p_t = np.linspace(0.001, 0.999, 999)
+    logits = np.tile(np.log(p_t / (1 - p_t)), (len(_GAMMAS), 1))
 
-    def total(logits):
+    def total(logits, gammas):
         losses = sigmoid_focal_loss(logits, jnp.ones_like(logits), gamma=gammas)
         return losses.sum(), losses
 
-    gradients, losses = jax.grad(total, has_aux=True)(logits)
+    curves = jax.jit(jax.grad(total, has_aux=True))
+    gradients, losses = curves(logits, np.array(_GAMMAS)[:, None])
 
     figure, (left, right) = _figure((10, 4.2), 2)
     viridis = _extra("matplotlib").colormaps["viridis"]
@@ -216,17 +220,17 @@ def _paper_figure():
 # ---------------------------------------------------------------- the commands
 
 
-def _compare(json: str | None = None, plot: Path | None = None, **question: Any) -> None:
-    needed = ["rich.table"] * (json != "-") + ["matplotlib.figure"] * (plot is not None)
+def _compare(json_file: str | None = None, plot: Path | None = None, **question: Any) -> None:
+    needed = ["rich.table"] * (json_file != "-") + ["matplotlib.figure"] * (plot is not None)
     for module in needed:  # before the measurement, not after it
         _extra(module)
     report = compare_gradients(**question)
-    if json == "-":
+    if json_file == "-":
         print(_json(report))
     else:
         _print_table(report)
-        if json is not None:
-            Path(json).write_text(_json(report) + "\n", encoding="utf-8")
+        if json_file is not None:
+            Path(json_file).write_text(_json(report) + "\n", encoding="utf-8")
     if plot is not None:
         _save(_comparison_figure(report), plot)
 
@@ -256,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--repeats", type=int, help="how often each regime is timed")
     compare.add_argument(
         "--json",
+        dest="json_file",
         nargs="?",
         const="-",
         metavar="FILE",

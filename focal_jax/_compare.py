@@ -78,8 +78,8 @@ class GradientComparison:
 
 
 @jax.jit
-@partial(jnp.vectorize, signature="(c),(),(c),()->(c)")
-def _true_gradient(logits: Array, label: Array, weights: Array, gamma: Array) -> Array:
+@partial(jnp.vectorize, signature="(c),(),(),()->(c)")
+def _true_gradient(logits: Array, label: Array, weight: Array, gamma: Array) -> Array:
     """Return the gradient of one position from the formulas of the paper, in logarithms.
 
     A third way of computing it, that shares no line with the other two. Whatever may
@@ -92,7 +92,7 @@ def _true_gradient(logits: Array, label: Array, weights: Array, gamma: Array) ->
     n = jnp.where(log_q < -math.log(2), -jnp.log1p(-jnp.exp(log_q)), total - logits[label])
     # -d loss/d(log p) = q**gamma (1 + gamma p n / q)
     log_slope = gamma * log_q + jnp.logaddexp(0.0, jnp.log(gamma) - n + jnp.log(n) - log_q)
-    return weights[label] * jnp.exp(log_slope) * jnp.where(true, -jnp.exp(log_q), jnp.exp(log_p))
+    return weight * jnp.exp(log_slope) * jnp.where(true, -jnp.exp(log_q), jnp.exp(log_p))
 
 
 def _truth(loss: Callable, logits: np.ndarray, labels: np.ndarray, axis: int, alpha, gamma: float):
@@ -104,9 +104,9 @@ def _truth(loss: Callable, logits: np.ndarray, labels: np.ndarray, axis: int, al
         weights = np.ones(2) if alpha is None else np.array([1 - alpha, alpha])
     else:
         logits = np.moveaxis(logits, axis, -1)
-        weights = np.broadcast_to(np.float64(1 if alpha is None else alpha), logits.shape[-1:])
+        weights = np.broadcast_to(np.float64(1 if alpha is None else alpha), logits.shape[-1])
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        gradient = np.asarray(_true_gradient(logits, labels, weights, np.float64(gamma)))
+        gradient = np.asarray(_true_gradient(logits, labels, weights[labels], gamma))
     return gradient[..., 1] if sigmoid else np.moveaxis(gradient, -1, axis)
 
 
@@ -128,7 +128,8 @@ def _draw(loss: Callable, shape: tuple[int, ...], axis: int, margins: Callable, 
     return np.moveaxis(np.where(true, (margin + rest)[..., None], logits), -1, axis), labels
 
 
-def _error(loss: Array, gradient: Array, truth: np.ndarray) -> GradientError:
+def _error(value_and_gradient: tuple[Array, Array], truth: np.ndarray) -> GradientError:
+    loss, gradient = value_and_gradient
     # The least that can be told from 0: JAX flushes what is below the smallest normal number
     # of the dtype it computes in, and rounding to float16 ends at its smallest subnormal.
     least = max(
@@ -180,10 +181,17 @@ def _loss(head: str | Callable) -> Callable:
     raise _checks.InputError(f"head: got {head!r}, wanted one of {HEADS}, or the function itself")
 
 
-def _shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if not all(isinstance(n, numbers.Integral) and n > 0 for n in shape):
-        raise _checks.InputError(f"shape: got {tuple(shape)}, wanted integers of at least 1")
-    return tuple(int(n) for n in shape)
+def _integer(name: str, value: int, least: int) -> int:
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise _checks.InputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
+    return int(value)
+
+
+def _alpha(alpha: ArrayLike | Sequence[float] | None) -> float | tuple[float, ...] | None:
+    if alpha is None:
+        return None
+    weights = np.asarray(alpha, np.float64)
+    return tuple(weights.tolist()) if weights.ndim else weights.item()
 
 
 def _dtype(dtype: DTypeLike) -> str:
@@ -260,20 +268,17 @@ def compare_gradients(
       >>> report.autodiff.saturated.nans > 0
       True
     """
-    loss, shape, dtype = _loss(head), _shape(shape), _dtype(dtype)
+    loss, dtype, weights = _loss(head), _dtype(dtype), _alpha(alpha)
+    shape = tuple(_integer("shape", n, 1) for n in shape)
+    seed, repeats = _integer("seed", seed, 0), _integer("repeats", repeats, 1)
     if not isinstance(gamma, numbers.Real):
         raise _checks.InputError(f"gamma: got {gamma!r}, wanted a Python number")
-    if not isinstance(repeats, numbers.Integral) or repeats < 1:
-        raise _checks.InputError(f"repeats: got {repeats!r}, wanted an integer of at least 1")
-    if alpha is not None:
-        alpha = np.asarray(alpha, np.float64)
-        alpha = tuple(alpha.tolist()) if alpha.ndim else alpha.item()
-    options: dict = {"alpha": alpha, "gamma": gamma}
+    # What is left to check of alpha and gamma, the losses do when they are compiled.
+    options: dict = {"alpha": weights, "gamma": gamma}
     if loss is not sigmoid_focal_loss:
         options["axis"] = axis = _checks.axis(axis, len(shape))
-        if shape[axis] < 2:
-            raise _checks.InputError(f"shape: got {shape}, wanted 2 classes or more on axis {axis}")
-    elif isinstance(alpha, tuple):
+        _integer("shape along the class axis", shape[axis], 2)
+    elif isinstance(weights, tuple):
         raise _checks.InputError(f"alpha: got {alpha}, wanted None or one number for a sigmoid")
 
     rng = np.random.default_rng(seed)
@@ -290,11 +295,11 @@ def compare_gradients(
             for implementation in (loss, getattr(reference, loss.__name__))
         ]
         truths = [
-            _truth(loss, np.asarray(logits), labels, axis, alpha, gamma)
+            _truth(loss, np.asarray(logits), labels, axis, weights, gamma)
             for (logits, _), (_, labels) in zip(cases, draws)
         ]
         errors = [
-            [_error(*call(*case), truth) for case, truth in zip(cases, truths)] for call in calls
+            [_error(call(*case), truth) for case, truth in zip(cases, truths)] for call in calls
         ]
         seconds = _seconds(calls, cases, repeats)
     custom, autodiff = (
@@ -310,10 +315,10 @@ def compare_gradients(
         shape=shape,
         axis=axis,
         gamma=float(gamma),
-        alpha=alpha,
+        alpha=weights,
         dtype=dtype,
         seed=seed,
-        repeats=int(repeats),
+        repeats=repeats,
         jax_version=jax.__version__,
         device=next(iter(cases[0][0].devices())).device_kind,
         custom=custom,
