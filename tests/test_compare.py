@@ -92,8 +92,11 @@ def test_custom_gradients_are_exact_and_autodiff_is_not(head, gamma):
         assert not_finite(report.autodiff) == 0
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-12), ("bfloat16", 2**-8)])
+@pytest.mark.parametrize(
+    ("loss", "dtype", "limit"),
+    [(loss, "float64", 1e-12) for loss in LOSSES]
+    + [(sigmoid_focal_loss, "bfloat16", 2**-8), (sigmoid_focal_loss, "float16", 2**-11)],
+)
 def test_functions_and_dtypes(loss, dtype, limit):
     report = compare(loss, dtype=dtype, gamma=1.5)
     assert (report.head, report.dtype) == (loss.__name__, dtype)
