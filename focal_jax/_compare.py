@@ -217,12 +217,14 @@ def compare_gradients(
     "Custom" is the gradient of the public loss, "autodiff" what JAX makes of the same
     loss in `focal_jax.reference`. The truth is a third implementation, in float64 and in
     logarithms, of the very logits (rounded to `dtype`) that the two are given; it runs on
-    JAX's CPU backend, which `JAX_PLATFORMS` must not hide. The logits come in three regimes, by their margin: the true logit less the log-sum-exp of the
-    others, for a sigmoid the logit with the sign of its label.
+    JAX's CPU backend, which `JAX_PLATFORMS` must not hide.
+
+    The logits come in three regimes, by their margin: the true logit less the log-sum-exp
+    of the others, for a sigmoid the logit with the sign of its label.
 
         easy        1 to 8        the true class is ahead
         hard        -8 to 1       it is not, or hardly
-        saturated   +-20 to +-80  1 - p is 0 in float32, or p is
+        saturated   +-20 to +-80  1 - p, as written, is 0 or 1 in float32
 
     Of every regime's gradient of the summed losses with respect to the logits:
 
