@@ -1,0 +1,54 @@
+"""The examples run, learn, and write what they promise."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits")
+    main = runpy.run_path(str(EXAMPLES / "imbalanced_digits.py"))["main"]
+    # optax's adam, not this library, needs the standard promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        return main(["--seeds=2", "--rounds=3", "--steps=15", f"--out={out}"]), out
+
+
+def test_digits_learns_with_every_loss(digits):
+    results, _ = digits
+    assert len(results) == 4
+    for result in results.values():
+        loss = result["curves"]["loss"]
+        assert loss.shape == (3, 2)
+        assert (loss[-1] < 0.7 * loss[0]).all()
+        assert (result["macro_f1"] > 0.15).all()
+
+
+def test_digits_reports_proper_measures(digits):
+    for result in digits[0].values():
+        assert result["recall"].shape == (2, 10)
+        for measure in ("recall", "macro_f1", "ece"):
+            assert ((result[measure] >= 0) & (result[measure] <= 1)).all()
+        np.testing.assert_allclose(result["probabilities"].sum(-1), 1, rtol=1e-5)
+        np.testing.assert_array_equal(result["macro_f1"], result["curves"]["macro_f1"][-1])
+
+
+def test_digits_writes_its_figures(digits):
+    for name in ("curves.png", "reliability.png"):
+        height, width, _ = plt.imread(digits[1] / name).shape
+        assert height > 400
+        assert width > 1000
+
+
+def test_calibration_error_of_a_known_forecast():
+    calibration_error = runpy.run_path(str(EXAMPLES / "imbalanced_digits.py"))["calibration_error"]
+    confident = np.array([[0.75, 0.25]] * 4 + [[0.05, 0.95]] * 4)
+    # 3 of 4 right at 0.75 is calibrated; 2 of 4 right at 0.95 is 0.45 off, for half of all.
+    labels = np.array([0, 0, 0, 1, 1, 1, 0, 0])
+    np.testing.assert_allclose(calibration_error(labels, confident), 0.225)
