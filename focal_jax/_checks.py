@@ -7,7 +7,6 @@ import chex
 import jax.numpy as jnp
 from jax import Array
 
-
 NORMALIZATIONS = ("none", "full", "valid", "batch_size")
 
 

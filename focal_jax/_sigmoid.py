@@ -95,7 +95,9 @@ def _bwd(exponent, residuals, ct):
 
     # d(q^g n) = q^g (dn + g n dq/q); dq/q and n/q have no pole
     dz = weight * m * ((1 - y) * t.p - y * t.q) + g * ((1 - 2 * y) * s.fall * losses)
-    dy = weight * m * (g * (ratio * (t.q - t.p)) - z) + m * n * (positive - negative).astype(y.dtype)
+    dy = weight * m * (g * (ratio * (t.q - t.p)) - z) + m * n * (positive - negative).astype(
+        y.dtype
+    )
 
     def cotangent(primal, value):
         return _arrays.cotangent_of(primal, _arrays.keep(ct * value, where))

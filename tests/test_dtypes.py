@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from helpers import INTEGER, LOSSES, ONE_HOT, SIGMOID, assert_close, ids
 
 SIXTEEN = [jnp.bfloat16, jnp.float16]

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import INTEGER, LOSSES, SIGMOID, SOFT, ids
 
 import focal_jax
-from helpers import INTEGER, LOSSES, SIGMOID, SOFT, ids
 
 
 def _call(loss, **changes):

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
-
 from helpers import GAMMAS, INTEGER, LOSSES, ONE_HOT, SIGMOID, assert_close, ids
+from jax.test_util import check_grads
 
 
 def _sum(function, loss, cotangent, **options):

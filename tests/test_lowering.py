@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from helpers import LOSSES, ids
 
 SHAPES = [((64, 21), -1), ((4, 21, 8, 8), 1)]
@@ -55,8 +54,11 @@ def test_residuals_are_the_inputs_and_a_few_numbers_a_position(loss, dtype, gamm
     inputs = logits.nbytes + np.asarray(labels).nbytes
     numbers = 5 * 4 * np.prod(loss.positions(logits.shape)) if loss.softmax else 64
     assert sum(r.nbytes for r in residuals) <= inputs + numbers
-    assert all(r.dtype == dtype for r in residuals if r.shape == logits.shape and r.ndim > 1
-               and r.dtype not in (jnp.bool, labels.dtype))
+    assert all(
+        r.dtype == dtype
+        for r in residuals
+        if r.shape == logits.shape and r.ndim > 1 and r.dtype not in (jnp.bool, labels.dtype)
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=ids)

@@ -39,7 +39,9 @@ def _imports(path):
             parts = node.module.split(".")[1:]
             found |= {".".join(parts)} if parts else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
-            found |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("focal_jax")}
+            found |= {
+                a.name.partition(".")[2] for a in node.names if a.name.startswith("focal_jax")
+            }
     return found
 
 
@@ -70,9 +72,7 @@ def test_importing_is_light():
 
 
 def _signature(function):
-    return {
-        name: (p.kind, p.default) for name, p in inspect.signature(function).parameters.items()
-    }
+    return {name: (p.kind, p.default) for name, p in inspect.signature(function).parameters.items()}
 
 
 @pytest.mark.parametrize("name", LOSSES)

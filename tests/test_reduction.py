@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec as P
 
 import focal_jax
-from helpers import assert_close
 
 LOSSES = jnp.arange(1.0, 13.0).reshape(4, 3)
 WHERE = LOSSES % 5 != 0

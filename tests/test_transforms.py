@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from helpers import LOSSES, assert_close, ids
 
 
@@ -33,9 +32,7 @@ def test_vmap_is_a_loop(loss, axis):
         )(z, g)
 
     got = jax.vmap(one, (axis, axis, 0))(logits, labels, gamma)
-    rows = [
-        one(jnp.take(logits, i, axis), jnp.take(labels, i, axis), gamma[i]) for i in range(4)
-    ]
+    rows = [one(jnp.take(logits, i, axis), jnp.take(labels, i, axis), gamma[i]) for i in range(4)]
     want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
     assert_close(got, want, 1e-6)
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import truth
+from helpers import GAMMAS, LOSSES, assert_close, ids
 
 import focal_jax
-from helpers import GAMMAS, LOSSES, assert_close, ids
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
 MARGINS = np.concatenate([np.linspace(-87, 87, 59), [0, 1e-6, -1e-3, 0.3, -0.7]])

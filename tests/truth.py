@@ -56,9 +56,7 @@ def softmax(logits, labels, gamma):
     per_class = [_power(b, g) * c for b, c in zip(q, n)]
     steep = [v * _power(b, g) * (1 + g * a * c / b) for v, a, b, c in zip(y, p, q, n)]
     loss = mpmath.fsum(v * w for v, w in zip(y, per_class))
-    grad = [
-        p[j] * mpmath.fsum(steep[:j] + steep[j + 1 :]) - steep[j] * q[j] for j in range(len(z))
-    ]
+    grad = [p[j] * mpmath.fsum(steep[:j] + steep[j + 1 :]) - steep[j] * q[j] for j in range(len(z))]
     return loss, np.array(grad, dtype=object), np.array(per_class, dtype=object)
 
 
