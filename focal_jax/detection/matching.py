@@ -5,7 +5,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax import _arrays, _checks
-from focal_jax.detection.boxes import box_iou
+from focal_jax.detection.boxes import box_iou, rows_of_four
 
 # What an anchor has in place of an annotation's index.
 BACKGROUND = -1
@@ -65,6 +65,7 @@ def match_anchors(
         (*annotations.shape[:1], 5),
         "rows of (x1, y1, x2, y2, class), class -1 for padding",
     )
+    (anchors,) = rows_of_four(anchors=anchors)
     # One row of padding more, the last: what an anchor has where there is no annotation.
     annotations = jnp.pad(annotations, ((0, 1), (0, 0)), constant_values=-1)
     iou = box_iou(anchors, annotations[:, :4])
