@@ -13,8 +13,8 @@ def class_indices(name: str, labels: ArrayLike) -> Array:
     What is no number becomes a class that does not exist.
     """
     labels = jnp.asarray(labels)
-    _checks.real(name, labels)
     if not jnp.issubdtype(labels.dtype, jnp.floating):
+        _checks.integer(name, labels)
         return labels
     nowhere = jnp.iinfo(jnp.int32).min
     return jnp.where(jnp.isfinite(labels), labels.astype(jnp.int32), nowhere)

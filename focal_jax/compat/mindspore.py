@@ -93,6 +93,7 @@ class FocalLoss:
         indices = target.shape == (samples, 1, *positions)
         if not indices:
             _checks.shape("target", target, predict.shape, "one-hot; or indices, [N, 1, ...]")
+            _checks.real("target", target)
 
         options = {"alpha": self.weight, "gamma": self.gamma, "axis": 1}
         if indices:
