@@ -83,8 +83,4 @@ def cotangent_of(primal: Array | None, ct: Array) -> Array | None:
     if primal is None or not jnp.issubdtype(primal.dtype, jnp.floating):
         return None
     repeated = tuple(i for i, n in enumerate(primal.shape) if n == 1 and ct.shape[i] != 1)
-    return (
-        jnp.sum(ct, axis=repeated, keepdims=True).astype(primal.dtype)
-        if repeated
-        else ct.astype(primal.dtype)
-    )
+    return jnp.sum(ct, axis=repeated, keepdims=True).astype(primal.dtype) if repeated else ct.astype(primal.dtype)

@@ -1,5 +1,6 @@
 """From losses per position to one number."""
 
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike

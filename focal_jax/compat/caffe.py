@@ -73,12 +73,13 @@ def _find(text: str, name: str | None) -> Any:
             f"with a normalization of {', '.join(_MODES)}"
         ) from error
     layers = [layer for layer in (net, *net.layer) if layer.type == "FocalLoss"]
+    if not layers:
+        raise _checks.InputError("text: got no FocalLoss layer, wanted one")
     chosen = [layer for layer in layers if name in (None, layer.name)]
     if len(chosen) != 1:
-        names = [layer.name for layer in layers]
         raise _checks.InputError(
-            f"name: got {name!r}, wanted what singles out one layer of type 'FocalLoss'; "
-            + (f"those in the text are {names}" if names else "the text has no FocalLoss layer")
+            f"name: got {name!r}, wanted the name of one of the FocalLoss layers, "
+            f"{[layer.name for layer in layers]}"
         )
     return chosen[0]
 

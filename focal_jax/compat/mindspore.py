@@ -90,22 +90,19 @@ class FocalLoss:
         if predict.ndim < 2:
             raise _checks.InputError(f"predict: got shape {predict.shape}, wanted [N, C, ...]")
         samples, classes, *positions = predict.shape
-        indices = target.shape == (samples, 1, *positions)
-        if not indices:
-            _checks.shape("target", target, predict.shape, "one-hot; or indices, [N, 1, ...]")
-            _checks.real("target", target)
-
         options = {"alpha": self.weight, "gamma": self.gamma, "axis": 1}
-        if indices:
+        if target.shape == (samples, 1, *positions):
             labels = class_indices("target", target).squeeze(1)
             losses = softmax_focal_loss_with_integer_labels(predict, labels, **options)
-        elif self.reduction == "none":
-            losses = _loss_per_class(predict, target, **options)
+            count = samples
         else:
-            losses = softmax_focal_loss(predict, target, **options)
+            _checks.shape("target", target, predict.shape, "one-hot; or indices, [N, 1, ...]")
+            _checks.real("target", target)
+            loss = _loss_per_class if self.reduction == "none" else softmax_focal_loss
+            losses = loss(predict, target, **options)
+            count = samples * classes
         spatial = range(losses.ndim - len(positions), losses.ndim)
         losses = jnp.sum(losses, tuple(spatial)) / max(1, math.prod(positions))
         if self.reduction == "none":
             return losses
-        count = samples if indices else samples * classes
         return reduce_loss(losses, normalization=count if self.reduction == "mean" else "none")
