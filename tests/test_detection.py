@@ -1,6 +1,7 @@
 """Boxes, anchors, matching and RetinaNet's loss."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -587,6 +588,16 @@ def test_errors_of_the_loss_name_the_argument(name, inputs, options):
 def test_errors_of_the_parts_name_the_argument(message, call):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [box_iou, encode_boxes, decode_boxes, pyramid_anchors, match_anchors, retinanet_loss],
+)
+def test_docstrings_have_every_section_in_order(function):
+    sections = ["Args:", "Returns:", "Raises:", "Differentiation:", "Example:", "References:"]
+    found = re.findall(rf"^ *({'|'.join(sections)})", function.__doc__, re.MULTILINE)
+    assert found == sections
 
 
 def test_an_axis_name_that_is_not_bound(batch):

@@ -49,8 +49,8 @@ def _layer_class() -> Any:
     modes = file.enum_type.add(name="NormalizationMode")
     for number, mode in enumerate(_MODES):
         modes.value.add(name=mode, number=number)
-    for name, fields in _SCHEMA.items():
-        message = file.message_type.add(name=name)
+    for message_name, fields in _SCHEMA.items():
+        message = file.message_type.add(name=message_name)
         for number, field in enumerate(fields, 1):
             label, kind, name = field.split()
             kind = {"type": f"TYPE_{kind.upper()}"} if kind.islower() else {"type_name": kind}

@@ -11,7 +11,6 @@ from focal_jax import _checks
 
 def pyramid_anchors(
     image_shape: tuple[int, int],
-    *,
     levels: Sequence[int] = (3, 4, 5, 6, 7),
     scales: Sequence[float] = (1.0, 2 ** (1 / 3), 2 ** (2 / 3)),
     ratios: Sequence[float] = (0.5, 1.0, 2.0),

@@ -56,6 +56,10 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
       >>> from focal_jax.detection import box_iou
       >>> box_iou([[0, 0, 2, 2]], [[0, 0, 2, 2], [1, 0, 2, 2], [5, 5, 5, 5]]).tolist()
       [[1.0, 0.5, 0.0]]
+
+    References:
+      Everingham et al. [The PASCAL Visual Object Classes
+      Challenge](https://doi.org/10.1007/s11263-009-0275-4). IJCV 2010.
     """
     a, b = rows_of_four(a=a, b=b)
     (_, sides_a), (_, sides_b) = _centers_and_sides(a), _centers_and_sides(b)
@@ -126,6 +130,9 @@ def decode_boxes(offsets: ArrayLike, anchors: ArrayLike) -> Array:
       >>> from focal_jax.detection import decode_boxes
       >>> decode_boxes([[2.5, 0.0, 0.0, 0.0]], [[0, 0, 4, 4]]).tolist()
       [[1.0, 0.0, 5.0, 4.0]]
+
+    References:
+      As for `encode_boxes`.
     """
     offsets, anchors = rows_of_four(offsets=offsets, anchors=anchors)
     _checks.shape("offsets", offsets, anchors.shape, "a row for each anchor")
