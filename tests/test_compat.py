@@ -1,0 +1,501 @@
+"""The drop-ins give the numbers of the systems they stand in for."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from focal_jax import compat, softmax_focal_loss_with_integer_labels
+from focal_jax.compat import mindspore, pytorch_retinanet
+from focal_jax.compat.caffe import FocalLossLayer
+
+
+def golden(system):
+    return json.loads((Path(__file__).parent / "golden" / f"{system}.json").read_text())
+
+
+# ---------------------------------------------------------------- Caffe
+
+
+@pytest.mark.parametrize("case", golden("caffe"))
+def test_caffe_golden(case):
+    layer = FocalLossLayer(
+        alpha=case["alpha"],
+        gamma=case["gamma"],
+        axis=case["axis"],
+        ignore_label=case["ignore_label"],
+        normalization=case["normalization"].lower(),
+        loss_weight=case["loss_weight"],
+        return_prob=True,
+    )
+    logits = jnp.asarray(case["logits"], jnp.float32).reshape(case["shape"])
+    step = jax.value_and_grad(layer, has_aux=True)
+    (loss, prob), gradient = step(logits, jnp.asarray(case["labels"]))
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    close(loss, case["loss_weight"] * case["loss"])
+    close(gradient.ravel(), case["logits_grad"])
+    close(prob.ravel(), case["prob"])
+
+
+def caffe_loops(layer, logits, labels):
+    """Return the layer's loss and gradient, as Caffe's loops over outer and inner have them."""
+    axis = layer.axis % logits.ndim
+    outer, classes = int(np.prod(logits.shape[:axis])), logits.shape[axis]
+    z = logits.reshape(outer, classes, -1)
+    labels = labels.reshape(outer, -1)
+    loss, gradient, valid = 0.0, np.zeros_like(z), 0
+    for i, j in np.ndindex(labels.shape):
+        t = labels[i, j]
+        if t == layer.ignore_label:
+            continue
+        valid += 1
+        p = np.exp(z[i, :, j]) / np.exp(z[i, :, j]).sum()
+        q = 1 - p[t]
+        loss -= layer.alpha * q**layer.gamma * np.log(p[t])
+        slope = q**layer.gamma - layer.gamma * q ** (layer.gamma - 1) * p[t] * np.log(p[t])
+        gradient[i, :, j] = layer.alpha * slope * (p - (np.arange(classes) == t))
+    normalizer = {"full": labels.size, "valid": valid, "batch_size": outer, "none": 1}
+    scale = layer.loss_weight / max(1, normalizer[layer.normalization])
+    return loss * scale, gradient.reshape(logits.shape) * scale
+
+
+layers = st.builds(
+    FocalLossLayer,
+    alpha=st.floats(0.1, 2),
+    gamma=st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.5]),
+    axis=st.sampled_from([0, 1, 2, 3, -1, -2, -3, -4]),
+    ignore_label=st.sampled_from([None, 0, 1, -1, 255]),
+    normalization=st.sampled_from(["full", "valid", "batch_size", "none"]),
+    loss_weight=st.floats(-3, 3),
+)
+
+
+@pytest.mark.usefixtures("x64")
+@given(layers, st.integers(0, 2**32 - 1))
+@settings(max_examples=12)
+def test_caffe_any_options(layer, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (2, 3, 4, 2))
+    positions = np.delete(logits.shape, layer.axis % 4)
+    classes = logits.shape[layer.axis]
+    labels = rng.integers(classes, size=positions)
+    if layer.ignore_label is not None:
+        labels[rng.random(positions) < 0.3] = layer.ignore_label
+    loss, gradient = jax.jit(jax.value_and_grad(layer))(logits, labels)
+    expected_loss, expected_gradient = caffe_loops(layer, logits, labels)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def scores():
+    """Return logits [2, 3, 2, 4] and labels [2, 2, 4], one of them 255."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=(2, 2, 4)).astype(np.uint8)
+    labels[1, 0, 2] = 255
+    return jnp.asarray(rng.normal(0, 2, (2, 3, 2, 4)), jnp.float32), labels
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 2, 4), (2, 2, 4), (2, 8), (16,)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32])
+def test_caffe_labels_of_any_shape_and_dtype(scores, shape, dtype):
+    logits, labels = scores
+    layer = FocalLossLayer(ignore_label=255)
+    np.testing.assert_array_equal(
+        layer(logits, labels.reshape(shape).astype(dtype)), layer(logits, labels.astype(int))
+    )
+
+
+def test_caffe_floating_labels_are_truncated(scores):
+    logits, labels = scores
+    layer = FocalLossLayer(ignore_label=255)
+    np.testing.assert_array_equal(layer(logits, labels + np.float32(0.75)), layer(logits, labels))
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, np.nan, np.inf, -np.inf, 1e20])
+def test_caffe_a_label_that_does_not_exist(scores, wrong):
+    logits, labels = scores
+    labels = labels.astype(np.float32)
+    labels[0, 1, 3] = wrong
+    loss, gradient = jax.value_and_grad(FocalLossLayer(ignore_label=255))(logits, labels)
+    assert jnp.isnan(loss)
+    assert jnp.all(jnp.isnan(gradient[0, :, 1, 3]))
+    assert jnp.isnan(gradient).sum() == 3
+
+
+def test_caffe_nothing_valid(scores):
+    logits, labels = scores
+    step = jax.value_and_grad(FocalLossLayer(ignore_label=7))
+    loss, gradient = step(logits, np.full_like(labels, 7))
+    assert loss == 0
+    np.testing.assert_array_equal(gradient, 0)
+    assert FocalLossLayer()(logits[:0], labels[:0]) == 0
+
+
+def test_caffe_prob_is_a_top_without_a_gradient(scores):
+    logits, labels = scores
+    layer = FocalLossLayer(return_prob=True, ignore_label=255)
+    loss, prob = layer(logits, labels)
+    np.testing.assert_array_equal(loss, FocalLossLayer(ignore_label=255)(logits, labels))
+    np.testing.assert_allclose(prob.sum(1), np.ones((2, 2, 4)), rtol=1e-6)
+    gradient = jax.grad(lambda logits: layer(logits, labels)[1][0, 0, 0, 0])(logits)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_caffe_batch_size_is_of_all_axes_before_the_classes():
+    logits, labels = jnp.zeros((2, 3, 5)), np.zeros((2, 3), int)
+    losses = softmax_focal_loss_with_integer_labels(logits, labels, alpha=0.25)
+    layer = FocalLossLayer(axis=-1, normalization="batch_size")
+    np.testing.assert_allclose(layer(logits, labels), losses.sum() / 6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("message", "layer", "inputs"),
+    [
+        (r"\blabels: got 6 of shape \(2, 3\)", {}, (jnp.zeros((2, 3)), np.zeros((2, 3), int))),
+        (r"\blabels: got", {}, (jnp.zeros((2, 3)), np.zeros(2, bool))),
+        (r"\blabels: got", {}, (jnp.zeros((2, 3)), np.zeros(2, complex))),
+        (r"\blogits: got", {}, (np.zeros((2, 3), int), np.zeros(2, int))),
+        (r"\baxis: got", {"axis": 2}, (jnp.zeros((2, 3)), np.zeros(2, int))),
+        (r"\bgamma: got", {"gamma": -1.0}, (jnp.zeros((2, 3)), np.zeros(2, int))),
+    ],
+)
+def test_caffe_bad_input(message, layer, inputs):
+    with pytest.raises(ValueError, match=message):
+        FocalLossLayer(**layer)(*inputs)
+
+
+@pytest.mark.parametrize("unknown", ["VALID", "mean", None])
+def test_caffe_unknown_normalization(unknown):
+    with pytest.raises(ValueError, match="normalization: got"):
+        FocalLossLayer(normalization=unknown)
+
+
+# ---------------------------------------------------------------- Caffe's prototxt
+
+NET = """
+# a net for segmentation
+name: "segmenter"
+input: "data" input_dim: [1, 3, 224, 224]
+force_backward: true;
+state { phase: TRAIN level: 1 stage: "deploy" }
+layers { name: "old" type: SOFTMAX_LOSS bottom: "x" }
+layer {
+  name: "data" type: "Data" top: "data" top: "label"
+  include { phase: TRAIN }
+  transform_param { scale: 0.00390625 mirror: true mean_value: 104. mean_value: 117 }
+  data_param { source: "it's a \\"db\\"" 'and more' backend: LMDB batch_size: 64 }
+}
+layer <
+  name: "score" type: "Convolution" bottom: "data" top: "score"
+  param { lr_mult: 1 decay_mult: 1e-4 } param { lr_mult: -2.5e+1f, decay_mult: inf }
+  convolution_param { num_output: 21 kernel_size: [3, 3] weight_filler < type: 'xavier' > }
+>
+layer {
+  name: "prob" type: "Softmax" bottom: "score" top: "prob" softmax_param { axis: 2 engine: CAFFE }
+}
+layer {
+  name: "softmax_loss" type: "SoftmaxWithLoss" bottom: "score" bottom: "label" top: "other"
+  loss_param { ignore_label: 3 normalization: FULL } loss_weight: 0.5
+}
+layer {
+  name: "focal" type: "FocalLoss" bottom: "score" bottom: "label" top: "loss" top: "prob"
+  propagate_down: true propagate_down: false
+  loss_weight: 2 loss_weight: 0
+  focal_loss_param { type: LINEAR alpha: 0.3 gamma: 1.5 beta: 1 extra { deep: [{ a: 1 }] } }
+  softmax_param { axis: -1 engine: CAFFE }
+  loss_param { ignore_label: -1 normalization: BATCH_SIZE normalize: true odd: "x" }
+}
+"""
+
+
+def focal(body, name="loss", tops='top: "loss"'):
+    return f'layer {{ name: "{name}" type: "FocalLoss" {tops} {body} }}'
+
+
+def test_prototxt_of_a_whole_net():
+    assert FocalLossLayer.from_prototxt(NET) == FocalLossLayer(
+        alpha=0.3,
+        gamma=1.5,
+        axis=-1,
+        ignore_label=-1,
+        normalization="batch_size",
+        loss_weight=2.0,
+        return_prob=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "options"),
+    [
+        ("", {}),
+        ("loss_param { }", {}),
+        ("loss_param { normalization: FULL }", {"normalization": "full"}),
+        ("loss_param { normalization: 0 }", {"normalization": "full"}),
+        ("loss_param { normalization: VALID }", {"normalization": "valid"}),
+        ("loss_param { normalization: BATCH_SIZE }", {"normalization": "batch_size"}),
+        ("loss_param { normalization: NONE }", {"normalization": "none"}),
+        # The legacy option counts only where the other is absent.
+        ("loss_param { normalize: true }", {"normalization": "valid"}),
+        ("loss_param { normalize: false }", {"normalization": "batch_size"}),
+        ("loss_param { normalize: false normalization: VALID }", {"normalization": "valid"}),
+        ("loss_param { normalization: FULL normalize: true }", {"normalization": "full"}),
+        ("loss_param { ignore_label: 0 }", {"ignore_label": 0}),
+        ("focal_loss_param { alpha: 1 }", {"alpha": 1.0}),
+        ("focal_loss_param { gamma: 0 }", {"gamma": 0.0}),
+        ("softmax_param { axis: 0 }", {"axis": 0}),
+        ("loss_weight: 0", {"loss_weight": 0.0}),
+        ("loss_weight: [0.5, 0]", {"loss_weight": 0.5}),
+        ("propagate_down: 1 propagate_down: 0", {}),
+        ("propagate_down: false", {}),
+        ('top: "prob"', {"return_prob": True}),
+    ],
+)
+def test_prototxt_option(body, options):
+    expected = FocalLossLayer(**options)
+    assert FocalLossLayer.from_prototxt(focal(body)) == expected
+    # The inside of a layer's block is enough.
+    inside = focal(body).removeprefix("layer {").removesuffix("}")
+    assert FocalLossLayer.from_prototxt(inside) == expected
+
+
+def test_prototxt_of_several_layers():
+    text = focal("softmax_param { axis: 2 }", "a") + NET + focal("loss_weight: 3", "b")
+    assert FocalLossLayer.from_prototxt(text, name="a") == FocalLossLayer(axis=2)
+    assert FocalLossLayer.from_prototxt(text, "b") == FocalLossLayer(loss_weight=3.0)
+
+
+@pytest.mark.parametrize(
+    ("message", "text", "name"),
+    [
+        ("1:7", "layer {", None),
+        ("1:", "layer { name: }", None),
+        ("2:14", 'layer {\n name: "a" } }', None),
+        ("loss_weight", focal('loss_weight: "much"'), None),
+        ("gamma", focal("focal_loss_param { gamma: 1 gamma: 2 }"), None),
+        ("no FocalLoss layer", "", None),
+        ("no FocalLoss layer", 'layer { name: "x" type: "SoftmaxWithLoss" }', None),
+        (r"\['a', 'b'\]", focal("", "a") + focal("", "b"), None),
+        (r"got 'c', .*\['a', 'b'\]", focal("", "a") + focal("", "b"), "c"),
+        (r"\['a', 'a'\]", focal("", "a") + focal("", "a"), "a"),
+        ("cannot backpropagate to label inputs", focal("propagate_down: [1, 1]"), None),
+        ("cannot backpropagate to label", focal("propagate_down: 0 propagate_down: true"), None),
+        ("FULL, VALID, BATCH_SIZE, NONE", focal("loss_param { normalization: MEAN }"), None),
+        ("FULL, VALID, BATCH_SIZE, NONE", focal("loss_param { normalization: 4 }"), None),
+    ],
+)
+def test_prototxt_errors_help(message, text, name):
+    with pytest.raises(ValueError, match=message):
+        FocalLossLayer.from_prototxt(text, name)
+
+
+any_layer = st.builds(
+    FocalLossLayer,
+    alpha=st.floats(0, 10),
+    gamma=st.floats(0, 10),
+    axis=st.integers(-4, 4),
+    ignore_label=st.none() | st.integers(-(2**31), 2**31 - 1),
+    normalization=st.sampled_from(["full", "valid", "batch_size", "none"]),
+    loss_weight=st.floats(allow_nan=False),
+    return_prob=st.booleans(),
+)
+
+
+@given(any_layer)
+def test_prototxt_round_trip(layer):
+    text = layer.to_prototxt()
+    assert FocalLossLayer.from_prototxt(text) == layer
+    assert text.count("top:") == text.count("loss_weight:") == 1 + layer.return_prob
+
+
+# ---------------------------------------------------------------- MindSpore
+
+
+@pytest.mark.parametrize("case", golden("mindspore"))
+def test_mindspore_golden(case):
+    logits = jnp.asarray(case["logits"], jnp.float32).reshape(case["shape"])
+    samples, classes, *positions = case["shape"]
+    target = jnp.asarray(case["labels"]).reshape(samples, 1, *positions)
+    if case["one_hot"]:
+        target = jax.nn.one_hot(target.squeeze(1), classes, axis=1)
+    weight = None if case["weight"] is None else jnp.asarray(case["weight"])
+    loss_of = mindspore.FocalLoss(weight, case["gamma"], case["reduction"])
+    close = partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-5)
+    if case["reduction"] == "none":
+        loss = loss_of(logits, target)
+        assert loss.shape == np.shape(case["loss"])
+    else:
+        loss, gradient = jax.value_and_grad(loss_of)(logits, target)
+        close(gradient.ravel(), case["logits_grad"])
+    close(loss, case["loss"])
+
+
+@pytest.fixture(scope="module")
+def volumes():
+    """Return logits [2, 3, 4, 2] and class indices [2, 1, 4, 2]."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (2, 3, 4, 2))
+    return jnp.asarray(logits, jnp.float32), jnp.asarray(rng.integers(3, size=(2, 1, 4, 2)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, bool])
+def test_mindspore_none_is_what_the_others_reduce(volumes, dtype):
+    logits, labels = volumes
+    one_hot = jax.nn.one_hot(labels.squeeze(1), 3, axis=1, dtype=dtype)
+    weight = jnp.array([0.2, 1.0, 3.0])
+
+    def total(reduction):
+        loss_of = mindspore.FocalLoss(weight, 1.5, reduction)
+        return jax.jit(jax.value_and_grad(lambda z: jnp.sum(loss_of(z, one_hot))))(logits)
+
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, total("none"), total("sum"))
+    jax.tree.map(close, total("sum"), jax.tree.map(lambda x: 6 * x, total("mean")))
+
+
+def test_mindspore_indices_and_one_hot_agree_but_for_the_mean(volumes):
+    logits, labels = volumes
+    one_hot = jax.nn.one_hot(labels.squeeze(1), 3, axis=1)
+    close = partial(np.testing.assert_allclose, rtol=1e-6)
+    loss = {reduction: mindspore.FocalLoss(reduction=reduction) for reduction in ("none", "sum")}
+    close(loss["sum"](logits, labels), loss["sum"](logits, one_hot))
+    close(loss["none"](logits, labels), loss["none"](logits, one_hot).sum(1))
+    mean = mindspore.FocalLoss()
+    close(mean(logits, labels), 3 * mean(logits, one_hot))
+
+
+def test_mindspore_floating_indices_and_impossible_ones(volumes):
+    logits, labels = volumes
+    loss_of = mindspore.FocalLoss(reduction="none")
+    np.testing.assert_array_equal(
+        loss_of(logits, labels.astype(jnp.float32)), loss_of(logits, labels)
+    )
+    wrong = labels.at[1, 0, 0, 0].set(-1)
+    assert jnp.isnan(loss_of(logits, wrong)).tolist() == [False, True]
+
+
+def test_mindspore_nothing_to_reduce():
+    for reduction, shape in {"mean": (), "sum": (), "none": (0,)}.items():
+        loss = mindspore.FocalLoss(reduction=reduction)(jnp.zeros((0, 3)), np.zeros((0, 1), int))
+        assert loss.shape == shape
+        assert loss.sum() == 0
+    loss = mindspore.FocalLoss()(jnp.zeros((2, 3, 0)), np.zeros((2, 1, 0), int))
+    assert loss == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "weight", "inputs"),
+    [
+        (r"\bpredict: got", None, (jnp.zeros(3), np.zeros(3, int))),
+        (r"\bpredict: got", None, (np.zeros((2, 3), int), np.zeros((2, 1), int))),
+        (r"\btarget: got", None, (jnp.zeros((2, 3)), np.zeros(2, int))),
+        (r"\btarget: got", None, (jnp.zeros((2, 3, 4)), np.zeros((2, 1, 5), int))),
+        (r"\btarget: got", None, (jnp.zeros((2, 3)), np.zeros((2, 1), bool))),
+        (r"\btarget: got", None, (jnp.zeros((2, 3)), np.zeros((2, 3), complex))),
+        (r"\balpha: got", jnp.ones(2), (jnp.zeros((2, 3)), np.zeros((2, 1), int))),
+    ],
+)
+def test_mindspore_bad_input(message, weight, inputs):
+    with pytest.raises(ValueError, match=message):
+        mindspore.FocalLoss(weight)(*inputs)
+    with pytest.raises(ValueError, match="reduction: got 'max'"):
+        mindspore.FocalLoss(reduction="max")
+
+
+# ---------------------------------------------------------------- pytorch-retinanet
+
+
+def pytorch_losses(p, regressions, anchors, annotations):
+    """Return both losses and the gradient of each in its own input."""
+    losses, pullback = jax.vjp(
+        lambda p, r: pytorch_retinanet.FocalLoss()(p, r, anchors, annotations), p, regressions
+    )
+    one, zero = jnp.ones_like(losses[0]), jnp.zeros_like(losses[0])
+    return losses, pullback((one, zero))[0], pullback((zero, one))[1]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", golden("retinanet"))
+def test_pytorch_retinanet_golden(case):
+    logits, regressions, anchors, annotations = (
+        jnp.asarray(case[name])
+        for name in ("class_logits", "box_regression", "anchors", "annotations")
+    )
+    p, to_logits = jax.vjp(jax.nn.sigmoid, logits)
+    losses, p_gradient, gradient = jax.jit(pytorch_losses)(
+        p, regressions, anchors[None], annotations
+    )
+    assert [loss.shape for loss in losses] == [(1,), (1,)]
+    close = partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-9)
+    close(losses[0], [case["classification_loss"]])
+    close(losses[1], [case["regression_loss"]])
+    close(to_logits(p_gradient)[0], case["class_logits_grad"])
+    close(gradient, case["box_regression_grad"])
+
+
+def test_pytorch_retinanet_clamps():
+    low, high = np.float32(1e-4), np.float32(1 - 1e-4)
+    row = [0.0, np.nextafter(low, 0), low, 0.5, high, np.nextafter(high, 2), 1.0]
+    p = jnp.asarray([[row, row]], jnp.float32)
+    anchors = jnp.array([[[0.0, 0, 8, 8], [20, 20, 28, 28]]])
+    annotations = jnp.array([[[0.0, 0, 8, 8, 6]]])
+    losses, gradient, _ = jax.jit(pytorch_losses)(p, jnp.zeros((1, 2, 4)), anchors, annotations)
+    inside = (row >= low) & (row <= high)
+    # The whole gradient at the ends, as in PyTorch; none beyond them.
+    np.testing.assert_array_equal(gradient != 0, np.broadcast_to(inside, (1, 2, 7)))
+    clamped = np.clip(np.asarray(p, float), 1e-4, 1 - 1e-4)
+    target = np.zeros((1, 2, 7))
+    target[0, 0, 6] = 1
+    expected = np.where(
+        target == 1,
+        -0.25 * (1 - clamped) ** 2 * np.log(clamped),
+        -0.75 * clamped**2 * np.log(1 - clamped),
+    )
+    np.testing.assert_allclose(losses[0], [expected.sum()], rtol=1e-3)
+    slope = 0.75 * (clamped**2 / (1 - clamped) - 2 * clamped * np.log(1 - clamped))
+    np.testing.assert_allclose(gradient[0, 1], (slope * inside)[0, 1], rtol=1e-3)
+    assert losses[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("classifications", {0: jnp.zeros((2, 5, 3), int)}),
+        ("anchors", {2: jnp.zeros((5, 4))}),
+        ("anchors", {2: jnp.zeros((2, 5, 4))}),
+        ("annotations", {3: jnp.zeros((2, 1, 4))}),
+    ],
+)
+def test_pytorch_retinanet_bad_input(name, change):
+    inputs = [jnp.zeros(shape) for shape in [(2, 5, 3), (2, 5, 4), (1, 5, 4), (2, 1, 5)]]
+    for i, bad in change.items():
+        inputs[i] = bad
+    with pytest.raises(ValueError, match=rf"\b{name}: got"):
+        pytorch_retinanet.FocalLoss()(*inputs)
+
+
+# ---------------------------------------------------------------- the package
+
+
+def test_only_caffe_loads_protobuf():
+    script = (
+        "import sys, focal_jax.compat as compat\n"
+        "compat.mindspore.FocalLoss, compat.pytorch_retinanet.FocalLoss\n"
+        "assert 'google.protobuf' not in sys.modules\n"
+        "compat.caffe.FocalLossLayer\n"
+        "assert 'google.protobuf' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_unknown_systems():
+    assert {"caffe", "mindspore", "pytorch_retinanet"} < set(dir(compat))
+    with pytest.raises(AttributeError, match="tensorflow"):
+        _ = compat.tensorflow

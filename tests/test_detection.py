@@ -1,0 +1,605 @@
+"""Boxes, anchors, matching and RetinaNet's loss."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from jax.sharding import Mesh, PartitionSpec as P
+
+from focal_jax.detection import (
+    BACKGROUND,
+    IGNORED,
+    RetinaNetLoss,
+    box_iou,
+    decode_boxes,
+    encode_boxes,
+    match_anchors,
+    pyramid_anchors,
+    retinanet_loss,
+)
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "retinanet.json").read_text())
+IMAGES, ANCHORS, ROWS, CLASSES = 3, 16, 4, 3
+
+
+def unit_vectors(loss: RetinaNetLoss):
+    """Return the cotangents that pick the first and the second of the two losses."""
+    one, zero = (jax.tree.map(fill, loss) for fill in (jnp.ones_like, jnp.zeros_like))
+    return (
+        RetinaNetLoss(one.classification, zero.regression),
+        RetinaNetLoss(zero.classification, one.regression),
+    )
+
+
+STATIC = ("alpha", "gamma", "positive_iou", "negative_iou", "smooth_l1_beta")
+STATIC += ("empty_images", "normalization")
+# Compiled whole: one op at a time, they would take minutes to compile.
+loss_of = jax.jit(retinanet_loss, static_argnames=STATIC)
+matches_of = jax.jit(match_anchors, static_argnames=("positive_iou", "negative_iou", "force_match"))
+iou_of, encode, decode = map(jax.jit, (box_iou, encode_boxes, decode_boxes))
+
+
+@partial(jax.jit, static_argnames=STATIC)
+def loss_and_gradients(class_logits, box_regression, anchors, annotations, **options):
+    """Return the loss, d classification / d logits and d regression / d offsets."""
+    loss, pullback = jax.vjp(
+        lambda z, r: retinanet_loss(z, r, anchors, annotations, **options),
+        class_logits,
+        box_regression,
+    )
+    of_classification, of_regression = map(pullback, unit_vectors(loss))
+    return loss, of_classification[0], of_regression[1]
+
+
+all_matches = jax.jit(jax.vmap(match_anchors, in_axes=(None, 0)))
+close = partial(np.testing.assert_allclose, rtol=2e-6)
+
+
+# ---------------------------------------------------------------- the plain algorithm
+
+
+def plain_iou(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    both = max(width, 0.0) * max(height, 0.0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return both / max(areas[0] + areas[1] - both, 1e-8)
+
+
+def plain_image(logits, offsets, anchors, annotations, empty_images):
+    """Return one image's two sums of losses and its number of positives, in loops."""
+    annotations = [row for row in annotations if row[4] != -1]
+    classification, regression, positives = 0.0, 0.0, 0
+    if not annotations and empty_images == "skip":
+        return classification, regression, positives
+    for z, offset, anchor in zip(logits, offsets, anchors):
+        ious = [plain_iou(anchor, row) for row in annotations]
+        best = max(ious, default=0.0)
+        if 0.4 <= best < 0.5:
+            continue
+        target = None
+        if best >= 0.5:
+            x1, y1, x2, y2, target = annotations[ious.index(best)]
+            positives += 1
+            side = [anchor[2] - anchor[0], anchor[3] - anchor[1]]
+            wanted = [
+                ((x1 + x2) / 2 - (anchor[0] + anchor[2]) / 2) / side[0] / 0.1,
+                ((y1 + y2) / 2 - (anchor[1] + anchor[3]) / 2) / side[1] / 0.1,
+                np.log(max(x2 - x1, 1) / side[0]) / 0.2,
+                np.log(max(y2 - y1, 1) / side[1]) / 0.2,
+            ]
+            for error in np.abs(np.subtract(offset, wanted)):
+                regression += 4.5 * error**2 if error <= 1 / 9 else error - 0.5 / 9
+        for c, x in enumerate(z):
+            p = 1 / (1 + np.exp(-x))
+            if c == target:
+                classification -= 0.25 * (1 - p) ** 2 * np.log(p)
+            else:
+                classification -= 0.75 * p**2 * np.log(1 - p)
+    return classification, regression, positives
+
+
+def plain_loss(class_logits, box_regression, anchors, annotations, empty_images, normalization):
+    images = [
+        plain_image(*image, empty_images)
+        for image in zip(class_logits, box_regression, [anchors] * len(annotations), annotations)
+    ]
+    if normalization == "image":
+        return (
+            np.mean([c / max(1, n) for c, _, n in images]),
+            np.mean([r / max(1, 4 * n) for _, r, n in images]),
+        )
+    c, r, n = map(sum, zip(*images))
+    return c / max(1, n), r / max(1, 4 * n)
+
+
+@st.composite
+def batches(draw):
+    """Draw logits, offsets, anchors and annotations of fixed shapes: matches and padding."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    corners = rng.uniform(0, 24, (ANCHORS, 2))
+    anchors = np.concatenate([corners, corners + rng.uniform(4, 16, (ANCHORS, 2))], 1)
+    annotations = np.full((IMAGES, ROWS, 5), -1.0)
+    for image, row in np.ndindex(IMAGES, ROWS):
+        if draw(st.booleans()):
+            annotations[image, row, :4] = anchors[rng.integers(ANCHORS)] + rng.normal(0, 1, 4)
+            annotations[image, row, 4] = rng.integers(CLASSES)
+    logits = rng.normal(0, 3, (IMAGES, ANCHORS, CLASSES))
+    return logits, rng.normal(0, 1, (IMAGES, ANCHORS, 4)), anchors, annotations
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Return one batch whose images have 3, 0 and 1 annotations."""
+    rng = np.random.default_rng(0)
+    anchors = np.asarray(pyramid_anchors((32, 32), levels=(3, 4), scales=(0.25, 0.5), ratios=(1,)))
+    annotations = np.full((3, 4, 5), -1.0)
+    annotations[0, [0, 1, 3]] = [[1, 1, 9, 8, 0], [10, 9, 26, 25, 2], [16, 16, 25, 24, 1]]
+    annotations[2, 2] = [7, 0, 16, 8, 1]
+    logits = rng.normal(0, 3, (3, len(anchors), 3))
+    offsets = rng.normal(0, 1, (3, len(anchors), 4))
+    return tuple(jnp.asarray(x, jnp.float32) for x in (logits, offsets, anchors, annotations))
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", GOLDEN)
+def test_loss_and_gradients_of_the_original(case):
+    inputs = [
+        jnp.asarray(case[name])
+        for name in ("class_logits", "box_regression", "anchors", "annotations")
+    ]
+    options = {"alpha": case["alpha"], "gamma": case["gamma"], "empty_images": "skip"}
+    loss, class_grad, box_grad = loss_and_gradients(*inputs, **options)
+    # The original clamps probabilities to 1e-4: a few logits here are beyond that.
+    np.testing.assert_allclose(loss.classification, case["classification_loss"], rtol=1e-8)
+    np.testing.assert_allclose(loss.regression, case["regression_loss"], rtol=1e-8)
+    np.testing.assert_allclose(class_grad, case["class_logits_grad"], atol=1e-9)
+    np.testing.assert_allclose(box_grad, case["box_regression_grad"], atol=1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", GOLDEN)
+def test_images_of_the_original(case):
+    logits, offsets, anchors, annotations = (
+        jnp.asarray(case[name])
+        for name in ("class_logits", "box_regression", "anchors", "annotations")
+    )
+    matches = all_matches(anchors, annotations)
+    assert jnp.sum(matches >= 0, 1).tolist() == case["num_positives"]
+
+    def of_image(logits, offsets, annotations):
+        return retinanet_loss(
+            logits[None], offsets[None], anchors, annotations[None], empty_images="skip"
+        )
+
+    loss = jax.jit(jax.vmap(of_image))(logits, offsets, annotations)
+    np.testing.assert_allclose(loss.classification, case["classification_loss_per_image"], 1e-8)
+    np.testing.assert_allclose(loss.regression, case["regression_loss_per_image"], 1e-8)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("normalization", ["image", "batch"])
+@pytest.mark.parametrize("empty_images", ["background", "skip"])
+@given(batches())
+def test_loss_of_the_plain_algorithm(empty_images, normalization, inputs):
+    loss, *_ = loss_and_gradients(
+        *map(jnp.asarray, inputs), empty_images=empty_images, normalization=normalization
+    )
+    np.testing.assert_allclose(loss, plain_loss(*inputs, empty_images, normalization), rtol=1e-9)
+
+
+@given(batches())
+@settings(max_examples=10)
+def test_padding_and_the_order_of_annotations_change_nothing(inputs):
+    logits, offsets, anchors, annotations = (jnp.asarray(x, jnp.float32) for x in inputs)
+    loss = loss_and_gradients(logits, offsets, anchors, annotations)
+    junk = jnp.full((IMAGES, 2, 5), jnp.nan).at[..., 4].set(-1)
+    shuffled = jnp.concatenate([junk, annotations[:, ::-1]], 1)
+    jax.tree.map(close, loss, loss_and_gradients(logits, offsets, anchors, shuffled))
+
+
+def test_empty_images(batch):
+    logits, offsets, anchors, annotations = batch
+    empty = jnp.full_like(annotations, -1)
+    skipped, *gradients = loss_and_gradients(logits, offsets, anchors, empty, empty_images="skip")
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), (skipped, gradients))
+    counted, class_grad, box_grad = loss_and_gradients(logits, offsets, anchors, empty)
+    assert counted.regression == 0
+    assert jnp.all(box_grad == 0)
+    assert jnp.all(class_grad > 0)
+    # No rows at all are the same as rows of padding.
+    none = loss_and_gradients(logits, offsets, anchors, annotations[:, :0])
+    jax.tree.map(close, none, (counted, class_grad, box_grad))
+
+
+def test_one_empty_image_among_others(batch):
+    logits, offsets, anchors, annotations = batch
+    skipped = loss_of(*batch, empty_images="skip")
+    others = jnp.array([0, 2])
+    alone = loss_of(logits[others], offsets[others], anchors, annotations[others])
+    np.testing.assert_allclose(skipped, jnp.stack(alone) * 2 / 3, rtol=1e-6)
+
+
+def test_empty_batch(batch):
+    logits, offsets, anchors, annotations = (x[:0] for x in batch)
+    for normalization in ("image", "batch"):
+        loss, *gradients = loss_and_gradients(
+            logits, offsets, batch[2], annotations, normalization=normalization
+        )
+        assert loss == (0, 0)
+        assert [x.shape for x in gradients] == [logits.shape, offsets.shape]
+    assert loss_of(batch[0][:, :0], batch[1][:, :0], anchors, batch[3]) == (0, 0)
+
+
+def test_boxes_and_anchors_without_area_are_finite(batch):
+    logits, offsets, anchors, annotations = batch
+    anchors = anchors.at[:3].set(jnp.array([[5.0, 5, 5, 5], [5, 5, 9, 5], [9, 9, 5, 5]]))
+    degenerate = jnp.array([[5.0, 5, 5, 5, 0], [5, 5, 5, 30, 1], [30, 30, 2, 2, 2]])
+    annotations = annotations.at[1, :3].set(degenerate)
+    results = [
+        loss_and_gradients(logits, offsets, anchors, annotations, normalization=normalization)
+        for normalization in ("image", "batch")
+    ]
+    assert jax.tree.all(jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), results))
+    # Even where every anchor counts as positive.
+    results = loss_and_gradients(
+        logits, offsets, anchors, annotations, positive_iou=0.0, negative_iou=0.0
+    )
+    assert jax.tree.all(jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), results))
+
+
+def test_what_an_anchor_without_a_match_holds_does_not_matter(batch):
+    logits, offsets, anchors, annotations = batch
+    matches = all_matches(anchors, annotations)
+    assert {BACKGROUND, IGNORED} < set(matches.ravel().tolist())
+    spoiled = (
+        jnp.where((matches == IGNORED)[..., None], jnp.nan, logits),
+        jnp.where((matches < 0)[..., None], jnp.nan, offsets),
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        loss_and_gradients(*spoiled, anchors, annotations),
+        loss_and_gradients(*batch),
+    )
+
+
+@pytest.mark.parametrize("wrong", [-2.0, 3.0, jnp.nan])
+def test_a_class_that_does_not_exist_is_nan_at_its_anchors(batch, wrong):
+    logits, offsets, anchors, annotations = batch
+    annotations = annotations.at[2, 2, 4].set(wrong)
+    loss, class_grad, box_grad = loss_and_gradients(logits, offsets, anchors, annotations)
+    assert jnp.isnan(loss.classification)
+    positive = matches_of(anchors, annotations[2]) >= 0
+    assert jnp.any(positive)
+    np.testing.assert_array_equal(jnp.isnan(class_grad).all(-1), jnp.isnan(class_grad).any(-1))
+    np.testing.assert_array_equal(
+        jnp.isnan(class_grad[..., 0]), jnp.zeros(class_grad.shape[:2], bool).at[2].set(positive)
+    )
+    assert jnp.isfinite(loss.regression)
+    assert jnp.all(jnp.isfinite(box_grad))
+
+
+@pytest.mark.parametrize("beta", [0.05, 1.0])
+def test_smooth_l1_beta(batch, beta):
+    logits, offsets, anchors, annotations = batch
+    matches = matches_of(anchors, annotations[2])
+    wanted = encode(jnp.tile(annotations[2, 2:3, :4], (len(anchors), 1)), anchors)
+    error = jnp.abs(offsets[2] - wanted)[matches >= 0]
+    smooth = jnp.where(error < beta, error**2 / (2 * beta), error - beta / 2)
+    loss = loss_of(*(x[2:] for x in (logits, offsets)), anchors, annotations[2:])
+    other = loss_of(
+        *(x[2:] for x in (logits, offsets)), anchors, annotations[2:], smooth_l1_beta=beta
+    )
+    assert other.classification == loss.classification
+    np.testing.assert_allclose(other.regression, smooth.mean(), rtol=1e-6)
+
+
+def test_alpha_and_gamma(batch):
+    plain = loss_of(*batch, alpha=None, gamma=0.0)
+    halved = jax.jit(lambda gamma: retinanet_loss(*batch, alpha=0.5, gamma=gamma))(jnp.zeros(()))
+    np.testing.assert_allclose(halved.classification, plain.classification / 2, rtol=1e-6)
+    slope = jax.jit(jax.grad(lambda alpha: retinanet_loss(*batch, alpha=alpha).classification))(
+        0.25
+    )
+    low, high = (loss_of(*batch, alpha=alpha).classification for alpha in (0.0, 1.0))
+    np.testing.assert_allclose(slope, high - low, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sixteen_bits_are_computed_in_float32(batch, dtype):
+    logits, offsets, anchors, annotations = batch
+    logits, offsets = logits.astype(dtype), offsets.astype(dtype)
+    loss, class_grad, box_grad = loss_and_gradients(logits, offsets, anchors, annotations)
+    wide = loss_and_gradients(
+        logits.astype(jnp.float32), offsets.astype(jnp.float32), anchors, annotations
+    )
+    assert [x.dtype for x in loss] == [jnp.float32] * 2
+    assert class_grad.dtype == box_grad.dtype == dtype
+    np.testing.assert_array_equal(loss, wide[0])
+    np.testing.assert_array_equal(class_grad, wide[1].astype(dtype))
+
+
+def test_whole_numbers_for_boxes(batch):
+    logits, offsets, anchors, annotations = batch
+    whole = loss_of(logits, offsets, anchors.astype(int), annotations.astype(int))
+    np.testing.assert_array_equal(whole, loss_of(logits, offsets, anchors, annotations))
+
+
+# ---------------------------------------------------------------- across devices
+
+DEVICES = 4
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """Return a batch for four devices that have 0, 2, 1 and 5 positives or so."""
+    rng = np.random.default_rng(1)
+    anchors = np.asarray(pyramid_anchors((32, 32), levels=(3,), scales=(0.5,), ratios=(0.5, 1)))
+    annotations = np.full((2 * DEVICES, 2, 5), -1.0)
+    for image, row in [(2, 0), (3, 1), (4, 0), (6, 0), (6, 1), (7, 0)]:
+        annotations[image, row, :4] = anchors[rng.integers(len(anchors))] + rng.normal(0, 0.5, 4)
+        annotations[image, row, 4] = rng.integers(2)
+    logits = rng.normal(0, 2, (2 * DEVICES, len(anchors), 2))
+    offsets = rng.normal(0, 1, (2 * DEVICES, len(anchors), 4))
+    return tuple(jnp.asarray(x, jnp.float32) for x in (logits, offsets, anchors, annotations))
+
+
+@pytest.mark.parametrize("normalization", ["image", "batch"])
+@pytest.mark.parametrize("mapping", ["pmap", "vmap", "shard_map"])
+def test_mean_over_devices_is_the_loss_of_one(uneven, mapping, normalization):
+    logits, offsets, anchors, annotations = uneven
+
+    def total(scale, logits, offsets, annotations, axis_name=None):
+        loss = retinanet_loss(
+            scale * logits,
+            scale * offsets,
+            anchors,
+            annotations,
+            normalization=normalization,
+            axis_name=axis_name,
+        )
+        return loss.classification + 3 * loss.regression
+
+    on_a_device = partial(total, axis_name="devices")
+    scale, batch = jnp.ones(()), (logits, offsets, annotations)
+    if mapping in ("pmap", "vmap"):
+
+        def mean(*shard):
+            return jax.lax.pmean(jax.value_and_grad(on_a_device)(*shard), "devices")
+
+        transform = jax.pmap if mapping == "pmap" else jax.vmap
+        mapped = transform(mean, axis_name="devices", in_axes=(None, 0, 0, 0))
+        split = [x.reshape(DEVICES, 2, *x.shape[1:]) for x in batch]
+        result = jax.tree.map(lambda x: x[0], jax.jit(mapped)(scale, *split))
+    else:
+        mapped = jax.shard_map(
+            lambda *shard: jax.lax.pmean(on_a_device(*shard), "devices"),
+            mesh=Mesh(np.array(jax.devices()[:DEVICES]), ("devices",)),
+            in_specs=(P(), P("devices"), P("devices"), P("devices")),
+            out_specs=P(),
+            check_vma=False,
+        )
+        result = jax.jit(jax.value_and_grad(mapped))(scale, *batch)
+    expected = jax.jit(jax.value_and_grad(total))(scale, *batch)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), result, expected)
+
+
+# ---------------------------------------------------------------- boxes
+
+slopes_of_iou = jax.jit(jax.grad(lambda a, b: jnp.sum(box_iou(a, b)), argnums=(0, 1)))
+coordinates = st.floats(-50, 50, width=32)
+boxes = hnp.arrays(np.float32, (5, 4), elements=coordinates)
+real_boxes = boxes.map(
+    lambda x: np.concatenate([x[:, :2], x[:, :2] + 1 + np.abs(x[:, 2:])], 1).astype(np.float32)
+)
+
+
+@given(real_boxes, real_boxes)
+def test_iou_is_symmetric_and_at_most_one(a, b):
+    iou = iou_of(a, b)
+    np.testing.assert_array_equal(iou, iou_of(b, a).T)
+    assert jnp.all((iou >= 0) & (iou <= 1))
+    np.testing.assert_array_equal(jnp.diagonal(iou_of(a, a)), 1)
+    expected = [[plain_iou(x, y) for y in b.astype(float)] for x in a.astype(float)]
+    np.testing.assert_allclose(iou, expected, rtol=1e-4, atol=1e-6)
+
+
+@given(boxes, boxes)
+def test_iou_of_any_boxes_is_finite_with_its_gradient(a, b):
+    assert jnp.all((iou_of(a, b) >= 0) & (iou_of(a, b) <= 1))
+    assert all(jnp.all(jnp.isfinite(x)) for x in slopes_of_iou(a, b))
+
+
+@given(real_boxes, real_boxes)
+def test_decoding_undoes_encoding(boxes, anchors):
+    offsets = encode(boxes, anchors)
+    np.testing.assert_allclose(decode(offsets, anchors), boxes, rtol=1e-4, atol=1e-3)
+
+
+@given(boxes, boxes)
+def test_any_boxes_have_finite_encodings(boxes, anchors):
+    assert jnp.all(jnp.isfinite(encode(boxes, anchors)))
+
+
+def test_sides_shorter_than_one_count_as_one():
+    anchors = [[0, 0, 1, 1]] * 2
+    offsets = encode_boxes([[0.0, 0.0, 0.5, 1.0], [0.5, 0.5, 0.5, 0.5]], anchors)
+    np.testing.assert_allclose(offsets, [[-2.5, 0, 0, 0], [0, 0, 0, 0]], atol=1e-6)
+    offsets = encode_boxes([[0.0, 0.0, 0.5, 1.0]], anchors[:1], min_side=0.1)
+    np.testing.assert_allclose(offsets, [[-2.5, 0, np.log(0.5) / 0.2, 0]], atol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_boxes_are_of_the_widest_dtype():
+    narrow, wide = np.ones((2, 4), np.float16), np.ones((2, 4), np.float64)
+    for function in (box_iou, encode_boxes, decode_boxes):
+        assert function(narrow, narrow).dtype == np.float32
+        assert function(narrow, wide).dtype == np.float64
+
+
+# ---------------------------------------------------------------- anchors
+
+
+def test_the_papers_anchors():
+    anchors = pyramid_anchors((224, 256))
+    cells = 28 * 32 + 14 * 16 + 7 * 8 + 4 * 4 + 2 * 2
+    assert anchors.shape == (9 * cells, 4)
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    sides = anchors[:, 2:] - anchors[:, :2]
+    # The first cell's nine: three ratios, height over width, of three scales an octave.
+    np.testing.assert_allclose(centers[:9], np.full((9, 2), 4), atol=1e-5)
+    areas = np.tile(32**2 * np.array([1, 2 ** (2 / 3), 2 ** (4 / 3)]), 3)
+    np.testing.assert_allclose(jnp.prod(sides[:9], 1), areas, rtol=1e-5)
+    np.testing.assert_allclose(sides[:9, 1] / sides[:9, 0], np.repeat([0.5, 1, 2], 3), rtol=1e-5)
+    # Cells run along x first; levels from the finest.
+    np.testing.assert_allclose(centers[9], [12, 4], atol=1e-5)
+    np.testing.assert_allclose(centers[9 * 32], [4, 12], atol=1e-5)
+    np.testing.assert_allclose(centers[-9:], np.full((9, 2), 192), atol=1e-4)
+
+
+def test_anchors_of_the_golden_data():
+    golden = np.asarray(GOLDEN[0]["anchors"])
+    anchors = pyramid_anchors((48, 48), levels=(3, 4), scales=(0.25, 0.375), ratios=(1,))
+    np.testing.assert_allclose(anchors, golden[: len(anchors)], atol=1e-6)
+    assert len(anchors) == 2 * (36 + 9)
+
+
+def test_a_cell_for_every_stride_begun():
+    assert len(pyramid_anchors((17, 16), levels=(4,), scales=(1,), ratios=(1,))) == 2
+    assert pyramid_anchors((17, 16), levels=()).shape == (0, 4)
+
+
+# ---------------------------------------------------------------- matching
+
+
+def plain_matches(iou, positive, negative, force):
+    """Return torchvision's matches of `iou` [A, M], in loops."""
+    matches = []
+    for row in iou:
+        best = int(np.argmax(row))
+        forced = force and any(
+            row[m] == iou[:, m].max() and row[m] > 0 for m in range(iou.shape[1])
+        )
+        if row[best] >= positive or forced:
+            matches.append(best)
+        else:
+            matches.append(BACKGROUND if row[best] < negative else IGNORED)
+    return matches
+
+
+@given(batches(), st.sampled_from([(0.5, 0.4), (0.7, 0.3), (0.6, 0.6)]), st.booleans())
+def test_matches_of_the_plain_algorithm(inputs, thresholds, force):
+    _, _, anchors, annotations = inputs
+    anchors, annotations = anchors.astype(np.float32), annotations[0].astype(np.float32)
+    positive, negative = thresholds
+    matches = matches_of(
+        anchors, annotations, positive_iou=positive, negative_iou=negative, force_match=force
+    )
+    assert matches.dtype == jnp.int32
+    real = np.flatnonzero(annotations[:, 4] != -1)
+    if not len(real):
+        assert jnp.all(matches == BACKGROUND)
+        return
+    expected = plain_matches(
+        np.asarray(iou_of(anchors, annotations[:, :4]))[:, real], positive, negative, force
+    )
+    assert matches.tolist() == [real[m] if m >= 0 else m for m in expected]
+
+
+def test_the_thresholds_are_inclusive_above_only():
+    # IoUs of exactly 1/2 and 2/5 with the one annotation.
+    anchors = [[0, 0, 10, 5], [0, 0, 10, 4], [0, 0, 10, 3]]
+    annotations = [[0, 0, 10, 10, 0]]
+    assert match_anchors(anchors, annotations).tolist() == [0, IGNORED, BACKGROUND]
+
+
+def test_every_touched_annotation_is_matched_when_forced():
+    anchors = [[0, 0, 8, 8], [8, 0, 16, 8], [40, 40, 48, 48]]
+    annotations = [[6, 0, 10, 4, 0], [90, 90, 99, 99, 1], [-1] * 5]
+    assert match_anchors(anchors, annotations).tolist() == [BACKGROUND] * 3
+    # Both anchors overlap the first by as much; none touches the second.
+    forced = match_anchors(anchors, annotations, force_match=True)
+    assert forced.tolist() == [0, 0, BACKGROUND]
+
+
+def test_matching_nothing():
+    assert match_anchors([[0, 0, 8, 8]], np.zeros((0, 5))).tolist() == [BACKGROUND]
+    empty = match_anchors(np.zeros((0, 4)), [[0, 0, 8, 8, 1]], force_match=True)
+    assert empty.shape == (0,)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def shapes(logits=(2, 5, 3), regression=(2, 5, 4), anchors=(5, 4), annotations=(2, 1, 5)):
+    return tuple(jnp.zeros(shape) for shape in (logits, regression, anchors, annotations))
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "options"),
+    [
+        ("class_logits", shapes(logits=(5, 3)), {}),
+        ("class_logits", (jnp.zeros((2, 5, 3), int), *shapes()[1:]), {}),
+        ("box_regression", shapes(regression=(2, 4, 4)), {}),
+        ("box_regression", (shapes()[0], jnp.zeros((2, 5, 4), int), *shapes()[2:]), {}),
+        ("anchors", shapes(anchors=(2, 5, 4)), {}),
+        ("anchors", (*shapes()[:2], jnp.zeros((5, 4), complex), shapes()[3]), {}),
+        ("annotations", shapes(annotations=(2, 1, 4)), {}),
+        ("annotations", shapes(annotations=(1, 1, 5)), {}),
+        ("annotations", shapes(annotations=(2, 5)), {}),
+        ("annotations", (*shapes()[:3], jnp.zeros((2, 1, 5), complex)), {}),
+        ("empty_images", shapes(), {"empty_images": "ignore"}),
+        ("normalization", shapes(), {"normalization": "valid"}),
+        ("smooth_l1_beta", shapes(), {"smooth_l1_beta": 0.0}),
+        ("negative_iou", shapes(), {"negative_iou": 0.6}),
+        ("gamma", shapes(), {"gamma": -1.0}),
+        ("alpha", shapes(), {"alpha": jnp.zeros(7)}),
+    ],
+)
+def test_errors_of_the_loss_name_the_argument(name, inputs, options):
+    with pytest.raises(ValueError, match=rf"\b{name}: got"):
+        jax.eval_shape(partial(retinanet_loss, **options), *inputs)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        (r"\ba: got shape", lambda: box_iou(np.zeros(4), np.zeros((2, 4)))),
+        (r"\bb: got shape", lambda: box_iou(np.zeros((2, 4)), np.zeros((2, 5)))),
+        (r"\bboxes: got shape", lambda: encode_boxes(np.zeros((2, 4)), np.zeros((3, 4)))),
+        (r"\boffsets: got shape", lambda: decode_boxes(np.zeros((2, 4)), np.zeros((3, 4)))),
+        (r"\bannotations: got shape", lambda: match_anchors(np.zeros((2, 4)), np.zeros((3, 4)))),
+        (r"\banchors: got shape", lambda: match_anchors(np.zeros((2, 5)), np.zeros((3, 5)))),
+        ("image_shape: got", lambda: pyramid_anchors((0, 8))),
+        ("scales: got", lambda: pyramid_anchors((8, 8), scales=(-1,))),
+        ("ratios: got", lambda: pyramid_anchors((8, 8), ratios=(0,))),
+    ],
+)
+def test_errors_of_the_parts_name_the_argument(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [box_iou, encode_boxes, decode_boxes, pyramid_anchors, match_anchors, retinanet_loss],
+)
+def test_docstrings_have_every_section_in_order(function):
+    sections = ["Args:", "Returns:", "Raises:", "Differentiation:", "Example:", "References:"]
+    found = re.findall(rf"^ *({'|'.join(sections)})", function.__doc__, re.MULTILINE)
+    assert found == sections
+
+
+def test_an_axis_name_that_is_not_bound(batch):
+    with pytest.raises(NameError):
+        jax.eval_shape(partial(retinanet_loss, normalization="batch", axis_name="nowhere"), *batch)

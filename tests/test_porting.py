@@ -1,0 +1,235 @@
+"""Every right-hand side of the porting guide gives the number of its left-hand side.
+
+The systems themselves are not installed: each left-hand side stands here as their formula, in
+NumPy and float64, except optax's, which is called.
+"""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+GUIDE = (Path(__file__).parents[1] / "docs" / "porting.md").read_text()
+IMPORTS = re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL)[1]
+ROWS = [
+    (theirs.strip(), ours)
+    for theirs, ours in re.findall(r"^\| (?!---)(.*?) \| `(.*)` \|$", GUIDE, re.MULTILINE)
+]
+
+rng = np.random.default_rng(0)
+N, C = 4, 3
+scores = rng.normal(0, 2, (N, C, 2, 5))
+labels = rng.integers(C, size=(N, 2, 5))
+one_hot = np.moveaxis(np.eye(C)[labels], -1, 1)
+weight = np.array([0.5, 1.0, 2.0])
+logits, targets = rng.normal(0, 2, (N, C)), rng.integers(2, size=(N, C)).astype(float)
+classes = np.array([0, 2, 1, 1])
+y_true = np.eye(C)[classes]
+gt = np.array([3, 0, 2, 3])
+gt_rows = np.eye(C + 1)[gt][:, :C]
+sample_weight = np.array([1.0, 0.5, 0.0, 2.0])
+
+matched, unmatched = json.loads((Path(__file__).parent / "golden" / "retinanet.json").read_text())
+anchors = np.array(matched["anchors"])
+# The last box is too small to match any anchor by its IoU.
+annotated = np.array([*matched["annotations"][0], [3, 3, 6, 6, 2]])
+boxes = annotated[:, :4]
+image_shape = (40, 72)
+prototxt = """
+name: "net"
+layer { name: "score" type: "Convolution" bottom: "data" top: "score" }
+layer {
+  name: "loss" type: "FocalLoss" bottom: "score" bottom: "label" top: "loss"
+  loss_weight: 3 focal_loss_param { gamma: 1.5 } loss_param { normalize: false }
+}
+"""
+
+
+def softmax(z):
+    """Return the textbook softmax over axis 1."""
+    return np.exp(z) / np.exp(z).sum(1, keepdims=True)
+
+
+def categorical(z, y, gamma=2.0):
+    """Return the loss of each class, `-y (1 - p)**gamma log p`, of the shape of z."""
+    p = softmax(z)
+    return -y * (1 - p) ** gamma * np.log(p)
+
+
+def binary(z, y, alpha=None, gamma=2.0):
+    """Return torchvision's loss of each element; Keras, MONAI and mmdetection have the same."""
+    p = 1 / (1 + np.exp(-z))
+    cross_entropy = -(y * np.log(p) + (1 - y) * np.log(1 - p))
+    loss = cross_entropy * (1 - (y * p + (1 - y) * (1 - p))) ** gamma
+    return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
+
+
+def iou():
+    """Return the IoU of each of the boxes with each anchor, in loops."""
+    table = np.zeros((len(boxes), len(anchors)))
+    for (i, a), (j, b) in itertools.product(enumerate(boxes), enumerate(anchors)):
+        width, height = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+        both = max(width, 0) * max(height, 0)
+        table[i, j] = both / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - both)
+    return table
+
+
+def low_quality_matches():
+    """Return torchvision's matches: -1 below 0.4, -2 below 0.5, each box's best restored."""
+    table = iou()
+    best, value = table.argmax(0), table.max(0)
+    matches = np.where(value >= 0.5, best, np.where(value < 0.4, -1, -2))
+    forced = (table == table.max(1, keepdims=True)).any(0)
+    assert np.any(forced & (matches < 0))
+    return np.where(forced, best, matches)
+
+
+def anchors_of_an_image():
+    """Return pytorch-retinanet's anchors, one at a time."""
+    rows = []
+    for level in range(3, 8):
+        stride = 2**level
+        cells = [range(-(-size // stride)) for size in image_shape]
+        for y, x, ratio, octave in itertools.product(*cells, (0.5, 1, 2), range(3)):
+            area = (4 * stride * 2 ** (octave / 3)) ** 2
+            half = np.array([(area / ratio) ** 0.5, (area * ratio) ** 0.5]) / 2
+            center = (np.array([x, y]) + 0.5) * stride
+            rows.append([*(center - half), *(center + half)])
+    return np.array(rows)
+
+
+INPUTS = {
+    "scores": scores,
+    "labels": labels,
+    "target": labels[:, None],
+    "one_hot": one_hot,
+    "weight": weight,
+    "logits": logits,
+    "pred": logits,
+    "targets": targets,
+    "classes": classes,
+    "y_true": y_true,
+    "gt": gt,
+    "sample_weight": sample_weight,
+    "positives": 2,
+    "avg_factor": 2.0,
+    "boxes": boxes,
+    "annotated": annotated,
+    "anchors": anchors,
+    # The case in which one image has no annotation, and one nothing that matches.
+    "class_logits": np.array(unmatched["class_logits"]),
+    "box_regression": np.array(unmatched["box_regression"]),
+    "annotations": np.array(unmatched["annotations"]),
+}
+RETINANET = [unmatched["classification_loss"], unmatched["regression_loss"]]
+OPTAX = [jnp.asarray(x, jnp.float32) for x in (logits, targets)]
+
+EXPECTED = {
+    # Caffe
+    '`net.forward()` with `type: "FocalLoss"` in `prototxt`': (
+        3 * 0.25 * categorical(scores, one_hot, 1.5).sum() / N
+    ),
+    "`focal_loss_param { alpha: 0.5 gamma: 1 }`": (
+        0.5 * categorical(scores, one_hot, 1).sum() / labels.size
+    ),
+    "`loss_param { ignore_label: 2 }`": (
+        0.25 * categorical(scores, one_hot)[:, :2].sum() / (labels != 2).sum()
+    ),
+    "`loss_param { normalization: BATCH_SIZE }`": 0.25 * categorical(scores, one_hot).sum() / N,
+    "the same, without the drop-in": 0.25 * categorical(scores, one_hot).sum() / N,
+    # pytorch-retinanet
+    "`FocalLoss()(classifications, regressions, anchors, annotations)`": RETINANET,
+    "the same, from logits": RETINANET,
+    "`Anchors()(image)`": anchors_of_an_image(),
+    # MindSpore
+    "`nn.FocalLoss(weight, gamma=2.0)(scores, target)`": (
+        (weight[:, None, None] * categorical(scores, one_hot)).sum(1).mean()
+    ),
+    '`nn.FocalLoss(weight, reduction="none")(scores, one_hot)`': (
+        weight * categorical(scores, one_hot).mean((2, 3))
+    ),
+    "`nn.FocalLoss()(scores, target)`, without the drop-in": (
+        categorical(scores, one_hot).sum(1).mean()
+    ),
+    "`nn.FocalLoss()(scores, one_hot)`, without the drop-in": categorical(scores, one_hot).mean(),
+    # torchvision
+    "`ops.sigmoid_focal_loss(logits, targets)`": binary(logits, targets, 0.25),
+    '`ops.sigmoid_focal_loss(logits, targets, alpha=-1, reduction="mean")`': (
+        binary(logits, targets).mean()
+    ),
+    '`ops.sigmoid_focal_loss(logits, targets, reduction="sum") / max(1, positives)`': (
+        binary(logits, targets, 0.25).sum() / 2
+    ),
+    "`ops.box_iou(boxes, anchors)`": iou(),
+    "`Matcher(0.5, 0.4, allow_low_quality_matches=True)(ops.box_iou(boxes, anchors))`": (
+        low_quality_matches()
+    ),
+    # Keras
+    "`CategoricalFocalCrossentropy(from_logits=True)(y_true, logits)`": (
+        0.25 * categorical(logits, y_true).sum(1).mean()
+    ),
+    "`CategoricalFocalCrossentropy(from_logits=True, label_smoothing=0.1)(y_true, logits)`": (
+        0.25 * categorical(logits, 0.9 * y_true + 0.1 / C).sum(1).mean()
+    ),
+    "`BinaryFocalCrossentropy(from_logits=True)(targets, logits)`": binary(logits, targets).mean(),
+    "`BinaryFocalCrossentropy(apply_class_balancing=True, from_logits=True)(targets, logits)`": (
+        binary(logits, targets, 0.25).mean()
+    ),
+    "`BinaryFocalCrossentropy(from_logits=True, label_smoothing=0.1)(targets, logits)`": (
+        binary(logits, 0.9 * targets + 0.05).mean()
+    ),
+    # optax
+    "`optax.losses.sigmoid_focal_loss(logits, targets)`": optax.losses.sigmoid_focal_loss(*OPTAX),
+    "`optax.losses.sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=1.0)`": (
+        optax.losses.sigmoid_focal_loss(*OPTAX, alpha=0.25, gamma=1.0)
+    ),
+    "`optax.losses.softmax_cross_entropy_with_integer_labels(logits, classes)`": (
+        optax.losses.softmax_cross_entropy_with_integer_labels(OPTAX[0], jnp.asarray(classes))
+    ),
+    # MONAI
+    "`FocalLoss(alpha=0.25)(scores, one_hot)`": binary(scores, one_hot, 0.25).mean(),
+    "`FocalLoss(use_softmax=True, to_onehot_y=True)(scores, target)`": (
+        categorical(scores, one_hot).mean()
+    ),
+    "`FocalLoss(alpha=0.25, use_softmax=True)(scores, one_hot)`": (
+        np.array([0.75, 0.25, 0.25])[:, None, None] * categorical(scores, one_hot)
+    ).mean(),
+    "`FocalLoss(include_background=False)(scores, one_hot)`": (
+        binary(scores[:, 1:], one_hot[:, 1:]).mean()
+    ),
+    '`FocalLoss(weight=weight, use_softmax=True, reduction="sum")(scores, one_hot)`': (
+        weight * categorical(scores, one_hot).mean((2, 3))
+    ).sum(),
+    # mmdetection
+    "`FocalLoss()(pred, gt, avg_factor=avg_factor)`": binary(logits, gt_rows, 0.25).sum() / 2,
+    "`FocalLoss()(pred, gt, sample_weight, avg_factor=avg_factor)`": (
+        (sample_weight[:, None] * binary(logits, gt_rows, 0.25)).sum() / 2
+    ),
+    "`FocalLoss(loss_weight=2.0)(pred, gt)`": 2 * binary(logits, gt_rows, 0.25).mean(),
+}
+
+
+def test_every_row_has_its_formula():
+    assert [theirs for theirs, _ in ROWS] == list(EXPECTED)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), ROWS)
+def test_ours_is_theirs(theirs, ours):
+    names = {"image_shape": image_shape, "prototxt": prototxt}
+    # optax computes in float32 here, the formulas in float64.
+    precise = not theirs.startswith("`optax")
+    with jax.enable_x64(precise):
+        names |= jax.tree.map(jnp.asarray, INPUTS)
+        exec(IMPORTS, names)
+        result = jax.jit(lambda inputs: eval(ours, {**names, **inputs}))(
+            {name: x for name, x in names.items() if name in INPUTS and name in ours}
+        )
+        result = np.asarray(result).reshape(np.shape(EXPECTED[theirs]))
+    tolerance = 1e-9 if precise else 2e-6
+    np.testing.assert_allclose(result, EXPECTED[theirs], rtol=tolerance, atol=tolerance)
