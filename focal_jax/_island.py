@@ -9,7 +9,7 @@ from jax import Array, lax
 
 
 def island(function: Callable[..., Array], *args: Any) -> Array:
-    """Return `function(*args)`, compiled as a computation of its own on CPU, and as it is elsewhere.
+    """Return `function(*args)`, on CPU compiled as a computation of its own.
 
     Two habits of XLA's CPU backend make a loss several times slower than its arithmetic:
     a chain of elementwise operations that is fused into a reduction, such as the sum of

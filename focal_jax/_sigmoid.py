@@ -78,7 +78,6 @@ def _primal(exponent, *args):
 
 
 def _fwd(exponent, *args):
-    # The loss itself is a residual: it is a factor of the gradient, and saves the logarithm.
     losses = _primal(exponent, *args)
     return losses, (args, losses)
 
@@ -90,14 +89,16 @@ def _bwd(exponent, residuals, ct):
     t, s = _modulation.sigmoid_terms(z), _terms(z, y)
     g = gamma.astype(y.dtype) if exponent is None else exponent
     weight = _weight(y, positive, negative)
-    losses, z, n, ratio = (_modulation.bounded(x) for x in (losses, z, s.n, s.ratio))
+    z, n, ratio = (_modulation.bounded(x) for x in (z, s.n, s.ratio))
     m = _modulation.power(s.q, s.log_q, g)
 
     # d(q^g n) = q^g (dn + g n dq/q); dq/q and n/q have no pole
-    dz = weight * m * ((1 - y) * t.p - y * t.q) + g * ((1 - 2 * y) * s.fall * losses)
-    dy = weight * m * (g * (ratio * (t.q - t.p)) - z) + m * n * (positive - negative).astype(
-        y.dtype
-    )
+    dz = weight * m * ((1 - y) * t.p - y * t.q + g * ((1 - 2 * y) * s.fall * n))
+    dy = weight * m * (g * (ratio * (t.q - t.p)) - z)
+    dy = dy + m * n * (positive - negative).astype(y.dtype)
+    # What made the loss NaN makes the gradient NaN. To read the losses here also gives the
+    # gradient their memory: on CPU a fresh array costs more than the arithmetic.
+    dz = jnp.where(jnp.isnan(losses), jnp.nan, dz)
 
     def cotangent(primal, value):
         return _arrays.cotangent_of(primal, _arrays.keep(ct * value, where))
@@ -107,7 +108,7 @@ def _bwd(exponent, residuals, ct):
         cotangent(labels, dy),
         cotangent(positive, m * n * y),
         cotangent(negative, m * n * (1 - y)),
-        cotangent(gamma, losses * s.log_q),
+        cotangent(gamma, weight * m * n * s.log_q),
         None,
     )
 

@@ -310,7 +310,6 @@ def softmax_focal_loss_with_integer_labels(
       Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
     logits, losses, static, alpha, gamma, where = _checked(logits, alpha, gamma, axis, where)
-    classes = logits.shape[static.axis]
     labels = _arrays.int32_labels(labels, losses)
     if ignore_label is not None:
         counts = jnp.expand_dims(labels != operator.index(ignore_label), static.axis)
