@@ -91,18 +91,20 @@ def _softmax_terms_jvp(primals, tangents):
 
 
 @jax.custom_jvp
+def _reciprocal(x: Array) -> Array:
+    return 1 / jnp.maximum(x, jnp.finfo(x.dtype).tiny)
+
+
+@_reciprocal.defjvp
+def _reciprocal_jvp(primals, tangents):
+    # Never 1 / x**2, which overflows while the derivatives that it is part of do not.
+    value = _reciprocal(*primals)
+    return value, -(tangents[0] * value) * value
+
+
 def divide(a: Array, b: Array) -> Array:
-    """Return a / b, and 0 where both are 0.
-
-    Its derivative, of any order, divides by `b` and never by `b**2`, which may underflow.
-    """
-    return a * (1 / jnp.maximum(b, jnp.finfo(b.dtype).tiny))
-
-
-@divide.defjvp
-def _divide_jvp(primals, tangents):
-    quotient = divide(*primals)
-    return quotient, divide(tangents[0] - quotient * tangents[1], primals[1])
+    """Return a / b for b >= 0, and 0 where both are 0, with finite derivatives of any order."""
+    return a * _reciprocal(b)
 
 
 def _large(x: Array) -> float:
