@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter, NullLocator
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -60,7 +61,7 @@ def _spread(seconds: dict[str, float]) -> str:
 
 
 def _ratio(x: float | None) -> str:
-    return "-" if x is None else f"{x:.2f}"
+    return "-" if x is None else f"{x:.2f}" if x >= 0.1 else f"{x:.3f}"
 
 
 def _megabytes(x: float | None) -> str:
@@ -346,9 +347,8 @@ def _bars(axes: Axes, rows: Rows, field: str) -> None:
         for row in group:
             value, name = row[field], row["implementation"]
             axes.barh(place, value, 0.85, color=_COLOURS[name])
-            text = f"{value:.2f}" if value < 10 else f"{value:.0f}"
             axes.annotate(
-                text,
+                _ratio(value),
                 (value, place),
                 (3, 0),
                 textcoords="offset points",
@@ -367,8 +367,8 @@ def _bars(axes: Axes, rows: Rows, field: str) -> None:
 
 
 def _legend(figure: Figure, names: Sequence[str]) -> None:
-    handles = [Figure().subplots().barh(0, 0, color=_COLOURS[name]) for name in names]
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    patches = [Patch(color=_COLOURS[name], label=name) for name in names]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(names), frameon=False)
 
 
 def _bar_figure(rows: Rows, field: str, title: str) -> Figure:
