@@ -1,0 +1,172 @@
+"""The implementations that are measured side by side."""
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import focal_jax
+from benchmarks.measure import MODES, VALUE, Program, compile_program
+from benchmarks.workloads import Workload
+
+# PLAIN is `focal_jax.reference`: XLA removes its checks of labels and masks that are not used,
+# and makes the same program of it as of the bare formula.
+OURS, PLAIN, LINEAR = "focal_jax", "plain", "focal_jax linear"
+
+# ---------------------------------------------------------------- JAX
+
+
+def _one_hot_softmax(logits: Array, labels: Array, gamma: float, axis: int) -> Array:
+    """Return what Keras's `CategoricalFocalCrossentropy` computes of logits.
+
+    The softmax, normalized once more and clipped by 1e-7, against one-hot labels, in
+    float32. The labels are made one-hot on the way, which XLA does without storing them.
+    """
+    y = jax.nn.one_hot(labels, logits.shape[axis], axis=axis, dtype=jnp.float32)
+    p = jax.nn.softmax(logits.astype(jnp.float32), axis)
+    p = jnp.clip(p / jnp.sum(p, axis, keepdims=True), 1e-7, 1 - 1e-7)
+    return jnp.sum((1 - p) ** gamma * (-y * jnp.log(p)), axis)
+
+
+def losses(workload: Workload) -> dict[str, Callable[[Array, Array], Array]]:
+    """Return the losses per position of every implementation in JAX."""
+    gamma, axis = workload.gamma, workload.axis
+    if workload.head == "sigmoid":
+        return {
+            OURS: partial(focal_jax.sigmoid_focal_loss, gamma=gamma),
+            PLAIN: partial(focal_jax.reference.sigmoid_focal_loss, gamma=gamma),
+            "optax": partial(optax.losses.sigmoid_focal_loss, gamma=gamma),
+        }
+    name = "softmax_focal_loss_with_integer_labels"
+    return {
+        OURS: partial(getattr(focal_jax, name), gamma=gamma, axis=axis),
+        PLAIN: partial(getattr(focal_jax.reference, name), gamma=gamma, axis=axis),
+        "one-hot": partial(_one_hot_softmax, gamma=gamma, axis=axis),
+    }
+
+
+def in_mode(mode: str, loss: Callable[..., Array], argnums: Any = 0) -> Callable[..., Any]:
+    """Return the sum of the losses as a function, with its gradient where that is asked for."""
+
+    def total(*args):
+        return focal_jax.reduce_loss(loss(*args), normalization="none")
+
+    return total if mode == VALUE else jax.value_and_grad(total, argnums)
+
+
+def jax_programs(workload: Workload, logits: Array, labels: Array) -> list[Program]:
+    """Compile every implementation in JAX, in every mode."""
+    return [
+        compile_program(name, mode, in_mode(mode, loss), logits, labels)
+        for name, loss in losses(workload).items()
+        for mode in MODES
+    ]
+
+
+# ---------------------------------------------------------------- PyTorch
+
+
+def _torch_loss(torch, workload: Workload) -> Callable:
+    """Return torchvision's `sigmoid_focal_loss`, or the same steps with a softmax."""
+    functional, gamma = torch.nn.functional, workload.gamma
+
+    def sigmoid(z, y):
+        p = torch.sigmoid(z)
+        cross_entropy = functional.binary_cross_entropy_with_logits(z, y, reduction="none")
+        p_t = p * y + (1 - p) * (1 - y)
+        return cross_entropy * (1 - p_t) ** gamma
+
+    def softmax(z, y):
+        z = z.movedim(workload.axis, 1)  # where PyTorch wants the classes; a view
+        cross_entropy = functional.cross_entropy(z, y, reduction="none")
+        return cross_entropy * (1 - torch.exp(-cross_entropy)) ** gamma
+
+    return sigmoid if workload.head == "sigmoid" else softmax
+
+
+def torch_programs(workload: Workload, logits: np.ndarray, labels: np.ndarray) -> list[Program]:
+    """Return PyTorch's programs, on the GPU where JAX runs on one; none without PyTorch.
+
+    They compute in the logits' dtype and add up in float32.
+    """
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return []
+
+    on_gpu = jax.default_backend() == "gpu"
+    if on_gpu and not torch.cuda.is_available():
+        return []
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.compiler.reset()  # or it gives up after eight functions
+    device = "cuda" if on_gpu else "cpu"
+    z = torch.tensor(logits.astype(np.float32)).to(device, getattr(torch, logits.dtype.name))
+    y = torch.tensor(labels.astype(np.float32 if workload.head == "sigmoid" else np.int64))
+    y = y.to(device, z.dtype if workload.head == "sigmoid" else torch.int64)
+    z_with_gradient = z.clone().requires_grad_()
+    loss = _torch_loss(torch, workload)
+
+    def total(z, y):
+        return loss(z, y).sum(dtype=torch.float32)
+
+    def program(name: str, mode: str, total: Callable) -> Program:
+        def value():
+            with torch.no_grad():
+                return total(z, y)
+
+        def value_and_gradient():
+            value = total(z_with_gradient, y)
+            return value.detach(), torch.autograd.grad(value, z_with_gradient)[0]
+
+        def wait(_):
+            if on_gpu:
+                torch.cuda.synchronize()
+
+        call = value if mode == VALUE else value_and_gradient
+        start = time.perf_counter()
+        wait(call())
+        first = time.perf_counter() - start
+        temporary = None
+        if on_gpu:  # what was held at the peak beside the inputs and the result
+            torch.cuda.reset_peak_memory_stats()
+            result = call()
+            temporary = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+            del result
+        return Program(name, mode, call, wait, None if name == "torch" else first, temporary)
+
+    programs = [program("torch", mode, total) for mode in MODES]
+    try:
+        compiled = torch.compile(total, dynamic=False)
+        programs += [program("torch.compile", mode, compiled) for mode in MODES]
+    except Exception as error:  # whatever its compilers may raise
+        warnings.warn(f"torch.compile is not measured: {error}", stacklevel=1)
+    return programs
+
+
+# ---------------------------------------------------------------- the linear head
+
+
+def linear_programs(features: Array, kernel: Array, labels: Array) -> list[Program]:
+    """Compile the loss of `features @ kernel`: by way of the logits, and without them."""
+
+    def of_logits(loss):
+        return lambda features, kernel, labels: loss(features @ kernel, labels)
+
+    loss = losses(Workload("linear", "softmax", (*labels.shape, kernel.shape[1])))
+    heads = {name: of_logits(loss[name]) for name in (OURS, PLAIN)}
+    linear = getattr(focal_jax, "linear_softmax_focal_loss_with_integer_labels", None)
+    if linear is not None:
+        heads[LINEAR] = linear
+    return [
+        compile_program(name, mode, in_mode(mode, head, (0, 1)), features, kernel, labels)
+        for name, head in heads.items()
+        for mode in MODES
+    ]
