@@ -30,26 +30,25 @@ def _is_largest(z: Array, axis: int) -> Array:
     return _classes(z, axis) == jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
 
 
-def _relative(logits: Array, where: Array | None, axis: int) -> Array:
-    """Return the logits less the largest of their position, 0 where the mask is False."""
+def _masked(logits: Array, where: Array | None, axis: int) -> tuple[Array, Array]:
+    """Return the logits, 0 where the mask is False, and the largest of each position."""
     z = _arrays.keep(logits.astype(_arrays.compute_dtype(logits)), where)
     top = jnp.max(z, axis, keepdims=True, initial=-jnp.inf)
     # Finite also where no class is left: -inf less -inf would be NaN.
-    return z - lax.stop_gradient(jnp.maximum(top, jnp.finfo(z.dtype).min))
+    return z, lax.stop_gradient(jnp.maximum(top, jnp.finfo(z.dtype).min))
 
 
 # ---------------------------------------------------------------- integer labels
 
 
 def _terms(logits: Array, labels: Array, where: Array | None, axis: int):
-    """Return a mask of the true class, exp(logit) of the others, and the terms."""
-    z = _relative(logits, where, axis)
+    """Return a mask of the true class, exp(logit) of the others, their sum, the true logit."""
+    z, top = _masked(logits, where, axis)
     true = _classes(logits, axis) == labels
     # Two users, the sum here and the gradient: written out once, in the gradient's place.
-    others = jnp.where(true, 0, jnp.exp(z))
+    others = jnp.where(true, 0, jnp.exp(z - top))
     rest = jnp.sum(others, axis, keepdims=True)
-    margin = jnp.take_along_axis(z, labels, axis)
-    return true, others, rest, margin
+    return true, others, rest, jnp.take_along_axis(z, labels, axis) - top
 
 
 def _weight(alpha: Array, labels: Array, classes: int, dtype: jnp.dtype) -> Array:
@@ -116,7 +115,8 @@ def _sum_of_others(v: Array, largest: Array, axis: int) -> Array:
 
 def _class_terms(logits: Array, where: Array | None, axis: int):
     """Return the softmax and, with each class taken for the true one, its terms."""
-    z = _relative(logits, where, axis)
+    z, top = _masked(logits, where, axis)
+    z = z - top
     exp = jnp.exp(z)
     t = _modulation.softmax_terms(z, _sum_of_others(exp, _is_largest(z, axis), axis))
     return exp / jnp.sum(exp, axis, keepdims=True), t

@@ -1,0 +1,25 @@
+"""The README's examples run, in order, as one program."""
+
+import re
+from pathlib import Path
+
+import jax
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_code_blocks():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    namespace = {}
+    # As a reader runs them: without this suite's strict promotion.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            exec(compile(block, str(README), "exec"), namespace)
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text())
+    assert links
+    for link in links:
+        assert (README.parent / link).exists(), link
