@@ -38,7 +38,7 @@ class _Chunk(NamedTuple):
     start: Array  # the first class
     kernel: Array  # [D, chunk]
     logits: Array  # [..., chunk]
-    index: Array  # of the true class in the chunk, or -1
+    place: Array  # of the true class in the chunk, or -1
     true: Array  # where that is
 
 
@@ -65,34 +65,31 @@ def _chunk(static, features, kernel, bias, labels, first) -> _Chunk:
     within = jnp.arange(static.chunk, dtype=jnp.int32)
     shift = jnp.zeros((), logits.dtype) if bias is None else cut(bias).astype(logits.dtype)
     shift = jnp.where(start + within >= first, shift, -jnp.inf)
-    index = jnp.where((labels >= first) & (labels < start + static.chunk), labels - start, -1)
+    place = jnp.where((labels >= first) & (labels < start + static.chunk), labels - start, -1)
     shift, within = (_arrays.aligned(x, logits.shape) for x in (shift, within))
-    return _Chunk(start, kernel, logits + shift, index, within == index)
+    return _Chunk(start, kernel, logits + shift, place, within == place)
 
 
 def _sums(static, features, kernel, bias, labels) -> _Sums:
     # Recomputed, not kept, should this be differentiated in its turn; and so below.
     @partial(jax.checkpoint, prevent_cse=False)
-    def of_chunk(first):
-        _, _, z, index, true = _chunk(static, features, kernel, bias, labels, first)
-        top = jnp.max(z, -1, keepdims=True)
-        # Finite also where no class is left: -inf less -inf would be NaN.
-        top = lax.stop_gradient(jnp.maximum(top, jnp.finfo(z.dtype).min))
+    def step(sums, first):
+        _, _, z, place, true = _chunk(static, features, kernel, bias, labels, first)
+        top = jnp.maximum(sums.top, lax.stop_gradient(jnp.max(z, -1, keepdims=True)))
         others = jnp.where(true, 0, jnp.exp(z - top))
-        picked = jnp.take_along_axis(z, jnp.maximum(index, 0), -1)
+        picked = jnp.take_along_axis(z, jnp.maximum(place, 0), -1)
         return _Sums(
             top,
-            jnp.where(index < 0, 0, picked),
-            jnp.sum(others, -1, keepdims=True),
-        )
+            sums.true + jnp.where(place < 0, 0, picked),
+            sums.rest * jnp.exp(sums.top - top) + jnp.sum(others, -1, keepdims=True),
+        ), None
 
-    each = lax.map(of_chunk, _starts(static, kernel))
-    top = jnp.max(each.top, 0)
-    return _Sums(
-        top,
-        jnp.sum(each.true, 0) - top,
-        jnp.sum(each.rest * jnp.exp(each.top - top[None]), 0),
-    )
+    # Made from an argument, so that under shard_map they vary over the axes that it does.
+    zero = jnp.zeros_like(labels, _arrays.compute_dtype(features))
+    # The least top is finite, for where no class is left: -inf less -inf would be NaN.
+    start = _Sums(jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero, zero)
+    sums, _ = lax.scan(step, start, _starts(static, kernel))
+    return sums._replace(true=sums.true - sums.top)
 
 
 def _weight(alpha: Array, labels: Array, classes: int, dtype: jnp.dtype) -> Array:
@@ -251,7 +248,7 @@ def linear_softmax_focal_loss_with_integer_labels(
       >>> losses = linear_softmax_focal_loss_with_integer_labels(
       ...     features, kernel, labels, ignore_label=-1
       ... )
-      >>> losses.round(4).tolist()
+      >>> [round(x, 4) for x in losses.tolist()]
       [0.0109, 0.4883, 0.0]
 
     References:
@@ -277,15 +274,15 @@ def linear_softmax_focal_loss_with_integer_labels(
         _checks.shape("bias", bias, (classes,), "one number per class")
     labels = _arrays.int32_labels(labels, losses)
     dtype = _arrays.compute_dtype(features)
-    exponent, gamma = _arrays.split_gamma(gamma, losses, dtype)
-    where = _arrays.mask(where, losses)
+    exponent, dynamic = _arrays.split_gamma(gamma, losses, dtype)
+    mask = _arrays.mask(where, losses)
     alpha = _arrays.option("alpha", 1.0 if alpha is None else alpha, dtype)
     _checks.class_weights(alpha, classes)
     align = partial(jax.tree.map, lambda x: _arrays.aligned(x, losses, len(losses)))
-    labels, gamma, where = align((labels, gamma, where))
+    labels, dynamic, mask = align((labels, dynamic, mask))
     if ignore_label is not None:
         counts = labels != operator.index(ignore_label)
-        where = counts if where is None else counts & where
+        mask = counts if mask is None else counts & mask
     alpha = jnp.take(alpha, labels, mode="clip") if alpha.ndim else align(alpha)
-    args = aligned_varying(features, kernel, bias, labels, alpha, gamma, where)
+    args = aligned_varying(features, kernel, bias, labels, alpha, dynamic, mask)
     return jnp.squeeze(_core(_Static(chunk, exponent), *args), -1)
