@@ -387,10 +387,10 @@ def test_shard_map_with_the_batch_sharded(check_vma, inside, axes):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_jit_with_the_batch_sharded(kind):
     args, labels = _inputs(17, (8, 2))
+    # One weight for all: a gather by labels that are sharded has to be told its sharding.
+    args[3] = args[3][0]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     with jax.set_mesh(mesh):
-        # One weight for all: a gather by labels that are sharded has to be told its sharding.
-        args[3] = args[3][0]
         specs = P("data"), P(), P(), P(), P("data")
         placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs)]
         y = jax.device_put(labels, NamedSharding(mesh, P("data")))
