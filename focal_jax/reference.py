@@ -38,6 +38,18 @@ def _mask(where: ArrayLike | None, losses: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(where, losses)
 
 
+def _indices(
+    labels: ArrayLike, ignore_label: int | None, where: ArrayLike | None, losses: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """Return integer labels and the mask of those that count."""
+    labels = jnp.asarray(labels)
+    _checks.integer("labels", labels)
+    _checks.shape("labels", labels, losses, "the logits' without the class axis")
+    labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
+    where = _mask(where, losses)
+    return labels, where if ignore_label is None else where & (labels != ignore_label)
+
+
 def _modulation(q: Array, gamma: ArrayLike, losses: tuple[int, ...]) -> Array:
     """Return `q**gamma`, gamma a Python number or an array of the losses' shape."""
     if isinstance(gamma, numbers.Real):
@@ -136,13 +148,7 @@ def softmax_focal_loss_with_integer_labels(
     axis = _checks.axis(axis, z.ndim)
     classes = z.shape[axis]
     shape = z.shape[:axis] + z.shape[axis + 1 :]
-    labels = jnp.asarray(labels)
-    _checks.integer("labels", labels)
-    _checks.shape("labels", labels, shape, "the logits' without the class axis")
-    where = _mask(where, shape)
-    labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
-    if ignore_label is not None:
-        where = where & (labels != ignore_label)
+    labels, where = _indices(labels, ignore_label, where, shape)
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
 
     known = (labels >= 0) & (labels < classes)
@@ -156,6 +162,40 @@ def softmax_focal_loss_with_integer_labels(
         _checks.class_weights(weights, classes)
         losses = (weights[index] if weights.ndim else weights) * losses
     return jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
+
+
+def linear_softmax_focal_loss_with_integer_labels(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    chunk_size: int | None = None,
+) -> Array:
+    """Compute `focal_jax.linear_softmax_focal_loss_with_integer_labels` from its formula.
+
+    Arguments, results and errors are those of
+    `focal_jax.linear_softmax_focal_loss_with_integer_labels`. All the logits are made at
+    once, whatever `chunk_size` is.
+
+    Differentiation: every mode of JAX, forward mode alone included.
+    """
+    features, kernel = _float("features", features), _float("kernel", kernel)
+    fits = (*features.shape[-1:], *kernel.shape[-1:])
+    _checks.shape("kernel", kernel, fits, "(D, C), with D the last axis of the features")
+    labels, where = _indices(labels, ignore_label, where, features.shape[:-1])
+    logits = jnp.where(where[..., None], features, 0) @ kernel
+    if bias is not None:
+        bias = _float("bias", bias)
+        _checks.shape("bias", bias, kernel.shape[1:], "one number per class")
+        logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
+    return softmax_focal_loss_with_integer_labels(
+        logits, labels, alpha=alpha, gamma=gamma, where=where
+    )
 
 
 def _per_class(alpha: ArrayLike, z: Array, axis: int) -> Array:

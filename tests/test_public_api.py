@@ -17,15 +17,16 @@ LOSSES = [
     "sigmoid_focal_loss",
     "softmax_focal_loss",
     "softmax_focal_loss_with_integer_labels",
+    "linear_softmax_focal_loss_with_integer_labels",
     "reduce_loss",
 ]
 # A room imports only from rooms on lower floors, so no import can turn back.
 FLOORS = [
     {"_version"},
     {"_checks"},
-    {"reference", "_arrays"},
+    {"reference", "_arrays", "_varying"},
     {"_modulation"},
-    {"_sigmoid", "_softmax", "_reduction"},
+    {"_sigmoid", "_softmax", "_linear", "_reduction"},
     {""},
 ]
 SECTIONS = ["Args:", "Returns:", "Raises:", "Differentiation:", "Example:", "References:"]

@@ -1,0 +1,288 @@
+"""Softmax focal loss of a linear layer, whose logits are never held."""
+
+import numbers
+import operator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from focal_jax import _arrays, _checks, _modulation
+from focal_jax._varying import aligned_varying
+
+
+class _Static(NamedTuple):
+    """What the compiler may know: the classes of a step, and gamma if a Python number."""
+
+    chunk: int
+    exponent: int | float | None
+
+    def gamma(self, dynamic: Array | None, dtype: jnp.dtype) -> int | float | Array:
+        return dynamic.astype(dtype) if self.exponent is None else self.exponent
+
+
+class _Sums(NamedTuple):
+    """What the loss needs to know of all the logits of a position."""
+
+    top: Array  # the largest logit, held constant
+    true: Array  # the true class's logit less top; 0 for an impossible label
+    rest: Array  # sum over the other classes of exp(logit - top)
+
+
+class _Chunk(NamedTuple):
+    """The logits of some classes at every position."""
+
+    start: Array  # the first class
+    kernel: Array  # [D, chunk]
+    logits: Array  # [..., chunk]
+    place: Array  # of the true class in the chunk, or -1
+    true: Array  # where that is
+
+
+def _starts(static: _Static, kernel: Array) -> Array:
+    return jnp.arange(0, kernel.shape[1], static.chunk, dtype=jnp.int32)
+
+
+def _product(features: Array, kernel: Array) -> Array:
+    """Return `features @ kernel`, multiplied in the features' dtype, added up in the loss's."""
+    wide = _arrays.compute_dtype(features)
+    return jnp.matmul(features, kernel.astype(features.dtype), preferred_element_type=wide)
+
+
+def _chunk(static, features, kernel, bias, labels, first) -> _Chunk:
+    """Return the chunk of the classes from `first` on.
+
+    The last chunk is as wide as the others and so begins before `first`: classes that
+    another chunk has are -inf in it, and true nowhere.
+    """
+    start = jnp.minimum(first, kernel.shape[1] - static.chunk)
+    cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=static.chunk, axis=-1)
+    kernel = cut(kernel)
+    logits = _product(features, kernel)
+    within = jnp.arange(static.chunk, dtype=jnp.int32)
+    shift = jnp.zeros((), logits.dtype) if bias is None else cut(bias).astype(logits.dtype)
+    shift = jnp.where(start + within >= first, shift, -jnp.inf)
+    place = jnp.where((labels >= first) & (labels < start + static.chunk), labels - start, -1)
+    shift, within = (_arrays.aligned(x, logits.shape) for x in (shift, within))
+    return _Chunk(start, kernel, logits + shift, place, within == place)
+
+
+def _sums(static, features, kernel, bias, labels) -> _Sums:
+    # Recomputed, not kept, should this be differentiated in its turn; and so below.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(sums, first):
+        _, _, z, place, true = _chunk(static, features, kernel, bias, labels, first)
+        top = jnp.maximum(sums.top, lax.stop_gradient(jnp.max(z, -1, keepdims=True)))
+        others = jnp.where(true, 0, jnp.exp(z - top))
+        picked = jnp.take_along_axis(z, jnp.maximum(place, 0), -1)
+        return _Sums(
+            top,
+            sums.true + jnp.where(place < 0, 0, picked),
+            sums.rest * jnp.exp(sums.top - top) + jnp.sum(others, -1, keepdims=True),
+        ), None
+
+    # Made from an argument, so that under shard_map they vary over the axes that it does.
+    zero = jnp.zeros_like(labels, _arrays.compute_dtype(features))
+    # The least top is finite, for where no class is left: -inf less -inf would be NaN.
+    start = _Sums(jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero, zero)
+    sums, _ = lax.scan(step, start, _starts(static, kernel))
+    return sums._replace(true=sums.true - sums.top)
+
+
+def _weight(alpha: Array, labels: Array, classes: int, dtype: jnp.dtype) -> Array:
+    # An impossible label weighs NaN: loud, and never another class.
+    return jnp.where((labels >= 0) & (labels < classes), alpha.astype(dtype), jnp.nan)
+
+
+def _primal(static, *args):
+    return _fwd(static, *args)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _fwd(static, *args):
+    features, kernel, bias, labels, alpha, gamma, where = args
+    sums = _sums(static, _arrays.keep(features, where), kernel, bias, labels)
+    t = _modulation.softmax_terms(sums.true, sums.rest)
+    weight = _weight(alpha, labels, kernel.shape[1], t.p.dtype)
+    losses = _modulation.loss(weight, t.q, t.log_q, t.n, static.gamma(gamma, t.p.dtype))
+    return _arrays.keep(losses, where), (args, sums)
+
+
+@partial(jax.jit, static_argnums=0)
+def _bwd(static, residuals, ct):
+    (features, kernel, bias, labels, alpha, gamma, where), (top, margin, rest) = residuals
+    t = _modulation.softmax_terms(margin, rest)
+    weight = _weight(alpha, labels, kernel.shape[1], t.p.dtype)
+    g = static.gamma(gamma, t.p.dtype)
+    # As for logits that are given: times p_j for the others, times -q for the true class.
+    other = ct * weight * _modulation.log_slope(t, g) / (jnp.exp(margin) + rest)
+    own = ct * weight * _modulation.slope(t, g)
+    unweighted = ct * (_modulation.power(t.q, t.log_q, g) * _modulation.bounded(t.n))
+    kept = _arrays.keep(features, where)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def of_chunk(first):
+        start, w, z, _, true = _chunk(static, kept, kernel, bias, labels, first)
+        slope = _arrays.keep(jnp.where(true, -own, other * jnp.exp(z - top)), where)
+        _, transpose = jax.vjp(partial(_product, kept), w)
+        return start, _product(slope, w.T), *transpose(slope), slope
+
+    def step(totals, first):
+        start, of_features, of_kernel, slope = of_chunk(first)
+        by_features, by_kernel, by_bias = totals
+        by_features += of_features
+        by_kernel = _add_at(by_kernel, start, of_kernel)
+        if bias is not None:
+            by_bias = _add_at(by_bias, start, jnp.sum(slope, range(slope.ndim - 1)))
+        return (by_features, by_kernel, by_bias), None
+
+    totals = jnp.zeros_like(features, t.p.dtype), *jax.tree.map(jnp.zeros_like, (kernel, bias))
+    (by_features, *by_parameters), _ = lax.scan(step, totals, _starts(static, kernel))
+
+    def cotangent(primal, value):
+        return _arrays.cotangent_of(primal, _arrays.keep(value, where))
+
+    return (
+        cotangent(features, by_features),
+        *by_parameters,
+        None,
+        cotangent(alpha, unweighted),
+        cotangent(gamma, weight * unweighted * t.log_q),
+        None,
+    )
+
+
+def _add_at(total: Array, start: Array, part: Array) -> Array:
+    """Add `part` to the classes of `total` from `start` on."""
+    old = lax.dynamic_slice_in_dim(total, start, part.shape[-1], -1)
+    new = old + part.astype(total.dtype)
+    return lax.dynamic_update_slice_in_dim(total, new, start, -1)
+
+
+_core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_core.defvjp(_fwd, _bwd)
+
+
+def _chunk_size(chunk_size: int | None, classes: int) -> int:
+    """Return the classes of a step, by default a fortieth of all, in multiples of 16.
+
+    A step holds its logits twice: so it stays below a tenth of them all. Multiples of 16
+    are what matrix units are fast at.
+    """
+    if chunk_size is None:
+        chunk_size = 16 * -(-classes // 640)
+    elif not isinstance(chunk_size, numbers.Integral) or chunk_size < 1:
+        raise _checks.InputError(
+            f"chunk_size: got {chunk_size!r}, wanted None or an integer of at least 1"
+        )
+    return min(int(chunk_size), classes)
+
+
+def linear_softmax_focal_loss_with_integer_labels(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    chunk_size: int | None = None,
+) -> Array:
+    r"""Compute the focal loss of a linear layer's softmax without holding the logits.
+
+    With `logits = features @ kernel + bias` and `p_t` the softmax probability of the
+    position's own class, each loss is
+
+        alpha_t * (1 - p_t)**gamma * (-log p_t)
+
+    the same as `softmax_focal_loss_with_integer_labels` of these logits, which for a
+    vocabulary of 100,000 and more are the largest array of the whole training step. Here
+    they are made a chunk of the classes at a time, once for the loss and once more for the
+    gradient: four matrix products where the layer and the loss apart take three.
+
+    Args:
+      features: `[..., D]`, floating.
+      kernel: `[D, C]`, floating. If its dtype is not the features', the products are in
+        the wider of the two.
+      labels: `[...]`, any integer dtype: class indices. One outside `[0, C)` that is not
+        `ignore_label` gives a NaN loss and a NaN gradient of the features at its position
+        only; and NaN gradients of the kernel and the bias, which are sums over the
+        positions.
+      bias: None or `[C]`, floating. -inf switches a class off.
+      alpha: None, a scalar, or `[C]`, one weight per class, picked by the label.
+      gamma: focusing exponent, 0 or more. A Python number or an array that broadcasts to
+        the losses.
+      ignore_label: positions with this label have loss 0 and add 0 to every gradient,
+        whatever their features hold.
+      where: bool, broadcasts to the losses: likewise where it is False.
+      chunk_size: how many classes to take per step, or None for a fortieth of them, in
+        multiples of 16: a step has its logits in memory twice, and a slice of the kernel
+        and of its gradient, which with no more than D positions in all weigh the most.
+
+    Returns:
+      The losses, `[...]` as the labels, not reduced. float32 for 16-bit features and
+      kernel (whose products are added up in float32), else of their dtype.
+
+    Raises:
+      ValueError: for features, a kernel or a bias that are not floating or do not fit one
+        another, labels that are not integers or do not have the features' shape without
+        the last axis, an alpha of the wrong length, a gamma or `where` that does not
+        broadcast to the losses, a `where` that is not bool, a negative Python `gamma`, a
+        `chunk_size` that is not an integer of at least 1.
+
+    Differentiation: reverse mode in features, kernel, bias, alpha and gamma, any number of
+      times, and forward over reverse. Forward mode alone is refused by `jax.custom_vjp`;
+      `focal_jax.reference.linear_softmax_focal_loss_with_integer_labels` has it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import linear_softmax_focal_loss_with_integer_labels
+      >>> features = jnp.array([[1.0, 0.0], [0.0, 0.0], [2.0, 3.0]])
+      >>> kernel = jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+      >>> labels = jnp.array([0, 1, -1])
+      >>> losses = linear_softmax_focal_loss_with_integer_labels(
+      ...     features, kernel, labels, ignore_label=-1
+      ... )
+      >>> [round(x, 4) for x in losses.tolist()]
+      [0.0109, 0.4883, 0.0]
+
+    References:
+      Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
+      Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
+      Milakov, Gimelshein. [Online normalizer calculation for
+      softmax](https://arxiv.org/abs/1805.02867). 2018.
+    """
+    features, kernel = jnp.asarray(features), jnp.asarray(kernel)
+    _checks.floating("features", features)
+    _checks.floating("kernel", kernel)
+    if kernel.ndim != 2 or features.shape[-1:] != kernel.shape[:1]:
+        raise _checks.InputError(
+            f"kernel: got shape {kernel.shape}, wanted (D, C) with D the last axis of the "
+            f"features, whose shape is {features.shape}"
+        )
+    features = features.astype(jnp.promote_types(features.dtype, kernel.dtype))
+    losses, classes = features.shape[:-1], kernel.shape[1]
+    chunk = _chunk_size(chunk_size, classes)
+    if bias is not None:
+        bias = jnp.asarray(bias)
+        _checks.floating("bias", bias)
+        _checks.shape("bias", bias, (classes,), "one number per class")
+    labels = _arrays.int32_labels(labels, losses)
+    dtype = _arrays.compute_dtype(features)
+    exponent, dynamic = _arrays.split_gamma(gamma, losses, dtype)
+    mask = _arrays.mask(where, losses)
+    alpha = _arrays.option("alpha", 1.0 if alpha is None else alpha, dtype)
+    _checks.class_weights(alpha, classes)
+    align = partial(jax.tree.map, lambda x: _arrays.aligned(x, losses, len(losses)))
+    labels, dynamic, mask = align((labels, dynamic, mask))
+    if ignore_label is not None:
+        counts = labels != operator.index(ignore_label)
+        mask = counts if mask is None else counts & mask
+    alpha = jnp.take(alpha, labels, mode="clip") if alpha.ndim else align(alpha)
+    args = aligned_varying(features, kernel, bias, labels, alpha, dynamic, mask)
+    return jnp.squeeze(_core(_Static(chunk, exponent), *args), -1)
