@@ -38,6 +38,18 @@ def split_gamma(
     return None, gamma
 
 
+def gamma_of(
+    exponent: int | float | None, dynamic: Array | None, dtype: jnp.dtype
+) -> int | float | Array:
+    """Return the gamma that `split_gamma` split, an array in the dtype of the loss."""
+    return exponent if dynamic is None else dynamic.astype(dtype)
+
+
+def label_weight(alpha: Array, labels: Array, classes: int, dtype: jnp.dtype) -> Array:
+    """Return `alpha`, and NaN at an impossible label: loud, and never another class."""
+    return jnp.where((labels >= 0) & (labels < classes), alpha.astype(dtype), jnp.nan)
+
+
 def int32_labels(labels: ArrayLike, losses: tuple[int, ...]) -> Array:
     """Return integer labels checked, as int32: compared in a narrow dtype they would wrap.
 

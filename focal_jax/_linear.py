@@ -20,9 +20,6 @@ class _Static(NamedTuple):
     chunk: int
     exponent: int | float | None
 
-    def gamma(self, dynamic: Array | None, dtype: jnp.dtype) -> int | float | Array:
-        return dynamic.astype(dtype) if self.exponent is None else self.exponent
-
 
 class _Sums(NamedTuple):
     """What the loss needs to know of all the logits of a position."""
@@ -92,11 +89,6 @@ def _sums(static, features, kernel, bias, labels) -> _Sums:
     return sums._replace(true=sums.true - sums.top)
 
 
-def _weight(alpha: Array, labels: Array, classes: int, dtype: jnp.dtype) -> Array:
-    # An impossible label weighs NaN: loud, and never another class.
-    return jnp.where((labels >= 0) & (labels < classes), alpha.astype(dtype), jnp.nan)
-
-
 def _primal(static, *args):
     return _fwd(static, *args)[0]
 
@@ -106,8 +98,10 @@ def _fwd(static, *args):
     features, kernel, bias, labels, alpha, gamma, where = args
     sums = _sums(static, _arrays.keep(features, where), kernel, bias, labels)
     t = _modulation.softmax_terms(sums.true, sums.rest)
-    weight = _weight(alpha, labels, kernel.shape[1], t.p.dtype)
-    losses = _modulation.loss(weight, t.q, t.log_q, t.n, static.gamma(gamma, t.p.dtype))
+    weight = _arrays.label_weight(alpha, labels, kernel.shape[1], t.p.dtype)
+    losses = _modulation.loss(
+        weight, t.q, t.log_q, t.n, _arrays.gamma_of(static.exponent, gamma, t.p.dtype)
+    )
     return _arrays.keep(losses, where), (args, sums)
 
 
@@ -115,8 +109,8 @@ def _fwd(static, *args):
 def _bwd(static, residuals, ct):
     (features, kernel, bias, labels, alpha, gamma, where), (top, margin, rest) = residuals
     t = _modulation.softmax_terms(margin, rest)
-    weight = _weight(alpha, labels, kernel.shape[1], t.p.dtype)
-    g = static.gamma(gamma, t.p.dtype)
+    weight = _arrays.label_weight(alpha, labels, kernel.shape[1], t.p.dtype)
+    g = _arrays.gamma_of(static.exponent, gamma, t.p.dtype)
     # As for logits that are given: times p_j for the others, times -q for the true class.
     other = ct * weight * _modulation.log_slope(t, g) / (jnp.exp(margin) + rest)
     own = ct * weight * _modulation.slope(t, g)

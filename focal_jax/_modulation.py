@@ -149,7 +149,8 @@ def power(q: Array, log_q: Array, gamma: int | float | Array) -> Array:
 
 def loss(weight: Array, q: Array, log_q: Array, n: Array, gamma: int | float | Array) -> Array:
     """Return `weight * q**gamma * n`; a weight of 0 gives 0, also where `n` is infinite."""
-    return jnp.where(weight == 0, 0, weight * (power(q, log_q, gamma) * n))
+    value = power(q, log_q, gamma) * n
+    return weight * jnp.where(weight == 0, bounded(value), value)
 
 
 def slope(t: Terms, gamma: int | float | Array) -> Array:

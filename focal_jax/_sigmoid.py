@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from focal_jax import _arrays, _checks, _modulation
 from focal_jax._island import island
+from focal_jax._varying import aligned_varying
 
 
 class _Terms(NamedTuple):
@@ -66,7 +67,7 @@ def _weight(y: Array, positive: Array, negative: Array) -> Array:
 def _losses(exponent, logits, labels, positive, negative, gamma, where):
     z, y = _inputs(logits, labels, where)
     s = _terms(z, y)
-    gamma = gamma.astype(y.dtype) if exponent is None else exponent
+    gamma = _arrays.gamma_of(exponent, gamma, y.dtype)
     # A label outside [0, 1] is an error in the data: NaN, and not an extrapolation.
     weight = jnp.where((y < 0) | (y > 1), jnp.nan, _weight(y, positive, negative))
     return _arrays.keep(_modulation.loss(weight, s.q, s.log_q, s.n, gamma), where)
@@ -87,7 +88,7 @@ def _bwd(exponent, residuals, ct):
     (logits, labels, positive, negative, gamma, where), losses = residuals
     z, y = _inputs(logits, labels, where)
     t, s = _modulation.sigmoid_terms(z), _terms(z, y)
-    g = gamma.astype(y.dtype) if exponent is None else exponent
+    g = _arrays.gamma_of(exponent, gamma, y.dtype)
     weight = _weight(y, positive, negative)
     z, n, ratio = (_modulation.bounded(x) for x in (z, s.n, s.ratio))
     m = _modulation.power(s.q, s.log_q, g)
@@ -185,4 +186,5 @@ def sigmoid_focal_loss(
         _checks.broadcastable("alpha", positive, logits.shape, "the losses")
         negative = 1 - positive
     align = partial(jax.tree.map, lambda x: _arrays.aligned(x, logits.shape))
-    return _core(exponent, logits, *align((labels, positive, negative, gamma, where)))
+    args = aligned_varying(logits, *align((labels, positive, negative, gamma, where)))
+    return _core(exponent, *args)

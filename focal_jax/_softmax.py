@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax import _arrays, _checks, _modulation
+from focal_jax._varying import aligned_varying
 
 
 class _Static(NamedTuple):
@@ -17,9 +18,6 @@ class _Static(NamedTuple):
 
     axis: int
     exponent: int | float | None
-
-    def gamma(self, dynamic: Array | None, dtype: jnp.dtype) -> int | float | Array:
-        return dynamic.astype(dtype) if self.exponent is None else self.exponent
 
 
 def _classes(logits: Array, axis: int) -> Array:
@@ -51,37 +49,32 @@ def _terms(logits: Array, labels: Array, where: Array | None, axis: int):
     return true, others, rest, jnp.take_along_axis(z, labels, axis) - top
 
 
-def _weight(alpha: Array, labels: Array, classes: int, dtype: jnp.dtype) -> Array:
-    # An impossible label weighs NaN: loud, and at its own position only.
-    return jnp.where((labels >= 0) & (labels < classes), alpha.astype(dtype), jnp.nan)
-
-
 def _int_primal(static, logits, labels, alpha, gamma, where):
     return _int_fwd(static, logits, labels, alpha, gamma, where)[0]
 
 
+@partial(jax.jit, static_argnums=0)
 def _int_fwd(static, logits, labels, alpha, gamma, where):
     _, _, rest, margin = _terms(logits, labels, where, static.axis)
     t = _modulation.softmax_terms(margin, rest)
-    weight = _weight(alpha, labels, logits.shape[static.axis], t.p.dtype)
-    g = static.gamma(gamma, t.p.dtype)
+    weight = _arrays.label_weight(alpha, labels, logits.shape[static.axis], t.p.dtype)
+    g = _arrays.gamma_of(static.exponent, gamma, t.p.dtype)
     losses = _modulation.loss(weight, t.q, t.log_q, t.n, g)
     return _arrays.keep(losses, where), (logits, labels, alpha, gamma, where)
 
 
+@partial(jax.jit, static_argnums=0)
 def _int_bwd(static, args, ct):
     logits, labels, alpha, gamma, where = args
     true, others, rest, margin = _terms(logits, labels, where, static.axis)
     t = _modulation.softmax_terms(margin, rest)
-    weight = _weight(alpha, labels, logits.shape[static.axis], t.p.dtype)
-    g = static.gamma(gamma, t.p.dtype)
-    m = ct * _modulation.power(t.q, t.log_q, g)
-    total = jnp.exp(margin) + rest
-    # d loss/d log p through the softmax: times p_j for the others, times -q for the true
-    # class, where the division by q is not done at all.
-    other = weight * m * (1 + g * (t.p * _modulation.bounded(t.ratio))) / total
-    own = weight * m * (t.q + g * (t.p * _modulation.bounded(t.n)))
-    unweighted = m * _modulation.bounded(t.n)
+    weight = _arrays.label_weight(alpha, labels, logits.shape[static.axis], t.p.dtype)
+    g = _arrays.gamma_of(static.exponent, gamma, t.p.dtype)
+    # d loss/d log p through the softmax: times p_j for the others; for the true class times
+    # -q, where the division by q that is in the one slope is not done at all.
+    other = ct * weight * _modulation.log_slope(t, g) / (jnp.exp(margin) + rest)
+    own = ct * weight * _modulation.slope(t, g)
+    unweighted = ct * (_modulation.power(t.q, t.log_q, g) * _modulation.bounded(t.n))
 
     def cotangent(primal, value):
         return _arrays.cotangent_of(primal, _arrays.keep(value, where))
@@ -126,9 +119,12 @@ def _class_losses(static, logits, labels, alpha, gamma, where):
     _, t = _class_terms(logits, where, static.axis)
     dtype = t.p.dtype
     weight = alpha.astype(dtype) * _arrays.keep(labels.astype(dtype), where)
-    return _modulation.loss(weight, t.q, t.log_q, t.n, static.gamma(gamma, dtype))
+    return _modulation.loss(
+        weight, t.q, t.log_q, t.n, _arrays.gamma_of(static.exponent, gamma, dtype)
+    )
 
 
+@partial(jax.jit, static_argnums=0)
 def _soft_primal(static, logits, labels, alpha, gamma, where):
     losses = _class_losses(static, logits, labels, alpha, gamma, where)
     return _arrays.keep(jnp.sum(losses, static.axis, keepdims=True), where)
@@ -138,13 +134,14 @@ def _soft_fwd(static, *args):
     return _soft_primal(static, *args), args
 
 
+@partial(jax.jit, static_argnums=0)
 def _soft_bwd(static, args, ct):
     logits, labels, alpha, gamma, where = args
     axis = static.axis
     p, t = _class_terms(logits, where, axis)
     dtype = t.p.dtype
     y = _arrays.keep(labels.astype(dtype), where)
-    a, g = alpha.astype(dtype), static.gamma(gamma, dtype)
+    a, g = alpha.astype(dtype), _arrays.gamma_of(static.exponent, gamma, dtype)
     # G_c = d loss/d log p_c; the chain through the softmax is G_j q_j - p_j sum_{c != j} G_c.
     steep = a * y * _modulation.log_slope(t, g)
     others = _sum_of_others(steep, _is_largest(jnp.abs(steep), axis), axis)
@@ -248,8 +245,8 @@ def softmax_focal_loss(
     _checks.shape("labels", labels, logits.shape, "a distribution over the classes, as the logits")
     per_class = [1] * logits.ndim
     per_class[static.axis] = alpha.size
-    losses = _soft_core(static, logits, labels, alpha.reshape(per_class), gamma, where)
-    return jnp.squeeze(losses, static.axis)
+    args = aligned_varying(logits, labels, alpha.reshape(per_class), gamma, where)
+    return jnp.squeeze(_soft_core(static, *args), static.axis)
 
 
 def softmax_focal_loss_with_integer_labels(
@@ -319,4 +316,5 @@ def softmax_focal_loss_with_integer_labels(
         alpha = jnp.take(alpha, labels, mode="clip")
     else:
         alpha = alpha.reshape((1,) * logits.ndim)
-    return jnp.squeeze(_int_core(static, logits, labels, alpha, gamma, where), static.axis)
+    args = aligned_varying(logits, labels, alpha, gamma, where)
+    return jnp.squeeze(_int_core(static, *args), static.axis)

@@ -23,7 +23,7 @@ def _sum(function, loss, cotangent, **options):
 @hypothesis.settings(max_examples=8)
 @hypothesis.given(data=st.data())
 def test_every_cotangent_is_autodiffs(loss, data):
-    shape = data.draw(st.sampled_from([(3,), (2, 3), (4, 3, 2), (2, 1, 3, 5)]), "shape")
+    shape = data.draw(st.sampled_from([(3,), (2, 3), (4, 3, 2), (2, 3, 2, 5)]), "shape")
     axis = data.draw(st.integers(-len(shape), len(shape) - 1), "axis")
     seed = data.draw(st.integers(0, 2**16), "seed")
     positions = loss.positions(shape, axis)
@@ -64,12 +64,13 @@ def test_finite_differences_to_second_order(loss, gamma, x64):
     args = [logits, jnp.asarray(0.3)]
     if gamma == "traced":
         args.append(jnp.asarray(1.5))
-    if loss.soft:
+    differentiable = loss.soft and loss.kind != "hard"  # no step out of [0, 1]
+    if differentiable:
         args.append(labels)
 
     def function(logits, alpha, *rest):
         exponent = rest[0] if gamma == "traced" else gamma
-        y = rest[-1] if loss.soft else labels
+        y = rest[-1] if differentiable else labels
         return loss.ours(logits, y, alpha=alpha, gamma=exponent)
 
     check_grads(jax.jit(function), args, order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
@@ -89,7 +90,7 @@ def test_hessian(loss, gamma, x64):
     want = jax.jit(jax.hessian(total(loss.reference)))(logits)
     assert_close(jax.jit(jax.hessian(total(loss.ours)))(logits), want, 1e-9)
     assert_close(jax.jit(jax.jacrev(jax.grad(total(loss.ours))))(logits), want, 1e-9)
-    tangent = jnp.ones_like(logits)
+    tangent = jnp.asarray(np.random.default_rng(4).normal(size=logits.shape))
     hvp = jax.jit(lambda z: jax.jvp(jax.grad(total(loss.ours)), (z,), (tangent,))[1])(logits)
     assert_close(hvp, jnp.einsum("abcd,cd->ab", want, tangent), 1e-9)
 

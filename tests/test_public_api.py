@@ -24,10 +24,11 @@ LOSSES = [
 FLOORS = [
     {"_version"},
     {"_checks"},
-    {"reference", "_arrays", "_varying"},
+    {"reference", "_arrays", "_varying", "_island"},
     {"_modulation"},
     {"_sigmoid", "_softmax", "_linear", "_reduction"},
-    {""},
+    {"_compare", "_modules", "training"},
+    {"linen", "nnx", ""},
 ]
 SECTIONS = ["Args:", "Returns:", "Raises:", "Differentiation:", "Example:", "References:"]
 
