@@ -32,7 +32,8 @@ def split_gamma(
     """
     if isinstance(gamma, numbers.Real):
         _checks.static_gamma(gamma)
-        return (int(gamma) if int(gamma) == gamma else float(gamma)), None
+        exponent = float(gamma)
+        return (int(exponent) if exponent.is_integer() else exponent), None
     gamma = option("gamma", gamma, dtype)
     _checks.broadcastable("gamma", gamma, losses, "the losses")
     return None, gamma
@@ -42,7 +43,10 @@ def gamma_of(
     exponent: int | float | None, dynamic: Array | None, dtype: jnp.dtype
 ) -> int | float | Array:
     """Return the gamma that `split_gamma` split, an array in the dtype of the loss."""
-    return exponent if dynamic is None else dynamic.astype(dtype)
+    if exponent is not None:
+        return exponent
+    assert dynamic is not None
+    return dynamic.astype(dtype)
 
 
 def label_weight(alpha: Array, labels: Array, classes: int, dtype: jnp.dtype) -> Array:

@@ -57,7 +57,8 @@ def _terms_jvp(primals, tangents):
 
 def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
     dtype = _arrays.compute_dtype(logits)
-    return tuple(_arrays.keep(x.astype(dtype), where) for x in (logits, labels))
+    z, y = (_arrays.keep(x.astype(dtype), where) for x in (logits, labels))
+    return z, y
 
 
 def _weight(y: Array, positive: Array, negative: Array) -> Array:
@@ -177,8 +178,8 @@ def sigmoid_focal_loss(
     _checks.real("labels", labels)
     _checks.broadcastable("labels", labels, logits.shape, "the logits")
     dtype = _arrays.compute_dtype(logits)
-    exponent, gamma = _arrays.split_gamma(gamma, logits.shape, dtype)
-    where = _arrays.mask(where, logits.shape)
+    exponent, dynamic = _arrays.split_gamma(gamma, logits.shape, dtype)
+    mask = _arrays.mask(where, logits.shape)
     if alpha is None:
         positive = negative = jnp.ones((), dtype)
     else:
@@ -186,5 +187,5 @@ def sigmoid_focal_loss(
         _checks.broadcastable("alpha", positive, logits.shape, "the losses")
         negative = 1 - positive
     align = partial(jax.tree.map, lambda x: _arrays.aligned(x, logits.shape))
-    args = aligned_varying(logits, *align((labels, positive, negative, gamma, where)))
+    args = aligned_varying(logits, *align((labels, positive, negative, dynamic, mask)))
     return _core(exponent, *args)
