@@ -232,7 +232,7 @@ def softmax_focal_loss(
       >>> from focal_jax import softmax_focal_loss
       >>> logits = jnp.array([[2.0, 0.0, -jnp.inf], [0.0, 0.0, 0.0]])
       >>> labels = jnp.array([[0.9, 0.1, 0.0], [0.0, 0.5, 0.5]])
-      >>> softmax_focal_loss(logits, labels).round(4).tolist()
+      >>> [round(x, 4) for x in softmax_focal_loss(logits, labels).tolist()]
       [0.1666, 0.4883]
 
     References:
@@ -299,7 +299,7 @@ def softmax_focal_loss_with_integer_labels(
       >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [5.0, 1.0, 0.0]])
       >>> labels = jnp.array([0, 1, -1])
       >>> losses = softmax_focal_loss_with_integer_labels(logits, labels, ignore_label=-1)
-      >>> losses.round(4).tolist()
+      >>> [round(x, 4) for x in losses.tolist()]
       [0.0109, 0.4883, 0.0]
 
     References:
