@@ -91,16 +91,15 @@ def keep(x: Array, where: Array | None) -> Array:
     return x if where is None else jnp.where(where, x, 0)
 
 
-def cotangent_of(primal: Array | None, ct: Array) -> Array | None:
-    """Return `ct` as a cotangent of `primal`: its shape, its dtype; None for integers.
+def cotangent_of(primal: Array | None, ct: Array, where: Array | None) -> Array | None:
+    """Return `ct` as a cotangent of `primal`: 0 where masked, its shape, its dtype.
 
-    JAX takes a cotangent of another dtype without a word and fails far away.
+    None for integers. JAX takes a cotangent of another dtype without a word and fails far
+    away.
     """
     if primal is None or not jnp.issubdtype(primal.dtype, jnp.floating):
         return None
+    ct = keep(ct, where)
     repeated = tuple(i for i, n in enumerate(primal.shape) if n == 1 and ct.shape[i] != 1)
-    return (
-        jnp.sum(ct, axis=repeated, keepdims=True).astype(primal.dtype)
-        if repeated
-        else ct.astype(primal.dtype)
-    )
+    total = jnp.sum(ct, axis=repeated, keepdims=True) if repeated else ct
+    return total.astype(primal.dtype)

@@ -136,9 +136,7 @@ def _bwd(static, residuals, ct):
     totals = jnp.zeros_like(features, t.p.dtype), *jax.tree.map(jnp.zeros_like, (kernel, bias))
     (by_features, *by_parameters), _ = lax.scan(step, totals, _starts(static, kernel))
 
-    def cotangent(primal, value):
-        return _arrays.cotangent_of(primal, _arrays.keep(value, where))
-
+    cotangent = partial(_arrays.cotangent_of, where=where)
     return (
         cotangent(features, by_features),
         *by_parameters,

@@ -103,7 +103,7 @@ def _bwd(exponent, residuals, ct):
     dz = jnp.where(jnp.isnan(losses), jnp.nan, dz)
 
     def cotangent(primal, value):
-        return _arrays.cotangent_of(primal, _arrays.keep(ct * value, where))
+        return _arrays.cotangent_of(primal, ct * value, where)
 
     return (
         cotangent(logits, dz),

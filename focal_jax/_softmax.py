@@ -76,9 +76,7 @@ def _int_bwd(static, args, ct):
     own = ct * weight * _modulation.slope(t, g)
     unweighted = ct * (_modulation.power(t.q, t.log_q, g) * _modulation.bounded(t.n))
 
-    def cotangent(primal, value):
-        return _arrays.cotangent_of(primal, _arrays.keep(value, where))
-
+    cotangent = partial(_arrays.cotangent_of, where=where)
     return (
         cotangent(logits, jnp.where(true, -own, other * others)),
         None,
@@ -115,18 +113,13 @@ def _class_terms(logits: Array, where: Array | None, axis: int):
     return exp / jnp.sum(exp, axis, keepdims=True), t
 
 
-def _class_losses(static, logits, labels, alpha, gamma, where):
+@partial(jax.jit, static_argnums=0)
+def _soft_primal(static, logits, labels, alpha, gamma, where):
     _, t = _class_terms(logits, where, static.axis)
     dtype = t.p.dtype
     weight = alpha.astype(dtype) * _arrays.keep(labels.astype(dtype), where)
-    return _modulation.loss(
-        weight, t.q, t.log_q, t.n, _arrays.gamma_of(static.exponent, gamma, dtype)
-    )
-
-
-@partial(jax.jit, static_argnums=0)
-def _soft_primal(static, logits, labels, alpha, gamma, where):
-    losses = _class_losses(static, logits, labels, alpha, gamma, where)
+    g = _arrays.gamma_of(static.exponent, gamma, dtype)
+    losses = _modulation.loss(weight, t.q, t.log_q, t.n, g)
     return _arrays.keep(jnp.sum(losses, static.axis, keepdims=True), where)
 
 
@@ -147,9 +140,7 @@ def _soft_bwd(static, args, ct):
     others = _sum_of_others(steep, _is_largest(jnp.abs(steep), axis), axis)
     unweighted = ct * (_modulation.power(t.q, t.log_q, g) * _modulation.bounded(t.n))
 
-    def cotangent(primal, value):
-        return _arrays.cotangent_of(primal, _arrays.keep(value, where))
-
+    cotangent = partial(_arrays.cotangent_of, where=where)
     return (
         cotangent(logits, ct * (p * others - t.q * steep)),
         cotangent(labels, a * unweighted),
