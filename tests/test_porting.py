@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from pages import code_blocks
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "porting.md").read_text()
-IMPORTS = re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL)[1]
+(IMPORTS,) = code_blocks(GUIDE)
 ROWS = [
     (theirs.strip(), ours)
     for theirs, ours in re.findall(r"^\| (?!---)(.*?) \| `(.*)` \|$", GUIDE, re.MULTILINE)

@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 
 import jax
+from pages import code_blocks
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_code_blocks():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = code_blocks(README.read_text())
     assert len(blocks) >= 3
     namespace = {}
     # As a reader runs them: without this suite's strict promotion.
