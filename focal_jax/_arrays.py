@@ -1,6 +1,7 @@
 """What every head does to its arrays before and after the mathematics."""
 
 import numbers
+import operator
 
 import jax.numpy as jnp
 from jax import Array
@@ -49,11 +50,6 @@ def gamma_of(
     return dynamic.astype(dtype)
 
 
-def label_weight(alpha: Array, labels: Array, classes: int, dtype: jnp.dtype) -> Array:
-    """Return `alpha`, and NaN at an impossible label: loud, and never another class."""
-    return jnp.where((labels >= 0) & (labels < classes), alpha.astype(dtype), jnp.nan)
-
-
 def int32_labels(labels: ArrayLike, losses: tuple[int, ...]) -> Array:
     """Return integer labels checked, as int32: compared in a narrow dtype they would wrap.
 
@@ -64,6 +60,14 @@ def int32_labels(labels: ArrayLike, losses: tuple[int, ...]) -> Array:
     _checks.shape("labels", labels, losses, "the logits' without the class axis")
     own, wanted = jnp.iinfo(labels.dtype), jnp.iinfo(jnp.int32)
     return labels.clip(max(own.min, wanted.min), min(own.max, wanted.max)).astype(jnp.int32)
+
+
+def not_ignored(labels: Array, ignore_label: int | None, where: Array | None) -> Array | None:
+    """Return the mask `where` without the positions that have the label to ignore."""
+    if ignore_label is None:
+        return where
+    counts = labels != operator.index(ignore_label)
+    return counts if where is None else counts & where
 
 
 def mask(where: ArrayLike | None, losses: tuple[int, ...]) -> Array | None:

@@ -1,7 +1,6 @@
 """Softmax focal loss of a linear layer, whose logits are never held."""
 
 import numbers
-import operator
 from functools import partial
 from typing import NamedTuple
 
@@ -10,22 +9,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks, _modulation
+from focal_jax import _arrays, _checks, _position
 from focal_jax._varying import aligned_varying
-
-
-class _Static(NamedTuple):
-    """What the compiler may know: the classes of a step, and gamma if a Python number."""
-
-    chunk: int
-    exponent: int | float | None
 
 
 class _Sums(NamedTuple):
     """What the loss needs to know of all the logits of a position."""
 
     top: Array  # the largest logit, held constant
-    true: Array  # the true class's logit less top; 0 for an impossible label
+    true: Array  # the true class's logit; 0 for an impossible label
     rest: Array  # sum over the other classes of exp(logit - top)
 
 
@@ -39,8 +31,8 @@ class _Chunk(NamedTuple):
     true: Array  # where that is
 
 
-def _starts(static: _Static, kernel: Array) -> Array:
-    return jnp.arange(0, kernel.shape[1], static.chunk, dtype=jnp.int32)
+def _starts(size: int, kernel: Array) -> Array:
+    return jnp.arange(0, kernel.shape[1], size, dtype=jnp.int32)
 
 
 def _product(features: Array, kernel: Array) -> Array:
@@ -49,29 +41,29 @@ def _product(features: Array, kernel: Array) -> Array:
     return jnp.matmul(features, kernel.astype(features.dtype), preferred_element_type=wide)
 
 
-def _chunk(static, features, kernel, bias, labels, first) -> _Chunk:
+def _chunk(size, features, kernel, bias, labels, first) -> _Chunk:
     """Return the chunk of the classes from `first` on.
 
     The last chunk is as wide as the others and so begins before `first`: classes that
     another chunk has are -inf in it, and true nowhere.
     """
-    start = jnp.minimum(first, kernel.shape[1] - static.chunk)
-    cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=static.chunk, axis=-1)
+    start = jnp.minimum(first, kernel.shape[1] - size)
+    cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=-1)
     kernel = cut(kernel)
     logits = _product(features, kernel)
-    within = jnp.arange(static.chunk, dtype=jnp.int32)
+    within = jnp.arange(size, dtype=jnp.int32)
     shift = jnp.zeros((), logits.dtype) if bias is None else cut(bias).astype(logits.dtype)
     shift = jnp.where(start + within >= first, shift, -jnp.inf)
-    place = jnp.where((labels >= first) & (labels < start + static.chunk), labels - start, -1)
+    place = jnp.where((labels >= first) & (labels < start + size), labels - start, -1)
     shift, within = (_arrays.aligned(x, logits.shape) for x in (shift, within))
     return _Chunk(start, kernel, logits + shift, place, within == place)
 
 
-def _sums(static, features, kernel, bias, labels) -> _Sums:
+def _sums(size, features, kernel, bias, labels) -> _Sums:
     # Recomputed, not kept, should this be differentiated in its turn; and so below.
     @partial(jax.checkpoint, prevent_cse=False)
     def step(sums, first):
-        _, _, z, place, true = _chunk(static, features, kernel, bias, labels, first)
+        _, _, z, place, true = _chunk(size, features, kernel, bias, labels, first)
         top = jnp.maximum(sums.top, lax.stop_gradient(jnp.max(z, -1, keepdims=True)))
         others = jnp.where(true, 0, jnp.exp(z - top))
         picked = jnp.take_along_axis(z, jnp.maximum(place, 0), -1)
@@ -85,42 +77,31 @@ def _sums(static, features, kernel, bias, labels) -> _Sums:
     zero = jnp.zeros_like(labels, _arrays.compute_dtype(features))
     # The least top is finite, for where no class is left: -inf less -inf would be NaN.
     start = _Sums(jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero, zero)
-    sums, _ = lax.scan(step, start, _starts(static, kernel))
-    return sums._replace(true=sums.true - sums.top)
+    sums, _ = lax.scan(step, start, _starts(size, kernel))
+    return sums
 
 
-def _primal(static, *args):
-    return _fwd(static, *args)[0]
-
-
-@partial(jax.jit, static_argnums=0)
-def _fwd(static, *args):
-    features, kernel, bias, labels, alpha, gamma, where = args
-    sums = _sums(static, _arrays.keep(features, where), kernel, bias, labels)
-    t = _modulation.softmax_terms(sums.true, sums.rest)
-    weight = _arrays.label_weight(alpha, labels, kernel.shape[1], t.p.dtype)
-    losses = _modulation.loss(
-        weight, t.q, t.log_q, t.n, _arrays.gamma_of(static.exponent, gamma, t.p.dtype)
-    )
-    return _arrays.keep(losses, where), (args, sums)
+def _primal(size, *args):
+    return _fwd(size, *args)[0]
 
 
 @partial(jax.jit, static_argnums=0)
-def _bwd(static, residuals, ct):
-    (features, kernel, bias, labels, alpha, gamma, where), (top, margin, rest) = residuals
-    t = _modulation.softmax_terms(margin, rest)
-    weight = _arrays.label_weight(alpha, labels, kernel.shape[1], t.p.dtype)
-    g = _arrays.gamma_of(static.exponent, gamma, t.p.dtype)
-    # As for logits that are given: times p_j for the others, times -q for the true class.
-    other = ct * weight * _modulation.log_slope(t, g) / (jnp.exp(margin) + rest)
-    own = ct * weight * _modulation.slope(t, g)
-    unweighted = ct * (_modulation.power(t.q, t.log_q, g) * _modulation.bounded(t.n))
+def _fwd(size, *args):
+    features, kernel, bias, labels, where = args
+    sums = _sums(size, _arrays.keep(features, where), kernel, bias, labels)
+    return (sums.true - sums.top, sums.rest), (args, sums.top)
+
+
+@partial(jax.jit, static_argnums=0)
+def _bwd(size, residuals, cts):
+    (features, kernel, bias, labels, where), top = residuals
+    of_true, of_rest = cts
     kept = _arrays.keep(features, where)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def of_chunk(first):
-        start, w, z, _, true = _chunk(static, kept, kernel, bias, labels, first)
-        slope = _arrays.keep(jnp.where(true, -own, other * jnp.exp(z - top)), where)
+        start, w, z, _, true = _chunk(size, kept, kernel, bias, labels, first)
+        slope = _arrays.keep(jnp.where(true, of_true, of_rest * jnp.exp(z - top)), where)
         _, transpose = jax.vjp(partial(_product, kept), w)
         return start, _product(slope, w.T), *transpose(slope), slope
 
@@ -133,18 +114,9 @@ def _bwd(static, residuals, ct):
             by_bias = _add_at(by_bias, start, jnp.sum(slope, range(slope.ndim - 1)))
         return (by_features, by_kernel, by_bias), None
 
-    totals = jnp.zeros_like(features, t.p.dtype), *jax.tree.map(jnp.zeros_like, (kernel, bias))
-    (by_features, *by_parameters), _ = lax.scan(step, totals, _starts(static, kernel))
-
-    cotangent = partial(_arrays.cotangent_of, where=where)
-    return (
-        cotangent(features, by_features),
-        *by_parameters,
-        None,
-        cotangent(alpha, unweighted),
-        cotangent(gamma, weight * unweighted * t.log_q),
-        None,
-    )
+    totals = jnp.zeros_like(features, top.dtype), *jax.tree.map(jnp.zeros_like, (kernel, bias))
+    (by_features, *by_parameters), _ = lax.scan(step, totals, _starts(size, kernel))
+    return _arrays.cotangent_of(features, by_features, where), *by_parameters, None, None
 
 
 def _add_at(total: Array, start: Array, part: Array) -> Array:
@@ -264,17 +236,15 @@ def linear_softmax_focal_loss_with_integer_labels(
         bias = jnp.asarray(bias)
         _checks.floating("bias", bias)
         _checks.shape("bias", bias, (classes,), "one number per class")
-    labels = _arrays.int32_labels(labels, losses)
+    index = _arrays.int32_labels(labels, losses)
     dtype = _arrays.compute_dtype(features)
     exponent, dynamic = _arrays.split_gamma(gamma, losses, dtype)
     mask = _arrays.mask(where, losses)
     alpha = _arrays.option("alpha", 1.0 if alpha is None else alpha, dtype)
     _checks.class_weights(alpha, classes)
-    align = partial(jax.tree.map, lambda x: _arrays.aligned(x, losses, len(losses)))
-    labels, dynamic, mask = align((labels, dynamic, mask))
-    if ignore_label is not None:
-        counts = labels != operator.index(ignore_label)
-        mask = counts if mask is None else counts & mask
-    alpha = jnp.take(alpha, labels, mode="clip") if alpha.ndim else align(alpha)
-    args = aligned_varying(features, kernel, bias, labels, alpha, dynamic, mask)
-    return jnp.squeeze(_core(_Static(chunk, exponent), *args), -1)
+    align = partial(_arrays.aligned, losses=losses, axis=len(losses))
+    index, dynamic, mask = jax.tree.map(align, (index, dynamic, mask))
+    mask = _arrays.not_ignored(index, ignore_label, mask)
+    true, rest = _core(chunk, *aligned_varying(features, kernel, bias, index, mask))
+    weight = _position.label_weight(alpha.astype(true.dtype), index, classes)
+    return jnp.squeeze(_position.losses(exponent, true, rest, weight, dynamic, mask), -1)

@@ -161,3 +161,8 @@ def slope(t: Terms, gamma: int | float | Array) -> Array:
 def log_slope(t: Terms, gamma: int | float | Array) -> Array:
     """Return `-d(q**gamma * n)/d(log p)`, free of the pole that `1/q` seems to have."""
     return power(t.q, t.log_q, gamma) * (1 + gamma * (t.p * bounded(t.ratio)))
+
+
+def unweighted(t: Terms, gamma: int | float | Array) -> Array:
+    """Return `q**gamma * n`, made finite for products with a cotangent of 0."""
+    return power(t.q, t.log_q, gamma) * bounded(t.n)

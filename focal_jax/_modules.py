@@ -1,7 +1,6 @@
 """The options and the call that the linen and the nnx modules share; no Flax in here."""
 
 import dataclasses
-import operator
 from typing import Any
 
 import jax.core
@@ -37,8 +36,8 @@ def _positions(where: ArrayLike | None, labels: ArrayLike, ignore_label: int | N
     if ignore_label is None:
         return where
     labels = jnp.asarray(labels)
-    counts = _arrays.int32_labels(labels, labels.shape) != operator.index(ignore_label)
-    return counts if where is None else counts & _arrays.aligned(jnp.asarray(where), counts.shape)
+    mask = None if where is None else _arrays.aligned(jnp.asarray(where), labels.shape)
+    return _arrays.not_ignored(_arrays.int32_labels(labels, labels.shape), ignore_label, mask)
 
 
 # The identity stays an nnx module's hash, the fields become a linen module's; each

@@ -1,6 +1,5 @@
 """Softmax focal losses: integer labels, and a distribution over the classes."""
 
-import operator
 from functools import partial
 from typing import NamedTuple
 
@@ -9,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks, _modulation
-from focal_jax._varying import aligned_varying
+from focal_jax import _arrays, _checks, _modulation, _position
+from focal_jax._island import island
+from focal_jax._varying import aligned_varying, not_varying
 
 
 class _Static(NamedTuple):
@@ -20,12 +20,13 @@ class _Static(NamedTuple):
     exponent: int | float | None
 
 
-def _classes(logits: Array, axis: int) -> Array:
-    return lax.broadcasted_iota(jnp.int32, logits.shape, axis)
+def _is_class(place: Array, z: Array, axis: int) -> Array:
+    """Return, of the shape of `z`, where the class is the one that `place` says."""
+    return lax.broadcasted_iota(place.dtype, z.shape, axis) == place
 
 
 def _is_largest(z: Array, axis: int) -> Array:
-    return _classes(z, axis) == jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
+    return _is_class(jnp.argmax(z, axis, keepdims=True).astype(jnp.int32), z, axis)
 
 
 def _masked(logits: Array, where: Array | None, axis: int) -> tuple[Array, Array]:
@@ -39,55 +40,83 @@ def _masked(logits: Array, where: Array | None, axis: int) -> tuple[Array, Array
 # ---------------------------------------------------------------- integer labels
 
 
-def _terms(logits: Array, labels: Array, where: Array | None, axis: int):
-    """Return a mask of the true class, exp(logit) of the others, their sum, the true logit."""
-    z, top = _masked(logits, where, axis)
-    true = _classes(logits, axis) == labels
-    # Two users, the sum here and the gradient: written out once, in the gradient's place.
-    others = jnp.where(true, 0, jnp.exp(z - top))
-    rest = jnp.sum(others, axis, keepdims=True)
-    return true, others, rest, jnp.take_along_axis(z, labels, axis) - top
+def _true_logit(z: Array, place: Array, axis: int) -> Array:
+    """Return the true class's logit, or 0 where the true class is not one of these."""
+    if jax.typeof(z).sharding.spec[axis] is None:
+        return jnp.take_along_axis(z, place, axis, mode="fill", fill_value=0)
+    # The classes are spread over an explicit mesh axis, which no gather reaches across.
+    return jnp.sum(jnp.where(_is_class(place, z, axis), z, 0), axis, keepdims=True)
 
 
-def _int_primal(static, logits, labels, alpha, gamma, where):
-    return _int_fwd(static, logits, labels, alpha, gamma, where)[0]
+def _others(axis, logits, place, top, where):
+    """Return exp(logit - top) of every class, 0 for the true one."""
+    z = _arrays.keep(logits.astype(top.dtype), where)
+    return jnp.where(_is_class(place, z, axis), 0, jnp.exp(z - top))
 
 
-@partial(jax.jit, static_argnums=0)
-def _int_fwd(static, logits, labels, alpha, gamma, where):
-    _, _, rest, margin = _terms(logits, labels, where, static.axis)
-    t = _modulation.softmax_terms(margin, rest)
-    weight = _arrays.label_weight(alpha, labels, logits.shape[static.axis], t.p.dtype)
-    g = _arrays.gamma_of(static.exponent, gamma, t.p.dtype)
-    losses = _modulation.loss(weight, t.q, t.log_q, t.n, g)
-    return _arrays.keep(losses, where), (logits, labels, alpha, gamma, where)
+def _sums(others, axis, logits, place, top, where):
+    z = _arrays.keep(logits.astype(top.dtype), where)
+    rest = jnp.sum(others(axis, logits, place, top, where), axis, keepdims=True)
+    return _true_logit(z, place, axis), rest
 
 
 @partial(jax.jit, static_argnums=0)
-def _int_bwd(static, args, ct):
-    logits, labels, alpha, gamma, where = args
-    true, others, rest, margin = _terms(logits, labels, where, static.axis)
-    t = _modulation.softmax_terms(margin, rest)
-    weight = _arrays.label_weight(alpha, labels, logits.shape[static.axis], t.p.dtype)
-    g = _arrays.gamma_of(static.exponent, gamma, t.p.dtype)
-    # d loss/d log p through the softmax: times p_j for the others; for the true class times
-    # -q, where the division by q that is in the one slope is not done at all.
-    other = ct * weight * _modulation.log_slope(t, g) / (jnp.exp(margin) + rest)
-    own = ct * weight * _modulation.slope(t, g)
-    unweighted = ct * (_modulation.power(t.q, t.log_q, g) * _modulation.bounded(t.n))
-
-    cotangent = partial(_arrays.cotangent_of, where=where)
-    return (
-        cotangent(logits, jnp.where(true, -own, other * others)),
-        None,
-        cotangent(alpha, unweighted),
-        cotangent(gamma, weight * unweighted * t.log_q),
-        None,
-    )
+def _sums_primal(axis, *args):
+    # Without a gradient that has use for them, nothing should be written out. XLA's CPU
+    # backend reduces the last axis in one pass, if the mask is arithmetic and no select.
+    return _sums(_masked_by_product if axis == args[0].ndim - 1 else _apart, axis, *args)
 
 
-_int_core = jax.custom_vjp(_int_primal, nondiff_argnums=(0,))
-_int_core.defvjp(_int_fwd, _int_bwd)
+def _masked_by_product(axis, logits, place, top, where):
+    z = _arrays.keep(logits.astype(top.dtype), where)
+    away = lax.broadcasted_iota(z.dtype, z.shape, axis) - place.astype(z.dtype)
+    return jnp.exp(z - top) * jnp.minimum(away * away, 1)
+
+
+def _apart(axis, *args):
+    return island(partial(_others, axis), *args)
+
+
+@partial(jax.jit, static_argnums=0)
+def _sums_fwd(axis, *args):
+    # Two users, this sum and the gradient: written out once, in the gradient's place.
+    return _sums(_others, axis, *args), args
+
+
+@partial(jax.jit, static_argnums=0)
+def _sums_bwd(axis, args, cts):
+    logits, place, *_ = args
+    of_true, of_rest = cts
+    ct = jnp.where(_is_class(place, logits, axis), of_true, of_rest * _others(axis, *args))
+    return ct.astype(logits.dtype), None, None, None
+
+
+_sums_core = jax.custom_vjp(_sums_primal, nondiff_argnums=(0,))
+_sums_core.defvjp(_sums_fwd, _sums_bwd)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _int_losses(static, class_axis_name, logits, labels, alpha, gamma, where):
+    """Return the losses, with a class axis of one.
+
+    With `class_axis_name` the logits are a slice of the classes. The largest logit and the
+    two sums then meet those of the other slices: out here, where JAX transposes the
+    collectives rightly in every mode of `shard_map`, and a number a position each.
+    """
+    axis, exponent = static
+    _, top = _masked(logits, where, axis)
+    first, classes = 0, logits.shape[axis]
+    if class_axis_name is not None:
+        top = lax.pmax(top, class_axis_name)
+        first = classes * lax.axis_index(class_axis_name)
+        classes *= lax.axis_size(class_axis_name)
+    # A label that is not one of these classes is one beyond them: -1 would be the last.
+    place = jnp.where(labels >= first, labels - first, logits.shape[axis])
+    true, rest = _sums_core(axis, *aligned_varying(logits, place, top, where))
+    if class_axis_name is not None:
+        true, rest = lax.psum((true, rest), class_axis_name)
+    weight = _position.label_weight(alpha.astype(top.dtype), labels, classes)
+    return _position.losses(exponent, true - top, rest, weight, gamma, where)
 
 
 # ---------------------------------------------------------------- a distribution
@@ -138,7 +167,7 @@ def _soft_bwd(static, args, ct):
     # G_c = d loss/d log p_c; the chain through the softmax is G_j q_j - p_j sum_{c != j} G_c.
     steep = a * y * _modulation.log_slope(t, g)
     others = _sum_of_others(steep, _is_largest(jnp.abs(steep), axis), axis)
-    unweighted = ct * (_modulation.power(t.q, t.log_q, g) * _modulation.bounded(t.n))
+    unweighted = ct * _modulation.unweighted(t, g)
 
     cotangent = partial(_arrays.cotangent_of, where=where)
     return (
@@ -157,7 +186,7 @@ _soft_core.defvjp(_soft_fwd, _soft_bwd)
 # ---------------------------------------------------------------- public functions
 
 
-def _checked(logits, alpha, gamma, axis, where):
+def _checked(logits, alpha, gamma, axis, where, slices=1):
     """Check what both heads share; return logits, losses' shape, statics and arrays."""
     logits = jnp.asarray(logits)
     _checks.floating("logits", logits)
@@ -167,7 +196,7 @@ def _checked(logits, alpha, gamma, axis, where):
     exponent, gamma = _arrays.split_gamma(gamma, losses, dtype)
     where = _arrays.mask(where, losses)
     alpha = _arrays.option("alpha", 1.0 if alpha is None else alpha, dtype)
-    _checks.class_weights(alpha, logits.shape[axis])
+    _checks.class_weights(alpha, slices * logits.shape[axis])
     align = partial(jax.tree.map, lambda x: _arrays.aligned(x, losses, axis))
     gamma, where = align((gamma, where))
     return logits, losses, _Static(axis, exponent), alpha, gamma, where
@@ -249,6 +278,7 @@ def softmax_focal_loss_with_integer_labels(
     axis: int = -1,
     ignore_label: int | None = None,
     where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     r"""Compute the focal loss of a softmax against one class index per position.
 
@@ -269,6 +299,12 @@ def softmax_focal_loss_with_integer_labels(
       ignore_label: positions with this label have loss 0 and gradient 0, whatever their
         logits hold.
       where: bool, broadcasts to the losses: likewise where it is False.
+      class_axis_name: one name or several of mapped axes (`shard_map`, `pmap`, `vmap`)
+        that the classes are spread over: the logits then hold this device's slice of them,
+        all slices equally long and in the order of the devices. Labels count through all
+        the classes and alpha has a weight for each; they, gamma and `where` are the same
+        on every device of these axes, and so are the losses. What the devices exchange is
+        three numbers a position, and one more for the gradient.
 
     Returns:
       The losses, of the labels' shape, not reduced. float32 for 16-bit logits (which are
@@ -278,11 +314,16 @@ def softmax_focal_loss_with_integer_labels(
       ValueError: for logits that are not floating, labels that are not integers or have
         another shape, an axis out of range, an alpha of the wrong length, a gamma or
         `where` that does not broadcast to the losses, a `where` that is not bool, a
-        negative Python `gamma`.
+        negative Python `gamma`; for arguments that vary over `class_axis_name` and should
+        not, where `shard_map` keeps account of that (`check_vma=True`).
+      NameError: for a `class_axis_name` that is not bound here.
 
     Differentiation: reverse mode in logits, alpha and gamma, any number of times, and
       forward over reverse. Forward mode alone is refused by `jax.custom_vjp`;
-      `focal_jax.reference.softmax_focal_loss_with_integer_labels` has it.
+      `focal_jax.reference.softmax_focal_loss_with_integer_labels` has it. A gradient taken
+      inside `pmap`, or inside `shard_map` with `check_vma=False`, is that of the sum of
+      what all the devices return, as JAX has it for every collective: with
+      `class_axis_name`, divide it by the number of slices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -297,15 +338,16 @@ def softmax_focal_loss_with_integer_labels(
       Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
       Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
-    logits, losses, static, alpha, gamma, where = _checked(logits, alpha, gamma, axis, where)
-    labels = _arrays.int32_labels(labels, losses)
-    if ignore_label is not None:
-        counts = jnp.expand_dims(labels != operator.index(ignore_label), static.axis)
-        where = counts if where is None else counts & where
-    labels = jnp.expand_dims(labels, static.axis)
-    if alpha.ndim:
-        alpha = jnp.take(alpha, labels, mode="clip")
-    else:
-        alpha = alpha.reshape((1,) * logits.ndim)
-    args = aligned_varying(logits, labels, alpha, gamma, where)
-    return jnp.squeeze(_int_core(static, *args), static.axis)
+    slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
+    logits, losses, static, alpha, dynamic, mask = _checked(
+        logits, alpha, gamma, axis, where, slices
+    )
+    index = _arrays.int32_labels(labels, losses)
+    if class_axis_name is not None:
+        same = {"labels": index, "alpha": alpha, "gamma": dynamic, "where": mask}
+        for name, x in same.items():
+            not_varying(name, x, class_axis_name)
+    index = jnp.expand_dims(index, static.axis)
+    mask = _arrays.not_ignored(index, ignore_label, mask)
+    losses = _int_losses(static, class_axis_name, logits, index, alpha, dynamic, mask)
+    return jnp.squeeze(losses, static.axis)

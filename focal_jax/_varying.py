@@ -5,6 +5,8 @@ from typing import Any
 import jax
 from jax import lax
 
+from focal_jax import _checks
+
 
 def _varying(x: Any) -> frozenset[Any]:
     """Return the mapped axes that `x` varies over, as its type has them."""
@@ -28,3 +30,14 @@ def aligned_varying(*arrays: Any) -> Any:
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, arrays)
+
+
+def not_varying(name: str, x: Any, axis_name: str | tuple[str, ...]) -> None:
+    """Check that `x` is the same over a mapped axis, as far as JAX keeps account of it."""
+    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    varied = set[Any]().union(*map(_varying, jax.tree.leaves(x))) & names
+    if varied:
+        raise _checks.InputError(
+            f"{name}: got values that vary over {sorted(varied)}, wanted the same on every "
+            "device that has a slice of the classes"
+        )

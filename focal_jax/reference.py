@@ -136,6 +136,7 @@ def softmax_focal_loss_with_integer_labels(
     axis: int = -1,
     ignore_label: int | None = None,
     where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """Compute `focal_jax.softmax_focal_loss_with_integer_labels` from its formula.
 
@@ -146,22 +147,40 @@ def softmax_focal_loss_with_integer_labels(
     """
     z = _float("logits", logits)
     axis = _checks.axis(axis, z.ndim)
-    classes = z.shape[axis]
+    slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
+    classes = slices * z.shape[axis]
     shape = z.shape[:axis] + z.shape[axis + 1 :]
     labels, where = _indices(labels, ignore_label, where, shape)
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
 
     known = (labels >= 0) & (labels < classes)
     index = jnp.where(known, labels, 0).astype(jnp.int32)
-    log_p = jnp.take_along_axis(
-        jax.nn.log_softmax(z, axis), jnp.expand_dims(index, axis), axis
-    ).squeeze(axis)
+    pick = _picked_log_softmax if class_axis_name is None else _picked_from_slices(class_axis_name)
+    log_p = pick(z, jnp.expand_dims(index, axis), axis).squeeze(axis)
     losses = _modulation(1 - jnp.exp(log_p), gamma, shape) * -log_p
     if alpha is not None:
         weights = jnp.asarray(alpha, z.dtype)
         _checks.class_weights(weights, classes)
         losses = (weights[index] if weights.ndim else weights) * losses
     return jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
+
+
+def _picked_log_softmax(z: Array, index: Array, axis: int) -> Array:
+    return jnp.take_along_axis(jax.nn.log_softmax(z, axis), index, axis)
+
+
+def _picked_from_slices(name: str | tuple[str, ...]):
+    """Return the same for logits that are a slice of the classes of a mapped axis."""
+
+    def pick(z: Array, index: Array, axis: int) -> Array:
+        top = lax.pmax(lax.stop_gradient(jnp.max(z, axis, keepdims=True)), name)
+        total = lax.psum(jnp.sum(jnp.exp(z - top), axis, keepdims=True), name)
+        place = lax.broadcasted_iota(jnp.int32, z.shape, axis)
+        true = place + z.shape[axis] * lax.axis_index(name) == index
+        own = lax.psum(jnp.sum(jnp.where(true, z, 0), axis, keepdims=True), name)
+        return own - top - jnp.log(total)
+
+    return pick
 
 
 def linear_softmax_focal_loss_with_integer_labels(

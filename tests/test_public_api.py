@@ -26,6 +26,7 @@ FLOORS = [
     {"_checks"},
     {"reference", "_arrays", "_varying", "_island"},
     {"_modulation"},
+    {"_position"},
     {"_sigmoid", "_softmax", "_linear", "_reduction"},
     {"_compare", "_modules", "training"},
     {"linen", "nnx", ""},

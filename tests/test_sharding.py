@@ -1,6 +1,7 @@
 """The same numbers on one device and on several."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ import focal_jax
 SHAPE = (16, 8, 4)
 
 
-def _mesh(kind=jax.sharding.AxisType.Auto):
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+def _mesh(kind=jax.sharding.AxisType.Auto, shape=(4, 2)):
+    names = ("data", "model", "other")[: len(shape)]
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
 
 
 def _inputs(loss):
@@ -91,12 +93,202 @@ def test_jit_over_a_mesh_gathers_nothing(loss, spec):
     assert got[1][0].sharding.is_equivalent_to(sharding, 3)
 
 
-def test_an_explicit_mesh():
-    logits, labels, alpha, gamma = _inputs(INTEGER)
+EXPLICIT_SPECS = [P("data"), P(None, "data"), P("data", "model"), P("data", None, "model")]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=ids)
+@pytest.mark.parametrize("spec", EXPLICIT_SPECS, ids=["batch", "space", "both", "classes"])
+def test_an_explicit_mesh(loss, spec):
+    logits, labels, alpha, gamma = _inputs(loss)
+    if loss.softmax:
+        alpha = jnp.linspace(0.1, 1, SHAPE[-1])
     mesh = _mesh(jax.sharding.AxisType.Explicit)
-    want = jax.jit(jax.value_and_grad(_reduced(INTEGER)))(logits, labels, alpha, gamma)
+    function = jax.jit(jax.value_and_grad(_reduced(loss), _wrt(loss)))
+    want = function(logits, labels, alpha, gamma)
     with jax.set_mesh(mesh):
-        sharded = jax.device_put((logits, labels), NamedSharding(mesh, P("data", "model")))
-        got = jax.jit(jax.value_and_grad(_reduced(INTEGER)))(*sharded, alpha, gamma)
-        assert jax.typeof(got[1]).sharding.spec == P("data", "model", None)
+        logits = jax.device_put(logits, NamedSharding(mesh, spec))
+        labels = jax.device_put(labels, NamedSharding(mesh, P(*spec[: labels.ndim])))
+        got = function(logits, labels, alpha, gamma)
+        assert jax.typeof(got[1][0]).sharding.spec == jax.typeof(logits).sharding.spec
     assert_close(jax.tree.map(np.asarray, got), want, 1e-5)
+
+
+# ------------------------------------------------------------------- class parallel
+
+CLASSES = 12
+# Each slice has some; one is ignored, and two are no classes.
+LABELS = np.array([[0, 1, 3, 4, 6, 7, 9, 11], [2, 5, 8, 10, 12, -1, 99, 0]], np.int32)
+
+
+def _class_inputs():
+    rng = np.random.default_rng(7)
+    logits = (5 * rng.normal(size=(*LABELS.shape, CLASSES))).astype(np.float32)
+    logits[0, 1, 3:9] = -np.inf  # some devices have no class left for this position
+    alpha = rng.random(CLASSES).astype(np.float32)
+    return jnp.asarray(logits), jnp.asarray(LABELS), jnp.asarray(alpha), jnp.float32(1.5)
+
+
+def _mean(axis_name=None, class_axis_name=None, axis=-1):
+    def mean(logits, labels, alpha, gamma):
+        losses = INTEGER.eager(
+            logits,
+            labels,
+            alpha=alpha,
+            gamma=gamma,
+            axis=axis,
+            ignore_label=99,
+            class_axis_name=class_axis_name,
+        )
+        counts = (labels >= 0) & (labels < CLASSES)
+        total = focal_jax.reduce_loss(losses, where=counts, axis_name=axis_name)
+        return total if axis_name is None else lax.pmean(total, axis_name)
+
+    return mean
+
+
+@pytest.mark.parametrize("names", ["model", ("model", "other")], ids=["one_axis", "two_axes"])
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_classes_spread_over_devices(inside, check_vma, names):
+    args, wrt = _class_inputs(), (0, 2, 3)
+    mesh = _mesh(shape=(2, 4) if names == "model" else (2, 2, 2))
+    spread = _mean("data", names)
+
+    def local(*args):
+        value, (by_logits, *others) = jax.value_and_grad(spread, wrt)(*args)
+        if not check_vma:
+            # JAX's convention there: a gradient of the sum of what all devices return.
+            by_logits, others = by_logits / mesh.size, lax.pmean(others, mesh.axis_names)
+        return value, (by_logits, *others)
+
+    specs = P("data", None, names), P("data"), P(), P()
+    mapped = jax.shard_map(
+        local if inside else spread,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(P(), (specs[0], P(), P())) if inside else P(),
+        check_vma=check_vma,
+    )
+    got = jax.jit(mapped if inside else jax.value_and_grad(mapped, wrt))(*args)
+    assert_close(got, jax.jit(jax.value_and_grad(_mean(), wrt))(*args), 1e-5)
+
+
+def test_classes_spread_over_devices_by_pmap_and_vmap():
+    logits, labels, alpha, gamma = _class_inputs()
+    slices = jnp.stack(jnp.split(logits, 4, -1))
+    want = INTEGER.ours(logits, labels, alpha=alpha, gamma=gamma)
+    for mapped in (jax.pmap, jax.vmap):
+        losses = mapped(
+            lambda z: INTEGER.eager(z, labels, alpha=alpha, gamma=gamma, class_axis_name="model"),
+            axis_name="model",
+        )(slices)
+        for of_device in losses:
+            assert_close(of_device, want, 1e-6)
+            assert np.isnan(of_device[1, 4:7]).all()
+
+
+def test_classes_spread_along_any_axis():
+    logits, *others = _class_inputs()
+    moved = jnp.moveaxis(logits, -1, 0)
+    mapped = jax.shard_map(
+        jax.value_and_grad(_mean("data", "model", axis=0)),
+        mesh=_mesh(shape=(2, 4)),
+        in_specs=(P("model", None, "data"), P(None, "data"), P(), P()),
+        out_specs=(P(), P("model", None, "data")),
+    )
+    want = jax.value_and_grad(_mean())(logits, *others)
+    value, gradient = jax.jit(mapped)(moved, *others)
+    assert_close((value, jnp.moveaxis(gradient, 0, -1)), want, 1e-5)
+
+
+def test_spread_classes_cross_the_network_as_numbers_per_position():
+    args = jnp.zeros((64, 1024)), jnp.zeros(64, jnp.int32), jnp.ones(1024), jnp.float32(2)
+    mapped = jax.shard_map(
+        jax.value_and_grad(_mean("data", "model")),
+        mesh=_mesh(),
+        in_specs=(P("data", "model"), P("data"), P(), P()),
+        out_specs=(P(), P("data", "model")),
+    )
+    text = jax.jit(mapped).lower(*args).compile().as_text()
+    assert not re.search(r"all-gather|all-to-all|collective-permute", text)
+    reduced = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
+    sizes = [
+        int(np.prod([int(n) for n in shape.split(",") if n]))
+        for line in reduced
+        for shape in re.findall(r"\[([\d,]*)\]", line.split("{")[0] if "(" not in line else line)
+    ]
+    assert sizes
+    assert max(sizes) <= 64 // 4
+
+
+def test_second_derivatives_with_the_classes_spread():
+    logits, labels, alpha, gamma = _class_inputs()
+    logits = jnp.maximum(logits, -20)
+
+    def product(mean):
+        def along(z, v):
+            gradient = jax.grad(lambda z: mean(z, labels, alpha, gamma))
+            return jax.jvp(gradient, (z,), (v,))[1]
+
+        return along
+
+    spread = jax.shard_map(
+        _mean("data", "model"),
+        mesh=_mesh(shape=(1, 4)),
+        in_specs=(P(None, None, "model"), P(), P(), P()),
+        out_specs=P(),
+    )
+    v = jnp.cos(jnp.arange(logits.size, dtype=jnp.float32)).reshape(logits.shape)
+    got, want = (jax.jit(product(mean))(logits, v) for mean in (spread, _mean()))
+    assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("specs", "length", "message"),
+    [
+        ((P("data", None, "model"), P("data"), P()), 3, r"alpha: got shape \(3,\), wanted"),
+        ((P("data", None, "model"), P("data"), P("model")), CLASSES, r"alpha: got shape \(3,\)"),
+        ((P("data", None, "model"), P(None, "model"), P()), CLASSES, r"labels: got shape \(2, 2\)"),
+        (
+            (P("data", "model"), P("data", "model"), P()),
+            4 * CLASSES,
+            "labels: got values that vary",
+        ),
+    ],
+)
+def test_classes_spread_wrongly(specs, length, message):
+    logits, labels, _, gamma = _class_inputs()
+    mapped = jax.shard_map(
+        lambda z, y, a: _mean("data", "model")(z, y, a, gamma),
+        mesh=_mesh(shape=(2, 4)),
+        in_specs=specs,
+        out_specs=P(),
+    )
+    with pytest.raises(ValueError, match=message):
+        mapped(logits, labels, jnp.ones(length))
+
+
+def test_a_class_axis_that_is_not_bound():
+    logits, labels, *_ = _class_inputs()
+    for module in (focal_jax, focal_jax.reference):
+        with pytest.raises(NameError, match="vocabulary"):
+            module.softmax_focal_loss_with_integer_labels(
+                logits, labels, class_axis_name="vocabulary"
+            )
+
+
+def test_the_reference_spreads_the_classes_too():
+    logits, labels, alpha, gamma = _class_inputs()
+
+    def losses(z, **options):
+        return focal_jax.reference.softmax_focal_loss_with_integer_labels(
+            z, labels, alpha=alpha, gamma=gamma, **options
+        )
+
+    spread = jax.shard_map(
+        partial(losses, class_axis_name="model"),
+        mesh=_mesh(),
+        in_specs=P(None, None, "model"),
+        out_specs=P(),
+    )
+    assert_close(jax.jit(spread)(logits), losses(logits), 1e-5)
