@@ -1,9 +1,10 @@
-"""The README's examples run, in order, as one program."""
+"""The README's examples run, in order, as one program, and its links lead somewhere."""
 
 import re
 from pathlib import Path
 
 import jax
+import pytest
 from pages import code_blocks
 
 README = Path(__file__).parents[1] / "README.md"
@@ -19,8 +20,9 @@ def test_code_blocks():
             exec(compile(block, str(README), "exec"), namespace)
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text())
+@pytest.mark.parametrize("page", [README, README.parent / "docs" / "scaling.md"])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())
     assert links
     for link in links:
-        assert (README.parent / link).exists(), link
+        assert (page.parent / link).exists(), link

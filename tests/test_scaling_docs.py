@@ -73,8 +73,8 @@ def test_the_table_leads_to_every_section():
         assert anchor == title.lower().replace(" ", "-")
 
 
-@pytest.mark.parametrize(("title", "crossing"), [(title, text) for title, _, text in LAYOUTS])
-def test_layout(guide, title, crossing):
+@pytest.mark.parametrize(("title", "_", "crossing"), LAYOUTS, ids=[row[0] for row in LAYOUTS])
+def test_layout(guide, title, _, crossing):
     names, layouts = guide
     value, gradient, found = layouts[title]
     want, (by_kernel, _) = _on_one_device(names)
@@ -111,8 +111,46 @@ def test_jit_gathers_the_linear_heads_kernel(guide):
 
 def test_jit_with_the_classes_sharded(guide):
     names, _ = guide
-    loss, D, C, N = (names[name] for name in ("loss", "D", "C", "N"))
-    for split, gathered in ((P("data"), False), (P(("data", "model")), True)):
-        numbers, _ = _under_jit(guide, loss, C, P(None, "model"), split, P("data"))
-        assert (numbers["all-gather"] == D * C) == gathered
-        print(numbers)
+    loss, N, D, C = (names[name] for name in ("loss", "N", "D", "C"))
+    numbers, _ = _under_jit(guide, loss, C, P(None, "model"), P("data"), P("data"))
+    assert numbers == {"all-reduce": D * C // 4 + 3 * N // 2 + 2}
+    numbers, _ = _under_jit(guide, loss, C, P(None, "model"), P(("data", "model")), P("data"))
+    assert numbers["all-gather"] == D * C
+
+
+def test_class_parallel_gives_the_features_their_gradient(guide):
+    names, _ = guide
+    _, (_, by_features) = _on_one_device(names)
+    assert_close(names["onward"], by_features, 1e-5)
+
+
+# --------------------------------------------------------------------------------- on paper
+
+
+def test_the_formula_counts_what_xla_compiled(guide):
+    names, layouts = guide
+    N, D, C, d, m = (names[name] for name in ("N", "D", "C", "d", "m"))
+    _, _, found = layouts["Class parallel"]
+    # A ring passes all but one of the parts of a result, and of what is scattered.
+    gathered = (m - 1) / m * found["all-gather"]
+    scattered = (m - 1) * found["reduce-scatter"]
+    scores = 2 * (m - 1) / m * (found["all-reduce"] - D * C / m - 2)
+    gradient = 2 * (d - 1) / d * D * C / m
+    got = names["sent"](m, devices=d * m, tokens=N // (d * m), C=C, D=D, width=4)
+    want = np.array([gathered + scattered, scores, gradient]) * 4 / 1e6
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_the_table_on_paper(guide):
+    sent = guide[0]["sent"]
+    totals = {}
+    for m, cells in VOLUMES:
+        parts = sent(int(m))
+        totals[int(m)] = sum(parts)
+        stated = [float(cell.replace(",", "")) for cell in cells.split("|")]
+        np.testing.assert_allclose(stated, [*parts, sum(parts)], atol=0.05, rtol=0)
+    assert min(totals, key=totals.get) == (2**18 / 4096) ** 0.5
+    assert f"each device sends {totals[1] / 1e3:.1f} GB" in GUIDE
+    assert f"Eight slices make it {totals[8] / 1e3:.1f} GB" in GUIDE
+    logits = 7 / 8 * (8 * 4096) * 2**18 * 2
+    assert f"would send {logits / 1e9:.0f} GB at `m` = 8" in GUIDE
