@@ -119,12 +119,12 @@ def launch(
 
     Raises:
       RuntimeError: a process failed, or all together took too long; with what they wrote
-        to stderr. None is left running, however this function ends.
+        to stderr. None is left running, whether this returns or raises.
     """
     # A proxy has no part in the loopback; a process finds what this one finds.
     own = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    own |= {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
-    own |= {"JAX_NUM_CPU_DEVICES": str(devices)}
+    own |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    own |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     end, address = time.monotonic() + timeout, free_address()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
