@@ -48,7 +48,7 @@ def collectives(compiled):
 
 @pytest.fixture(scope="module")
 def guide():
-    """Return what the guide's code defines, and each layout's results and collectives."""
+    """Return what the guide's code defines, each layout's results, and those of one device."""
     names = {}
     exec(SETUP, names)
     layouts = {}
@@ -59,12 +59,8 @@ def guide():
         layouts[title] = names["value"], names["gradient"], collectives(compiled)[0]
     for block in code_blocks(SECTIONS["On paper"]):
         exec(block, names)
-    return names, layouts
-
-
-def _on_one_device(names):
     args = names["kernel"], names["features"], names["labels"]
-    return jax.jit(jax.value_and_grad(names["loss"], (0, 1)))(*args)
+    return names, layouts, jax.jit(jax.value_and_grad(names["loss"], (0, 1)))(*args)
 
 
 def test_the_table_leads_to_every_section():
@@ -75,9 +71,8 @@ def test_the_table_leads_to_every_section():
 
 @pytest.mark.parametrize(("title", "_", "crossing"), LAYOUTS, ids=[row[0] for row in LAYOUTS])
 def test_layout(guide, title, _, crossing):
-    names, layouts = guide
+    names, layouts, (want, (by_kernel, _)) = guide
     value, gradient, found = layouts[title]
-    want, (by_kernel, _) = _on_one_device(names)
     assert_close((value, gradient), (want, by_kernel), 1e-5)
     stated = re.findall(rf"({COLLECTIVES}) `(.*?)`", crossing)
     assert {kind: eval(size, names) for kind, size in stated} == found
@@ -91,7 +86,7 @@ def _linear(kernel, features, labels):
 
 
 def _under_jit(guide, loss, classes, *specs):
-    names, _ = guide
+    names, _, _ = guide
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     args = jnp.ones((names["D"], classes)), names["features"], names["labels"]
     placed = jax.device_put(args, tuple(NamedSharding(mesh, spec) for spec in specs))
@@ -110,7 +105,7 @@ def test_jit_gathers_the_linear_heads_kernel(guide):
 
 
 def test_jit_with_the_classes_sharded(guide):
-    names, _ = guide
+    names, _, _ = guide
     loss, N, D, C = (names[name] for name in ("loss", "N", "D", "C"))
     numbers, _ = _under_jit(guide, loss, C, P(None, "model"), P("data"), P("data"))
     assert numbers == {"all-reduce": D * C // 4 + 3 * N // 2 + 2}
@@ -119,8 +114,7 @@ def test_jit_with_the_classes_sharded(guide):
 
 
 def test_class_parallel_gives_the_features_their_gradient(guide):
-    names, _ = guide
-    _, (_, by_features) = _on_one_device(names)
+    names, _, (_, (_, by_features)) = guide
     assert_close(names["onward"], by_features, 1e-5)
 
 
@@ -128,7 +122,7 @@ def test_class_parallel_gives_the_features_their_gradient(guide):
 
 
 def test_the_formula_counts_what_xla_compiled(guide):
-    names, layouts = guide
+    names, layouts, _ = guide
     N, D, C, d, m = (names[name] for name in ("N", "D", "C", "d", "m"))
     _, _, found = layouts["Class parallel"]
     # A ring passes all but one of the parts of a result, and of what is scattered.
