@@ -40,12 +40,18 @@ def _log1p(e: Array) -> Array:
     return twice * series
 
 
+def halves(x: Array, e: Array) -> tuple[Array, Array, Array]:
+    """Return sigmoid(x), sigmoid(-x) and log(1 + e), given `e = exp(-|x|)`."""
+    right = x >= 0
+    inverse = 1 / (1 + e)
+    near, far = inverse, e * inverse
+    return jnp.where(right, near, far), jnp.where(right, far, near), _log1p(e)
+
+
 def _terms(x: Array, e: Array) -> Terms:
     """Return the terms of the margin `x`, given `e = exp(-|x|)`."""
     right = x >= 0
-    inverse = 1 / (1 + e)
-    p, q = jnp.where(right, inverse, e * inverse), jnp.where(right, e * inverse, inverse)
-    log1p = _log1p(e)
+    p, q, log1p = halves(x, e)
     n = log1p + jnp.where(right, 0, -x)
     log_q = jnp.maximum(-(log1p + jnp.where(right, x, 0)), least_log(x))
     return Terms(p, q, n, log_q, jnp.where(q == 0, 1, divide(n, q)))

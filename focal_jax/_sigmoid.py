@@ -26,15 +26,19 @@ class _Terms(NamedTuple):
 @jax.custom_jvp
 def _terms(z: Array, y: Array) -> _Terms:
     """Return the terms of logit `z` and label `y`: sums of products, no cancellation."""
-    t = _modulation.sigmoid_terms(z)
-    q = y * t.q + (1 - y) * t.p
-    right = z >= 0
-    wrong = jnp.where(right, 1 - y, y)  # the weight of the side that z is not on
-    size = jnp.where(right, z, -z)
-    n = jnp.where(right, t.n, -t.log_q) + jnp.where(wrong == 0, 0, wrong * size)
-    log_q = jnp.maximum(jnp.log(q), _modulation.least_log(q))
-    log_q = jnp.where(y == 1, t.log_q, jnp.where(y == 0, -_modulation.bounded(t.n), log_q))
-    return _Terms(q, n, log_q, _modulation.divide(t.p * t.q, q), _modulation.divide(n, q))
+    size = jnp.abs(z)
+    p1, p0, log1p = _modulation.halves(z, jnp.exp(-size))
+    q = y * p0 + (1 - y) * p1
+    wrong = jnp.where(z >= 0, 1 - y, y)  # the weight of the side that z is not on
+
+    def cross_entropy(weight):
+        return log1p + jnp.where(weight == 0, 0, weight * size)
+
+    n = cross_entropy(wrong)
+    # Of a hard label 1 - p_t is the other side's probability, known to the last digit.
+    log_q = jnp.where((y == 0) | (y == 1), -cross_entropy(1 - wrong), jnp.log(q))
+    log_q = jnp.maximum(log_q, _modulation.least_log(q))
+    return _Terms(q, n, log_q, _modulation.divide(p1 * p0, q), _modulation.divide(n, q))
 
 
 @_terms.defjvp
@@ -61,7 +65,9 @@ def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, A
     return z, y
 
 
-def _weight(y: Array, positive: Array, negative: Array) -> Array:
+def _weight(y: Array, positive: Array | None, negative: Array | None) -> Array:
+    if positive is None or negative is None:
+        return jnp.ones((), y.dtype)
     return y * positive.astype(y.dtype) + (1 - y) * negative.astype(y.dtype)
 
 
@@ -69,9 +75,9 @@ def _losses(exponent, logits, labels, positive, negative, gamma, where):
     z, y = _inputs(logits, labels, where)
     s = _terms(z, y)
     gamma = _arrays.gamma_of(exponent, gamma, y.dtype)
+    losses = _modulation.loss(_weight(y, positive, negative), s.q, s.log_q, s.n, gamma)
     # A label outside [0, 1] is an error in the data: NaN, and not an extrapolation.
-    weight = jnp.where((y < 0) | (y > 1), jnp.nan, _weight(y, positive, negative))
-    return _arrays.keep(_modulation.loss(weight, s.q, s.log_q, s.n, gamma), where)
+    return _arrays.keep(jnp.where(y * (1 - y) < 0, jnp.nan, losses), where)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -97,7 +103,8 @@ def _bwd(exponent, residuals, ct):
     # d(q^g n) = q^g (dn + g n dq/q); dq/q and n/q have no pole
     dz = weight * m * ((1 - y) * t.p - y * t.q + g * ((1 - 2 * y) * s.fall * n))
     dy = weight * m * (g * (ratio * (t.q - t.p)) - z)
-    dy = dy + m * n * (positive - negative).astype(y.dtype)
+    if positive is not None:
+        dy = dy + m * n * (positive - negative).astype(y.dtype)
     # What made the loss NaN makes the gradient NaN. To read the losses here also gives the
     # gradient their memory: on CPU a fresh array costs more than the arithmetic.
     dz = jnp.where(jnp.isnan(losses), jnp.nan, dz)
@@ -181,7 +188,7 @@ def sigmoid_focal_loss(
     exponent, dynamic = _arrays.split_gamma(gamma, logits.shape, dtype)
     mask = _arrays.mask(where, logits.shape)
     if alpha is None:
-        positive = negative = jnp.ones((), dtype)
+        positive = negative = None
     else:
         positive = _arrays.option("alpha", alpha, dtype)
         _checks.broadcastable("alpha", positive, logits.shape, "the losses")

@@ -21,8 +21,8 @@ def _mesh(kind=jax.sharding.AxisType.Auto, shape=(4, 2)):
     return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
 
 
-def _inputs(loss):
-    logits, labels = loss.inputs(0, SHAPE)
+def _inputs(loss, shape=SHAPE):
+    logits, labels = loss.inputs(0, shape)
     return logits, labels, jnp.float32(0.3), jnp.float32(1.5)
 
 
@@ -34,6 +34,10 @@ def _reduced(loss, axis_name=None):
     return reduced
 
 
+def _mean_over_data(loss):
+    return lambda *args: lax.pmean(_reduced(loss, "data")(*args), "data")
+
+
 def _wrt(loss):
     return (0, 1, 2, 3) if loss.soft else (0, 2, 3)
 
@@ -43,11 +47,8 @@ def _wrt(loss):
 def test_shard_map_with_the_gradient_outside(loss, check_vma):
     args = _inputs(loss)
 
-    def local(*args):
-        return lax.pmean(_reduced(loss, "data")(*args), "data")
-
     mapped = jax.shard_map(
-        local,
+        _mean_over_data(loss),
         mesh=_mesh(),
         in_specs=(P("data"), P("data"), P(), P()),
         out_specs=P(),
@@ -57,47 +58,89 @@ def test_shard_map_with_the_gradient_outside(loss, check_vma):
     assert_close(got, jax.jit(jax.value_and_grad(_reduced(loss), _wrt(loss)))(*args), 1e-5)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-def test_shard_map_with_the_gradient_inside(loss):
-    args = _inputs(loss)
+def _gradient_inside(mean, wrt, names, check_vma):
+    """Return value and gradients as one device has them, for use inside the mapped function.
+
+    The first argument is spread over the devices, the others of `wrt` are on all of them.
+    Without JAX's account of what varies, a gradient is that of the sum of what all the
+    devices return.
+    """
 
     def local(*args):
-        def mean(*args):
-            return lax.pmean(_reduced(loss, "data")(*args), "data")
+        value, (own, *shared) = jax.value_and_grad(mean, wrt)(*args)
+        if not check_vma:
+            own, shared = own / lax.axis_size(names), lax.pmean(shared, names)
+        return value, (own, *shared)
 
-        return jax.value_and_grad(mean, _wrt(loss))(*args)
+    return local
 
+
+@pytest.mark.parametrize("loss", LOSSES, ids=ids)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_with_the_gradient_inside(loss, check_vma):
+    args, wrt = _inputs(loss), (0, 2, 3)
     spec = P("data")
-    gradients = (spec, spec, P(), P()) if loss.soft else (spec, P(), P())
     mapped = jax.shard_map(
-        local, mesh=_mesh(), in_specs=(spec, spec, P(), P()), out_specs=(P(), gradients)
+        _gradient_inside(_mean_over_data(loss), wrt, "data", check_vma),
+        mesh=_mesh(),
+        in_specs=(spec, spec, P(), P()),
+        out_specs=(P(), (spec, P(), P())),
+        check_vma=check_vma,
     )
-    want = jax.jit(jax.value_and_grad(_reduced(loss), _wrt(loss)))(*args)
+    want = jax.jit(jax.value_and_grad(_reduced(loss), wrt))(*args)
     assert_close(jax.jit(mapped)(*args), want, 1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=ids)
-@pytest.mark.parametrize(
-    "spec", [P("data"), P(None, "data"), P("data", "model")], ids=["batch", "space", "both"]
-)
-def test_jit_over_a_mesh_gathers_nothing(loss, spec):
+def test_pmap(loss):
     logits, labels, alpha, gamma = _inputs(loss)
-    sharding = NamedSharding(_mesh(), spec)
-    logits, labels = jax.device_put((logits, labels), sharding)
-    function = jax.jit(jax.value_and_grad(_reduced(loss), _wrt(loss)))
-    text = function.lower(logits, labels, alpha, gamma).compile().as_text()
-    assert not re.search(r"all-gather|all-to-all|collective-permute", text)
-    want = function(*_inputs(loss))
-    got = function(logits, labels, alpha, gamma)
-    assert_close(got, want, 1e-5)
-    assert got[1][0].sharding.is_equivalent_to(sharding, 3)
-
-
-EXPLICIT_SPECS = [P("data"), P(None, "data"), P("data", "model"), P("data", None, "model")]
+    wrt = (0, 2, 3)
+    local = _gradient_inside(_mean_over_data(loss), wrt, "data", check_vma=False)
+    split = [x.reshape(8, 2, *x.shape[1:]) for x in (logits, labels)]
+    value, (by_logits, *shared) = jax.pmap(local, "data", in_axes=(0, 0, None, None))(
+        *split, alpha, gamma
+    )
+    want = jax.jit(jax.value_and_grad(_reduced(loss), wrt))(logits, labels, alpha, gamma)
+    for i in range(8):
+        got = value[i], (by_logits.reshape(SHAPE), *(x[i] for x in shared))
+        assert_close(got, want, 1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=ids)
-@pytest.mark.parametrize("spec", EXPLICIT_SPECS, ids=["batch", "space", "both", "classes"])
+@pytest.mark.parametrize(
+    "spec",
+    [P("data"), P(None, "data"), P("data", "model"), P("data", None, "model")],
+    ids=["batch", "space", "both", "classes"],
+)
+def test_jit_over_a_mesh_gathers_nothing(loss, spec):
+    args = logits, labels, alpha, gamma = _inputs(loss, (16, 8, 64))
+    mesh = _mesh()
+    logits = jax.device_put(logits, NamedSharding(mesh, spec))
+    labels = jax.device_put(labels, NamedSharding(mesh, P(*spec[: labels.ndim])))
+    function = jax.jit(jax.value_and_grad(_reduced(loss), _wrt(loss)))
+    text = function.lower(logits, labels, alpha, gamma).compile().as_text()
+    # At most a number or two of each position: where a device has its largest logit.
+    assert max(_gathered(text), default=0) <= 16 * 8
+    got = function(logits, labels, alpha, gamma)
+    assert_close(got, function(*args), 1e-5)
+    assert got[1][0].sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+
+
+def _sizes(text, operation):
+    """Return the sizes of the results of an operation in compiled HLO."""
+    results = re.findall(rf"= (.*?) (?:{operation})(?:-start)?\(", text)
+    shapes = [s for result in results for s in re.findall(r"\w+\[([\d,]*)\]", result)]
+    return [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
+
+
+def _gathered(text):
+    return _sizes(text, "all-gather|all-to-all|collective-permute")
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=ids)
+@pytest.mark.parametrize(
+    "spec", [P("data", "model"), P("data", None, "model")], ids=["positions", "classes"]
+)
 def test_an_explicit_mesh(loss, spec):
     logits, labels, alpha, gamma = _inputs(loss)
     if loss.softmax:
@@ -154,13 +197,7 @@ def test_classes_spread_over_devices(inside, check_vma, names):
     mesh = _mesh(shape=(2, 4) if names == "model" else (2, 2, 2))
     spread = _mean("data", names)
 
-    def local(*args):
-        value, (by_logits, *others) = jax.value_and_grad(spread, wrt)(*args)
-        if not check_vma:
-            # JAX's convention there: a gradient of the sum of what all devices return.
-            by_logits, others = by_logits / mesh.size, lax.pmean(others, mesh.axis_names)
-        return value, (by_logits, *others)
-
+    local = _gradient_inside(spread, wrt, mesh.axis_names, check_vma)
     specs = P("data", None, names), P("data"), P(), P()
     mapped = jax.shard_map(
         local if inside else spread,
@@ -210,15 +247,10 @@ def test_spread_classes_cross_the_network_as_numbers_per_position():
         out_specs=(P(), P("data", "model")),
     )
     text = jax.jit(mapped).lower(*args).compile().as_text()
-    assert not re.search(r"all-gather|all-to-all|collective-permute", text)
-    reduced = re.findall(r"= (.*) all-reduce(?:-start)?\(", text)
-    sizes = [
-        int(np.prod([int(n) for n in shape.split(",") if n]))
-        for line in reduced
-        for shape in re.findall(r"\[([\d,]*)\]", line.split("{")[0] if "(" not in line else line)
-    ]
-    assert sizes
-    assert max(sizes) <= 64 // 4
+    assert not _gathered(text)
+    reduced = _sizes(text, "all-reduce")
+    assert reduced
+    assert max(reduced) <= 64 // 4
 
 
 def test_second_derivatives_with_the_classes_spread():
