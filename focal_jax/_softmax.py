@@ -306,7 +306,7 @@ def softmax_focal_loss_with_integer_labels(
         all slices equally long and in the order of the devices. Labels count through all
         the classes and alpha has a weight for each; they, gamma and `where` are the same
         on every device of these axes, and so are the losses. What the devices exchange is
-        three numbers a position, and one more for the gradient.
+        a few numbers a position: the largest logit, the true one and the sum.
 
     Returns:
       The losses, of the labels' shape, not reduced. float32 for 16-bit logits (which are
