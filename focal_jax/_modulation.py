@@ -160,11 +160,6 @@ def loss(weight: Array, q: Array, log_q: Array, n: Array, gamma: int | float | A
 
 
 def slope(t: Terms, gamma: int | float | Array) -> Array:
-    """Return `-d(q**gamma * n)/dx`, x the margin; `q` times `log_slope`, no division."""
-    return power(t.q, t.log_q, gamma) * (t.q + gamma * (t.p * bounded(t.n)))
-
-
-def log_slope(t: Terms, gamma: int | float | Array) -> Array:
     """Return `-d(q**gamma * n)/d(log p)`, free of the pole that `1/q` seems to have."""
     return power(t.q, t.log_q, gamma) * (1 + gamma * (t.p * bounded(t.ratio)))
 

@@ -11,14 +11,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from focal_jax import _arrays, _modulation
+from focal_jax._island import island
 from focal_jax._varying import aligned_varying
 
 
-@partial(jax.jit, static_argnums=0)
-def _primal(exponent, true, rest, weight, gamma, where):
+def _losses(exponent, true, rest, weight, gamma, where):
     t = _modulation.softmax_terms(true, rest)
     gamma = _arrays.gamma_of(exponent, gamma, t.p.dtype)
     return _arrays.keep(_modulation.loss(weight, t.q, t.log_q, t.n, gamma), where)
+
+
+@partial(jax.jit, static_argnums=0)
+def _primal(exponent, *args):
+    return island(partial(_losses, exponent), *args)
 
 
 def _fwd(exponent, *args):
@@ -30,12 +35,11 @@ def _bwd(exponent, args, ct):
     true, rest, weight, gamma, where = args
     t = _modulation.softmax_terms(true, rest)
     g = _arrays.gamma_of(exponent, gamma, t.p.dtype)
-    # d loss/d log p, times -p/rest for the sum; times q for the true logit, where the
-    # division by q that is in the one slope is not done at all.
-    own = -ct * weight * _modulation.slope(t, g)
-    other = ct * weight * _modulation.log_slope(t, g) / (jnp.exp(true) + rest)
+    # log p = true - log(exp(true) + rest), so d log p/d rest is -1 over the sum, and
+    # d log p/d true is rest over the sum.
+    of_rest = ct * weight * _modulation.slope(t, g) / (jnp.exp(true) + rest)
     unweighted = ct * _modulation.unweighted(t, g)
-    values = own, other, unweighted, weight * unweighted * t.log_q
+    values = -rest * of_rest, of_rest, unweighted, weight * unweighted * t.log_q
     return *map(partial(_arrays.cotangent_of, where=where), args, values), None
 
 

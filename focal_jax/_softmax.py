@@ -167,7 +167,7 @@ def _soft_bwd(static, args, ct):
     y = _arrays.keep(labels.astype(dtype), where)
     a, g = alpha.astype(dtype), _arrays.gamma_of(static.exponent, gamma, dtype)
     # G_c = d loss/d log p_c; the chain through the softmax is G_j q_j - p_j sum_{c != j} G_c.
-    steep = a * y * _modulation.log_slope(t, g)
+    steep = a * y * _modulation.slope(t, g)
     others = _sum_of_others(steep, _is_largest(jnp.abs(steep), axis), axis)
     unweighted = ct * _modulation.unweighted(t, g)
 
