@@ -145,3 +145,28 @@ def test_two_classes_are_the_sigmoid():
     labels = jnp.arange(9) % 2
     want = SIGMOID.ours(logits, labels, alpha=0.3)
     assert_close(INTEGER.ours(pair, labels, alpha=jnp.array([0.7, 0.3])), want, 1e-6)
+
+
+# Large enough that XLA compiles other loops and splits them over the cores.
+@pytest.mark.parametrize("loss", LOSSES, ids=ids)
+@pytest.mark.parametrize(("shape", "axis"), [((30_000, 21), -1), ((2, 21, 128, 96), 1)])
+def test_large_arrays(loss, shape, axis):
+    logits, labels = loss.inputs(6, shape, axis)
+    positions = loss.positions(shape, axis)
+    where = np.random.default_rng(6).random(positions) < 0.9
+    options = {"alpha": 0.3, "where": where, **loss.axis(axis)}
+    losses = loss.ours(logits, labels, **options)
+
+    def total(function):
+        return jax.jit(jax.value_and_grad(lambda z, y: jnp.sum(function(z, y, **options))))
+
+    value, gradient = total(loss.ours)(logits, labels)
+    with jax.enable_x64(True):
+        wide = [
+            np.asarray(x, np.float64 if x.dtype == np.float32 else None) for x in (logits, labels)
+        ]
+        want = total(loss.reference)(*wide)
+        assert_close(losses, loss.reference(*wide, **options), 1e-5)
+    assert_close((value, gradient), want, 1e-5)
+    inside = np.expand_dims(where, axis) if loss.softmax else where
+    assert not np.any(np.where(inside, 0, gradient))
