@@ -48,10 +48,23 @@ def enlarged(image: np.ndarray, height: float) -> np.ndarray:
     return zoom(inked, height / len(inked), order=1, grid_mode=True, mode="nearest")
 
 
-def draw(canvas: np.ndarray, patch: np.ndarray, x: int, y: int, contrast: float) -> None:
-    """Paint a patch on a canvas: the brighter of the two remains."""
-    under = canvas[y : y + len(patch), x : x + patch.shape[1]]
+def draw(canvas: np.ndarray, patch: np.ndarray, x: int, y: int, contrast: float):
+    """Paint a patch on a canvas, the brighter of the two remains; return where, as slices."""
+    place = np.s_[y : y + len(patch), x : x + patch.shape[1]]
+    under = canvas[place]
     np.maximum(under, contrast * patch[: len(under), : under.shape[1]], out=under)
+    return place
+
+
+def find_room(patch: np.ndarray, free: np.ndarray, random: np.random.Generator):
+    """Return a random `(x, y)` for a patch, None if that is taken; `free` is brought up to date."""
+    (height, width), (rows, columns) = patch.shape, free.shape
+    x, y = random.integers(columns - width + 1), random.integers(rows - height + 1)
+    place = np.s_[y : y + height, x : x + width]
+    if not free[place].all():
+        return None
+    free[place] = False
+    return x, y
 
 
 def _height(random: np.random.Generator) -> float:
@@ -100,12 +113,10 @@ def canvas(part: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     for row in range(random.integers(1, OBJECTS + 1)):
         chosen = random.integers(len(images))
         patch = enlarged(images[chosen], _height(random))
-        height, width = patch.shape
-        x, y = (random.integers(SIZE - side + 1) for side in (width, height))
-        place = np.s_[y : y + height, x : x + width]
-        if free[place].all():
-            free[place] = False
-            draw(picture, patch, x, y, random.uniform(0.7, 1))
+        if corner := find_room(patch, free, random):
+            draw(picture, patch, *corner, random.uniform(0.7, 1))
+            height, width = patch.shape
+            x, y = corner
             annotations[row] = x, y, x + width, y + height, labels[chosen]
     picture += random.normal(0, 0.03, picture.shape)
     return np.uint8(255 * picture.clip(0, 1))[..., None], annotations

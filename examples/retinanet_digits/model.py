@@ -1,6 +1,5 @@
 """A small RetinaNet in Flax NNX: backbone, feature pyramid, two heads shared by the levels."""
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -42,6 +41,27 @@ class Stage(nnx.Module):
         return x
 
 
+class Pyramid(nnx.Module):
+    """A convolutional backbone, and the features of each of its stages mixed with coarser ones."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs, *, stem_stride: int = 2):
+        """Initialize the layers from `rngs`."""
+        self.stem = _conv(1, width // 2, strides=stem_stride, rngs=rngs)
+        inputs = (width // 2, *[width] * len(LEVELS))
+        self.backbone = nnx.List([Stage(*pair, rngs) for pair in pairwise(inputs)])
+        self.lateral = nnx.List([nnx.Conv(width, width, (1, 1), rngs=rngs) for _ in LEVELS])
+
+    def __call__(self, images: Array) -> list[Array]:
+        """Return the features of each level of images `[B, H, W, 1]` in [0, 255], finest first."""
+        features = [nnx.relu(self.stem(images / 255))]
+        for stage in self.backbone:
+            features.append(stage(features[-1]))
+        levels = [lateral(x) for lateral, x in zip(self.lateral, features[1:])]
+        for i in reversed(range(len(levels) - 1)):
+            levels[i] += jax.image.resize(levels[i + 1], levels[i].shape, "nearest")
+        return levels
+
+
 class Head(nnx.Module):
     """Predict `values` numbers for every anchor of a level."""
 
@@ -66,26 +86,12 @@ class RetinaNet(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, *, prior: float | None = 0.01, width: int = 24):
         """Initialize the layers; `prior` is every class's probability at the start."""
-        self.stem = _conv(1, width // 2, strides=2, rngs=rngs)
-        inputs = (width // 2, *[width] * len(LEVELS))
-        self.backbone = nnx.List([Stage(*pair, rngs) for pair in pairwise(inputs)])
-        self.lateral = nnx.List([nnx.Conv(width, width, (1, 1), rngs=rngs) for _ in LEVELS])
+        self.pyramid = Pyramid(width, rngs)
         self.classes = Head(width, CLASSES, prior, rngs)
         self.boxes = Head(width, 4, None, rngs)
-
-    def pyramid(self, images: Array) -> Sequence[Array]:
-        """Return the features of each level, finest first: coarse ones added to fine ones."""
-        features = [nnx.relu(self.stem(images / 255))]
-        for stage in self.backbone:
-            features.append(stage(features[-1]))
-        levels = [lateral(x) for lateral, x in zip(self.lateral, features[1:])]
-        for i in reversed(range(len(levels) - 1)):
-            levels[i] += jax.image.resize(levels[i + 1], levels[i].shape, "nearest")
-        return levels
 
     def __call__(self, images: Array) -> tuple[Array, Array]:
         """Return logits `[B, A, CLASSES]` and offsets `[B, A, 4]` of images `[B, H, W, 1]`."""
         levels = self.pyramid(images)
-        return tuple(
-            jnp.concatenate([head(x) for x in levels], 1) for head in (self.classes, self.boxes)
-        )
+        classes, boxes = ([head(x) for x in levels] for head in (self.classes, self.boxes))
+        return jnp.concatenate(classes, 1), jnp.concatenate(boxes, 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -36,32 +37,33 @@ class Budget:
     save_every: int = 100
 
 
+# Cached, as the steps are: what is compiled for one seed serves the others.
+@cache
+def _adam(budget: Budget) -> optax.GradientTransformation:
+    warmup = min(50, budget.steps // 2)
+    return optax.adam(
+        optax.warmup_cosine_decay_schedule(0.0, budget.learning_rate, warmup, budget.steps)
+    )
+
+
 def start(recipe: Recipe, budget: Budget, seed: int) -> tuple[RetinaNet, nnx.Optimizer]:
     """Return a fresh network and its optimizer."""
     # XLA compiles the default generator for many seconds, this one for one.
     model = RetinaNet(nnx.Rngs(jax.random.key(seed, impl="unsafe_rbg")), prior=recipe.prior)
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, budget.learning_rate, min(50, budget.steps // 2), budget.steps
-    )
-    return model, nnx.Optimizer(model, optax.adam(rate), wrt=nnx.Param)
+    return model, nnx.Optimizer(model, _adam(budget), wrt=nnx.Param)
 
 
+@cache
 def make_step(recipe: Recipe) -> Callable:
     """Return the jitted `step(model, optimizer, images, annotations) -> loss`."""
-    boxes = anchors()
+    boxes, options = anchors(), {"alpha": recipe.alpha, "gamma": recipe.gamma}
 
     @nnx.jit
     def step(model, optimizer, images, annotations):
         def loss(model):
+            predicted = model(images)
             return sum(
-                retinanet_loss(
-                    *model(images),
-                    boxes,
-                    annotations,
-                    alpha=recipe.alpha,
-                    gamma=recipe.gamma,
-                    normalization="batch",
-                )
+                retinanet_loss(*predicted, boxes, annotations, **options, normalization="batch")
             )
 
         value, gradients = nnx.value_and_grad(loss)(model)
@@ -84,24 +86,29 @@ def train(
     """
     model, optimizer = start(recipe, budget, seed)
     losses = np.zeros(budget.steps, np.float32)
+    step, data = make_step(recipe), canvases("train", budget.canvases, seed)
+
+    def state():
+        # On the host: what is restored then belongs to no device, and nothing compiles again.
+        return {
+            "state": jax.tree.map(np.asarray, nnx.state((model, optimizer))),
+            "losses": losses,
+        }
+
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
         done = manager.latest_step() or 0
         if done:
-            saved = {"state": nnx.state((model, optimizer)), "losses": losses}
-            saved = manager.restore(done, args=ocp.args.StandardRestore(saved))
+            saved = manager.restore(done, args=ocp.args.StandardRestore(state()))
             nnx.update((model, optimizer), saved["state"])
             losses = np.array(saved["losses"])
         tick(done)
-        if done < budget.steps:
-            step = make_step(recipe)
-            data = canvases("train", budget.canvases, seed)
         for number in range(done, budget.steps):
             random = np.random.default_rng((seed, number))  # the batch depends on the step alone
             batch = random.integers(budget.canvases, size=budget.batch)
             losses[number] = step(model, optimizer, *(x[batch] for x in data))
-            tick(number + 1)
-            if (number + 1) % budget.save_every == 0 or number + 1 == budget.steps:
-                saved = {"state": nnx.state((model, optimizer)), "losses": losses}
-                manager.save(number + 1, args=ocp.args.StandardSave(saved))
+            done = number + 1
+            tick(done)
+            if done % budget.save_every == 0 or done == budget.steps:
+                manager.save(done, args=ocp.args.StandardSave(state()))
     return model, losses
