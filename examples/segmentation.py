@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[list[float], float]]:
         for name, function in functions.items():
             task = progress.add_task(f"{name:22}", total=args.steps)
             model, losses = train(function, data, args, partial(progress.advance, task))
-            view = nnx.view(model, use_running_average=True)
-            predictions[name] = np.asarray(predict(view, images))
+            model.eval()  # batch normalization with its running averages
+            predictions[name] = np.asarray(predict(model, images))
             results[name] = losses, mean_iou(truth, predictions[name])
             table.add_row(name, f"{100 * results[name][1]:.1f}")
     console.print(table)

@@ -55,7 +55,8 @@ def test_the_canvases_are_those_of_dense_detection():
     assert (whole <= SIZE).all()
     assert set(labels.ravel()) == set(range(-1, CLASSES))
 
-    matches = np.asarray(jax.vmap(partial(match_anchors, anchors()))(data.annotations))
+    match = jax.jit(jax.vmap(partial(match_anchors, anchors())))
+    matches = np.asarray(match(data.annotations))
     positive = (matches >= 0).sum()
     assert len(anchors()) > 4000
     assert 300 < (matches == BACKGROUND).sum() / positive < 1000
@@ -136,8 +137,12 @@ def test_suppression_keeps_the_best_of_each_class():
 
 def test_a_box_that_is_suppressed_suppresses_none():
     boxes = np.array([[0, 0, 10, 10], [3, 0, 13, 10], [6, 0, 16, 10]], np.float32)
-    kept = suppress(boxes, np.zeros(3, int), np.array([0.9, 0.8, 0.7], np.float32))
+    one_class = np.zeros(3, int)
+    kept = suppress(boxes, one_class, np.float32([0.9, 0.8, 0.7]))
     np.testing.assert_array_equal(kept, np.float32([0.9, 0, 0.7]))
+    # Nor does one without a score.
+    kept = suppress(boxes, one_class, np.float32([0, 0.8, 0.7]))
+    np.testing.assert_array_equal(kept, np.float32([0, 0.8, 0]))
 
 
 def test_average_precision_of_known_detections():

@@ -17,6 +17,7 @@ from examples.retinanet_digits.model import RetinaNet, anchors
 from focal_jax.detection import box_iou, decode_boxes
 
 CANDIDATES = 100  # of an image, before non-maximum suppression
+MAX_IOU = 0.5  # of two detections of one class
 BATCH = 50
 
 
@@ -28,15 +29,16 @@ class Detections(NamedTuple):
     scores: Array  # [N, CANDIDATES]; 0: suppressed
 
 
-def suppress(boxes: Array, classes: Array, scores: Array, max_iou: float = 0.5) -> Array:
-    """Return the scores, sorted from the highest, with 0 for what repeats a higher one."""
-    repeats = (box_iou(boxes, boxes) > max_iou) & (classes[:, None] == classes[None])
+@jax.jit
+def suppress(boxes: Array, classes: Array, scores: Array) -> Array:
+    """Return the scores, which fall from the first, with 0 for what repeats a higher one."""
+    repeats = (box_iou(boxes, boxes) > MAX_IOU) & (classes[:, None] == classes[None])
     later = jnp.arange(len(boxes))
 
     def keep_or_drop(i, kept):
         return kept & ~(kept[i] & repeats[i] & (later > i))
 
-    kept = lax.fori_loop(0, len(boxes), keep_or_drop, jnp.ones(len(boxes), bool))
+    kept = lax.fori_loop(0, len(boxes), keep_or_drop, scores > 0)
     return jnp.where(kept, scores, 0)
 
 
@@ -55,8 +57,8 @@ def _predict(model: RetinaNet, images: Array) -> tuple[Array, Array, Detections]
 
 def predict(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, Detections]:
     """Return the class logits `[N, A, CLASSES]` and the detections of the images."""
-    view = nnx.view(model, use_running_average=True)
-    parts = [_predict(view, images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    model.eval()  # batch normalization with its running averages
+    parts = [_predict(model, images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
