@@ -78,7 +78,7 @@ def train(
     budget: Budget,
     seed: int,
     checkpoints: Path,
-    tick: Callable[[int], None] = lambda step: None,
+    tick: Callable[[int], None],
 ) -> tuple[RetinaNet, np.ndarray]:
     """Train from the last checkpoint, or from the start; return the network and its losses.
 
