@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo ablation test lint types bench clean
 
 demo: $(READY)
-	$(BIN)/python examples/imbalanced_digits.py
+	$(BIN)/python -m examples.retinanet_digits $(ARGS)
+
+ablation: $(READY)
+	$(BIN)/python -m examples.retinanet_digits.ablation $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)

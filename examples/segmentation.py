@@ -1,0 +1,171 @@
+"""Label every pixel of canvases of digits, with cross entropy and with focal losses.
+
+Most pixels are background. The ink of a digit has the digit's class; its soft edge is void,
+and so is not labelled: `ignore_label` takes it out of the loss. The network gives one plane a
+class, `[B, C, H, W]`, so `axis` is 1. Class-balanced weights come from the training pixels.
+
+    python -m examples.segmentation --out out/segmentation
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from examples.retinanet_digits.data import digits, draw, enlarged, find_room
+from examples.retinanet_digits.model import Pyramid
+from focal_jax.nnx import SoftmaxFocalLoss
+from focal_jax.training import class_balanced_alpha
+
+CLASSES = 11  # the background, and ten digits
+VOID = 255
+SIZE = 64
+
+
+def scene(part: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return an image `[SIZE, SIZE, 1]` and the class of each pixel, both uint8."""
+    images, labels = digits(part)
+    picture = random.uniform(0, 0.4, (SIZE, SIZE)).astype(np.float32)
+    classes, free = np.zeros((SIZE, SIZE), np.uint8), np.ones((SIZE, SIZE), bool)
+    for chosen in random.integers(len(images), size=random.integers(2, 9)):
+        patch = enlarged(images[chosen], random.uniform(14, 30))
+        if corner := find_room(patch, free, random):
+            place = draw(picture, patch, *corner, random.uniform(0.6, 1))
+            classes[place][patch > 0.2] = VOID
+            classes[place][patch > 0.5] = 1 + labels[chosen]
+    return np.uint8(255 * picture)[..., None], classes
+
+
+def scenes(part: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `count` images and their classes."""
+    random = np.random.default_rng((seed, part == "test"))
+    images, classes = zip(*(scene(part, random) for _ in range(count)))
+    return np.stack(images), np.stack(classes)
+
+
+class Segmenter(nnx.Module):
+    """A plane of logits for each class."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int = 24):
+        """Initialize the layers from `rngs`."""
+        self.pyramid = Pyramid(width, rngs, stem_stride=1)
+        self.last = nnx.Conv(width, CLASSES, (3, 3), rngs=rngs)
+
+    def __call__(self, images):
+        """Return logits `[B, CLASSES, H, W]` of images `[B, H, W, 1]`."""
+        planes = jnp.moveaxis(self.last(self.pyramid(images)[0]), -1, 1)
+        return jax.image.resize(planes, (*planes.shape[:2], *images.shape[1:3]), "linear")
+
+
+def train(loss: SoftmaxFocalLoss, data, args: argparse.Namespace, tick):
+    """Return a trained network and its losses."""
+    model = Segmenter(nnx.Rngs(jax.random.key(args.seed, impl="unsafe_rbg")))
+    rate = optax.cosine_decay_schedule(args.learning_rate, args.steps)
+    optimizer = nnx.Optimizer(model, optax.adam(rate), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, images, classes):
+        value, gradients = nnx.value_and_grad(lambda model: loss(model(images), classes))(model)
+        optimizer.update(model, gradients)
+        return value
+
+    random, losses = np.random.default_rng(args.seed), []
+    for _ in range(args.steps):
+        batch = random.integers(args.scenes, size=args.batch)
+        losses.append(float(step(model, optimizer, *(x[batch] for x in data))))
+        tick()
+    return model, losses
+
+
+@nnx.jit
+def predict(model: Segmenter, images):
+    """Return the class of each pixel."""
+    return model(images).argmax(1).astype(jnp.uint8)
+
+
+def mean_iou(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Return the mean over the classes of intersection over union, void pixels left out."""
+    known = truth != VOID
+    pairs = CLASSES * truth[known].astype(int) + predicted[known]
+    confusion = np.bincount(pairs, minlength=CLASSES**2).reshape(CLASSES, CLASSES)
+    both = np.diag(confusion)
+    return float(np.mean(both / np.maximum(confusion.sum(0) + confusion.sum(1) - both, 1)))
+
+
+def plot(images, truth, predictions: dict[str, np.ndarray], path: Path, rows: int = 4) -> None:
+    """Draw a few images, the truth with void in grey, and each network's answer."""
+    palette = np.zeros((256, 3))
+    palette[1:CLASSES] = plt.get_cmap("tab20")(np.r_[0:14:2, 16:22:2])[:, :3]
+    palette[VOID] = 0.5
+    columns = {"image": np.repeat(images / 255, 3, -1), "truth, void grey": palette[truth]}
+    columns |= {name: palette[predicted] for name, predicted in predictions.items()}
+    figure, axes = plt.subplots(
+        rows, len(columns), figsize=(2 * len(columns), 2.1 * rows), layout="constrained"
+    )
+    for panels, (name, pictures) in zip(axes.T, columns.items()):
+        panels[0].set_title(name, fontsize=9)
+        for panel, picture in zip(panels, pictures):
+            panel.imshow(picture)
+            panel.set_axis_off()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument("--test-scenes", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--gamma", type=float, default=2.0)
+    parser.add_argument("--beta", type=float, default=0.99999, help="of class_balanced_alpha")
+    parser.add_argument("--out", type=Path, default=Path("out/segmentation"))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, tuple[list[float], float]]:
+    """Return the training losses and the mean IoU of each loss function."""
+    args = parse(argv)
+    data, (images, truth) = (
+        scenes("train", args.scenes, args.seed),
+        scenes("test", args.test_scenes, args.seed),
+    )
+    counts = np.bincount(data[1].ravel(), minlength=CLASSES)[:CLASSES]
+    alpha = class_balanced_alpha(counts, beta=args.beta)
+    pixels = {"axis": 1, "ignore_label": VOID}
+    functions = {
+        "cross entropy": SoftmaxFocalLoss(gamma=0, **pixels),
+        "focal loss": SoftmaxFocalLoss(gamma=args.gamma, **pixels),
+        "balanced focal loss": SoftmaxFocalLoss(gamma=args.gamma, alpha=alpha, **pixels),
+    }
+    console, results, predictions = Console(), {}, {}
+    table = Table("", "mean IoU, %", title=f"{args.test_scenes} scenes of digits never trained on")
+    with Progress(console=console) as progress:
+        for name, function in functions.items():
+            task = progress.add_task(f"{name:22}", total=args.steps)
+            model, losses = train(function, data, args, partial(progress.advance, task))
+            model.eval()  # batch normalization with its running averages
+            predictions[name] = np.asarray(predict(model, images))
+            results[name] = losses, mean_iou(truth, predictions[name])
+            table.add_row(name, f"{100 * results[name][1]:.1f}")
+    console.print(table)
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot(images, truth, predictions, args.out / "segmentation.png")
+    console.print(f"Picture: {args.out / 'segmentation.png'}", soft_wrap=True)
+    return results
+
+
+if __name__ == "__main__":
+    main()
