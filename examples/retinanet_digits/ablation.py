@@ -40,7 +40,9 @@ def result(name: str, budget: Budget, seed: int, out: Path, progress: Progress) 
     if not path.exists():
         outcome = experiment(f"{name}, seed {seed}", recipe, budget, seed, out, progress)
         losses = outcome.losses.tolist()
-        path.write_text(json.dumps(outcome.scores | {"name": name, "seed": seed, "loss": losses}))
+        whole = path.with_suffix(".new")  # renamed when it is: no run leaves half a result
+        whole.write_text(json.dumps(outcome.scores | {"name": name, "seed": seed, "loss": losses}))
+        whole.replace(path)
     return json.loads(path.read_text())
 
 
