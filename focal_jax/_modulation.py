@@ -24,6 +24,14 @@ class Terms(NamedTuple):
     ratio: Array  # n / q, which tends to 1 as q tends to 0
 
 
+# artanh(x) / x in powers of x**2, for x up to 1/3: its series for float64; for float32 the
+# polynomial that agrees with it at five Chebyshev nodes, to 4e-9, where the series needs seven.
+_ARTANH = {
+    4: (1.000000004, 0.333331608, 0.200122976, 0.139825789, 0.140788891),
+    8: tuple(1 / (2 * k + 1) for k in range(16)),
+}
+
+
 def _log1p(e: Array) -> Array:
     """Return log(1 + e) for e in [0, 1], as 2 artanh(e / (2 + e)).
 
@@ -32,11 +40,10 @@ def _log1p(e: Array) -> Array:
     two arrays is written out to memory.
     """
     twice = e * (2 / (2 + e))
-    square = 0.25 * twice * twice  # at most 1/9: each term adds nearly a digit
-    terms = 7 if e.dtype == jnp.float32 else 16
-    series = 1 / (2 * terms - 1)
-    for k in range(2 * terms - 3, 0, -2):
-        series = series * square + 1 / k
+    square = twice * twice
+    *others, series = (c / 4**k for k, c in enumerate(_ARTANH[e.dtype.itemsize]))
+    for coefficient in reversed(others):
+        series = series * square + coefficient
     return twice * series
 
 
