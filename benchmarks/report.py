@@ -385,6 +385,20 @@ def _bar_figure(rows: Rows, field: str, title: str) -> Figure:
     return figure
 
 
+def _dress(axes: Axes, title: str) -> None:
+    axes.set_title(title, size="medium", loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _titled(figure: Figure, panels: Sequence[Axes], ylabel: str, title: str) -> Figure:
+    """Return a figure of several panels with what they share: a title, a legend, one y axis."""
+    panels[0].set_ylabel(ylabel)
+    panels[0].legend(frameon=False)
+    figure.suptitle(title, size="medium")
+    return figure
+
+
 def _growth_figure(rows: Rows) -> Figure:
     """Draw time against size, one panel a curve, and the slope of a cost in proportion."""
     curves = _distinct(row["curve"] for row in rows)
@@ -409,13 +423,10 @@ def _growth_figure(rows: Rows) -> Figure:
         head, _, what = curve.rpartition(", ")
         axes.set(xscale="log", yscale="log", xlabel=what)
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(head, size="medium", loc="left")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("median time [ms], band: quartiles")
-    panels[0].legend(frameon=False)
-    figure.suptitle(f"Growth, {GRADIENT}, float32", size="medium")
-    return figure
+        _dress(axes, head)
+    return _titled(
+        figure, panels, "median time [ms], band: quartiles", f"Growth, {GRADIENT}, float32"
+    )
 
 
 def _scaling_figure(rows: Rows, cores: int) -> Figure:
@@ -431,13 +442,9 @@ def _scaling_figure(rows: Rows, cores: int) -> Figure:
         axes.set(xscale="log", ylim=(0, None), xlabel="host devices")
         axes.set_xticks(devices, [str(n) for n in devices])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title(title, size="medium", loc="left")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("median time [ms]")
-    panels[0].legend(frameon=False)
-    figure.suptitle(f"Scaling: XLA host devices that share {cores} cores", size="medium")
-    return figure
+        _dress(axes, title)
+    about = f"Scaling: XLA host devices that share {cores} cores"
+    return _titled(figure, panels, "median time [ms]", about)
 
 
 def figures(results: dict[str, Any]) -> dict[str, Figure]:

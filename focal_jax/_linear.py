@@ -77,8 +77,7 @@ def _sums(size, features, kernel, bias, labels) -> _Sums:
     zero = jnp.zeros_like(labels, _arrays.compute_dtype(features))
     # The least top is finite, for where no class is left: -inf less -inf would be NaN.
     start = _Sums(jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero, zero)
-    sums, _ = lax.scan(step, start, _starts(size, kernel))
-    return sums
+    return lax.scan(step, start, _starts(size, kernel))[0]
 
 
 def _primal(size, *args):

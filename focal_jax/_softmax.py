@@ -29,9 +29,14 @@ def _is_largest(z: Array, axis: int) -> Array:
     return _is_class(jnp.argmax(z, axis, keepdims=True).astype(jnp.int32), z, axis)
 
 
+def _kept(logits: Array, where: Array | None) -> Array:
+    """Return the logits in the dtype of the loss, 0 where the mask is False."""
+    return _arrays.keep(logits.astype(_arrays.compute_dtype(logits)), where)
+
+
 def _masked(logits: Array, where: Array | None, axis: int) -> tuple[Array, Array]:
     """Return the logits, 0 where the mask is False, and the largest of each position."""
-    z = _arrays.keep(logits.astype(_arrays.compute_dtype(logits)), where)
+    z = _kept(logits, where)
     top = jnp.max(z, axis, keepdims=True, initial=-jnp.inf)
     # Finite also where no class is left: -inf less -inf would be NaN.
     return z, lax.stop_gradient(jnp.maximum(top, jnp.finfo(z.dtype).min))
@@ -50,19 +55,18 @@ def _true_logit(z: Array, place: Array, axis: int) -> Array:
 
 def _others(axis, logits, place, top, where):
     """Return exp(logit - top) of every class, 0 for the true one."""
-    z = _arrays.keep(logits.astype(top.dtype), where)
+    z = _kept(logits, where)
     return jnp.where(_is_class(place, z, axis), 0, jnp.exp(z - top))
 
 
 def _sums(others, axis, logits, place, top, where):
-    z = _arrays.keep(logits.astype(top.dtype), where)
     rest = jnp.sum(others(axis, logits, place, top, where), axis, keepdims=True)
-    return _true_logit(z, place, axis), rest
+    return _true_logit(_kept(logits, where), place, axis), rest
 
 
 def _others_in_passing(axis, logits, place, top, where):
     # No exponential here is above 1, and only the true class is less than 1 away from itself.
-    z = _arrays.keep(logits.astype(top.dtype), where)
+    z = _kept(logits, where)
     away = jnp.abs(lax.broadcasted_iota(z.dtype, z.shape, axis) - place.astype(z.dtype))
     return jnp.minimum(jnp.exp(z - top), away)
 
