@@ -71,13 +71,35 @@ def _weight(y: Array, positive: Array | None, negative: Array | None) -> Array:
     return y * positive.astype(y.dtype) + (1 - y) * negative.astype(y.dtype)
 
 
+def _invalid(y: Array) -> Array:
+    # A label outside [0, 1] is an error in the data: NaN, and not an extrapolation.
+    return y * (1 - y) < 0
+
+
 def _losses(exponent, logits, labels, positive, negative, gamma, where):
     z, y = _inputs(logits, labels, where)
     s = _terms(z, y)
     gamma = _arrays.gamma_of(exponent, gamma, y.dtype)
     losses = _modulation.loss(_weight(y, positive, negative), s.q, s.log_q, s.n, gamma)
-    # A label outside [0, 1] is an error in the data: NaN, and not an extrapolation.
-    return _arrays.keep(jnp.where(y * (1 - y) < 0, jnp.nan, losses), where)
+    return _arrays.keep(jnp.where(_invalid(y), jnp.nan, losses), where)
+
+
+def _slopes(exponent, logits, labels, positive, negative, gamma, where):
+    """Return the derivatives of the losses in every argument but the last."""
+    z, y = _inputs(logits, labels, where)
+    t, s = _modulation.sigmoid_terms(z), _terms(z, y)
+    gamma = _arrays.gamma_of(exponent, gamma, y.dtype)
+    weight = _weight(y, positive, negative)
+    z, n, ratio = (_modulation.bounded(x) for x in (z, s.n, s.ratio))
+    m = _modulation.power(s.q, s.log_q, gamma)
+
+    # d(q^g n) = q^g (dn + g n dq/q); dq/q and n/q have no pole
+    dz = weight * m * ((1 - y) * t.p - y * t.q + gamma * ((1 - 2 * y) * s.fall * n))
+    dy = weight * m * (gamma * (ratio * (t.q - t.p)) - z)
+    if positive is not None:
+        dy = dy + m * n * (positive - negative).astype(y.dtype)
+    dz = jnp.where(_invalid(y), jnp.nan, dz)
+    return dz, dy, m * n * y, m * n * (1 - y), weight * m * n * s.log_q
 
 
 @partial(jax.jit, static_argnums=0)
@@ -92,34 +114,16 @@ def _fwd(exponent, *args):
 
 @partial(jax.jit, static_argnums=0)
 def _bwd(exponent, residuals, ct):
-    (logits, labels, positive, negative, gamma, where), losses = residuals
-    z, y = _inputs(logits, labels, where)
-    t, s = _modulation.sigmoid_terms(z), _terms(z, y)
-    g = _arrays.gamma_of(exponent, gamma, y.dtype)
-    weight = _weight(y, positive, negative)
-    z, n, ratio = (_modulation.bounded(x) for x in (z, s.n, s.ratio))
-    m = _modulation.power(s.q, s.log_q, g)
+    args, losses = residuals
 
-    # d(q^g n) = q^g (dn + g n dq/q); dq/q and n/q have no pole
-    dz = weight * m * ((1 - y) * t.p - y * t.q + g * ((1 - 2 * y) * s.fall * n))
-    dy = weight * m * (g * (ratio * (t.q - t.p)) - z)
-    if positive is not None:
-        dy = dy + m * n * (positive - negative).astype(y.dtype)
-    # What made the loss NaN makes the gradient NaN. To read the losses here also gives the
-    # gradient their memory: on CPU a fresh array costs more than the arithmetic.
-    dz = jnp.where(jnp.isnan(losses), jnp.nan, dz)
+    def cotangent(i, primal):
+        # The losses are not needed again, but their memory is: on CPU a fresh array costs
+        # more than the arithmetic.
+        slope = island(lambda *args: _slopes(exponent, *args)[i], *args, after=losses)
+        return _arrays.cotangent_of(primal, ct * slope, where)
 
-    def cotangent(primal, value):
-        return _arrays.cotangent_of(primal, ct * value, where)
-
-    return (
-        cotangent(logits, dz),
-        cotangent(labels, dy),
-        cotangent(positive, m * n * y),
-        cotangent(negative, m * n * (1 - y)),
-        cotangent(gamma, weight * m * n * s.log_q),
-        None,
-    )
+    *differentiable, where = args
+    return *(cotangent(*x) for x in enumerate(differentiable)), None
 
 
 _core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
