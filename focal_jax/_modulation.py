@@ -55,13 +55,19 @@ def halves(x: Array, e: Array) -> tuple[Array, Array, Array]:
     return jnp.where(right, near, far), jnp.where(right, far, near), _log1p(e)
 
 
+def _log_q(x: Array, log1p: Array) -> Array:
+    return jnp.maximum(-(log1p + jnp.where(x >= 0, x, 0)), least_log(x))
+
+
+def _ratio(n: Array, q: Array) -> Array:
+    return jnp.where(q == 0, 1, divide(n, q))
+
+
 def _terms(x: Array, e: Array) -> Terms:
     """Return the terms of the margin `x`, given `e = exp(-|x|)`."""
-    right = x >= 0
     p, q, log1p = halves(x, e)
-    n = log1p + jnp.where(right, 0, -x)
-    log_q = jnp.maximum(-(log1p + jnp.where(right, x, 0)), least_log(x))
-    return Terms(p, q, n, log_q, jnp.where(q == 0, 1, divide(n, q)))
+    n = log1p + jnp.where(x >= 0, 0, -x)
+    return Terms(p, q, n, _log_q(x, log1p), _ratio(n, q))
 
 
 def _along(t: Terms, dx: Array) -> Terms:
@@ -101,6 +107,29 @@ def softmax_terms(true: Array, rest: Array) -> Terms:
 def _softmax_terms_jvp(primals, tangents):
     t = softmax_terms(*primals)
     return t, _along(t, tangents[0] - divide(tangents[1], primals[1]))
+
+
+@jax.custom_jvp
+def class_terms(true: Array, rest: Array, whole: Array, log_whole: Array) -> Terms:
+    """Return the terms with each class of a position in turn taken for the true one.
+
+    `true` and `rest` are those of `softmax_terms`, `whole` is `exp(true) + rest`. That and
+    its logarithm are one number for all the classes, and save each a logarithm and a
+    quotient of its own where `log q` is not asked for.
+    """
+    e = jnp.exp(true)
+    x = true - jnp.log(rest)
+    small = jnp.minimum(e, rest) / jnp.maximum(e, rest)
+    share = 1 / whole
+    q, n = rest * share, log_whole - true
+    return Terms(e * share, q, n, _log_q(x, _log1p(small)), _ratio(n, q))
+
+
+@class_terms.defjvp
+def _class_terms_jvp(primals, tangents):
+    _, rest, *_ = primals
+    t = class_terms(*primals)
+    return t, _along(t, tangents[0] - divide(tangents[1], rest))
 
 
 @jax.custom_jvp

@@ -1,7 +1,8 @@
 """Softmax focal losses: integer labels, and a distribution over the classes."""
 
+import operator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,11 @@ class _Static(NamedTuple):
     exponent: int | float | None
 
 
-def _is_class(place: Array, z: Array, axis: int) -> Array:
-    """Return, of the shape of `z`, where the class is the one that `place` says."""
-    return lax.broadcasted_iota(place.dtype, z.shape, axis) == place
-
-
-def _is_largest(z: Array, axis: int) -> Array:
-    return _is_class(jnp.argmax(z, axis, keepdims=True).astype(jnp.int32), z, axis)
+def _classes(logits: Array, axis: int) -> Array:
+    """Return 0, 1, ... along the class axis, of size 1 along the others."""
+    shape = [1] * logits.ndim
+    shape[axis] = logits.shape[axis]
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def _kept(logits: Array, where: Array | None) -> Array:
@@ -50,25 +49,30 @@ def _true_logit(z: Array, place: Array, axis: int) -> Array:
     if jax.typeof(z).sharding.spec[axis] is None:
         return jnp.take_along_axis(z, place, axis, mode="fill", fill_value=0)
     # The classes are spread over an explicit mesh axis, which no gather reaches across.
-    return jnp.sum(jnp.where(_is_class(place, z, axis), z, 0), axis, keepdims=True)
+    return jnp.sum(jnp.where(_classes(z, axis) == place, z, 0), axis, keepdims=True)
 
 
-def _others(axis, logits, place, top, where):
-    """Return exp(logit - top) of every class, 0 for the true one."""
-    z = _kept(logits, where)
-    return jnp.where(_is_class(place, z, axis), 0, jnp.exp(z - top))
+def _others(logits, classes, place, top, where):
+    """Return exp(logit - top) of every class, 0 for the one at `place`."""
+    return jnp.where(classes == place, 0, jnp.exp(_kept(logits, where) - top))
+
+
+@jax.custom_jvp
+def _others_in_passing(logits, classes, place, top, where):
+    # No exponential here is above 1, and only the class at `place` is less than 1 away from it.
+    e = jnp.exp(_kept(logits, where) - top)
+    return jnp.minimum(e, jnp.abs(classes.astype(e.dtype) - place.astype(e.dtype)))
+
+
+@_others_in_passing.defjvp
+def _others_in_passing_jvp(primals, tangents):
+    # Not the minimum's: where the two are equal it has half the derivative of each.
+    return _others_in_passing(*primals), jax.jvp(_others, primals, tangents)[1]
 
 
 def _sums(others, axis, logits, place, top, where):
-    rest = jnp.sum(others(axis, logits, place, top, where), axis, keepdims=True)
-    return _true_logit(_kept(logits, where), place, axis), rest
-
-
-def _others_in_passing(axis, logits, place, top, where):
-    # No exponential here is above 1, and only the true class is less than 1 away from itself.
-    z = _kept(logits, where)
-    away = jnp.abs(lax.broadcasted_iota(z.dtype, z.shape, axis) - place.astype(z.dtype))
-    return jnp.minimum(jnp.exp(z - top), away)
+    e = others(logits, _classes(logits, axis), place, top, where)
+    return _true_logit(_kept(logits, where), place, axis), jnp.sum(e, axis, keepdims=True)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -77,10 +81,7 @@ def _sums_primal(axis, *args):
     # XLA's CPU backend sums the last axis in passing where it meets no select, and others
     # are quicker apart. Elsewhere the forms are one.
     last = axis == args[0].ndim - 1
-    others = (
-        _others_in_passing if last else lambda axis, *args: island(partial(_others, axis), *args)
-    )
-    return _sums(others, axis, *args)
+    return _sums(_others_in_passing if last else partial(island, _others), axis, *args)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -91,9 +92,10 @@ def _sums_fwd(axis, *args):
 
 @partial(jax.jit, static_argnums=0)
 def _sums_bwd(axis, args, cts):
-    logits, place, *_ = args
+    logits, *rest = args
     of_true, of_rest = cts
-    ct = jnp.where(_is_class(place, logits, axis), of_true, of_rest * _others(axis, *args))
+    classes = _classes(logits, axis)
+    ct = jnp.where(classes == rest[0], of_true, of_rest * _others(logits, classes, *rest))
     return ct.astype(logits.dtype), None, None, None
 
 
@@ -128,61 +130,125 @@ def _int_losses(static, class_axis_name, logits, labels, alpha, gamma, where):
 # ---------------------------------------------------------------- a distribution
 
 
-def _sum_of_others(v: Array, largest: Array, axis: int) -> Array:
-    """Return for each class the sum of `v` over the other classes, without cancellation.
+class _Row(NamedTuple):
+    """What the classes of a position share, each with a class axis of one.
 
-    `largest` marks the class whose `v` is largest in size. Only there would `sum - v`
-    cancel, so only there the others are added up by themselves.
+    The class with the largest logit stands apart: only its own share may be all but the
+    whole, so that only there "all less this one" would cancel.
     """
-    rest = jnp.sum(jnp.where(largest, 0, v), axis, keepdims=True)
-    top = jnp.sum(jnp.where(largest, v, 0), axis, keepdims=True)
-    return rest + jnp.where(largest, 0, top - v)
+
+    largest: Array  # the class with the largest logit
+    top: Array  # that logit
+    own: Array  # exp(logit - top) of it: 1, but it has a derivative
+    rest: Array  # the sum of exp(logit - top) over the others
 
 
-def _class_terms(logits: Array, where: Array | None, axis: int):
-    """Return the softmax and, with each class taken for the true one, its terms."""
+def _largest(v: Array, axis: int) -> Array:
+    return jnp.argmax(v, axis, keepdims=True).astype(jnp.int32)
+
+
+def _row(axis, logits, where) -> _Row:
     z, top = _masked(logits, where, axis)
-    z = z - top
-    exp = jnp.exp(z)
-    t = _modulation.softmax_terms(z, _sum_of_others(exp, _is_largest(z, axis), axis))
-    return exp / jnp.sum(exp, axis, keepdims=True), t
+    largest = _largest(z, axis)
+    true, rest = _sums_primal(axis, logits, largest, top, where)
+    return _Row(largest, top, jnp.exp(true - top), rest)
 
 
-@partial(jax.jit, static_argnums=0)
-def _soft_primal(static, logits, labels, alpha, gamma, where):
-    _, t = _class_terms(logits, where, static.axis)
-    dtype = t.p.dtype
-    weight = alpha.astype(dtype) * _arrays.keep(labels.astype(dtype), where)
-    g = _arrays.gamma_of(static.exponent, gamma, dtype)
-    losses = _modulation.loss(weight, t.q, t.log_q, t.n, g)
-    return _arrays.keep(jnp.sum(losses, static.axis, keepdims=True), where)
+def _sum_without(v: Array, place: Array, axis: int) -> Array:
+    """Return the sum of `v` over the classes but the one at `place`."""
+    classes = _classes(v, axis)
+    if axis == v.ndim - 1:  # as in `_sums_primal`
+        v = v * jnp.minimum(jnp.abs(classes - place), 1).astype(v.dtype)
+    else:
+        v = island(lambda v, *at: jnp.where(operator.eq(*at), 0, v), v, classes, place)
+    return jnp.sum(v, axis, keepdims=True)
 
 
-def _soft_fwd(static, *args):
-    return _soft_primal(static, *args), args
+def _others_of(v: Array, at: Array, own: Array, rest: Array) -> Array:
+    """Return for each class the sum of `v` over the others, without cancellation.
+
+    `at` marks the class that stands apart, whose `v` is `own`; the others add up to `rest`.
+    """
+    return jnp.where(at, rest, (rest - v) + own)
 
 
-@partial(jax.jit, static_argnums=0)
-def _soft_bwd(static, args, ct):
-    logits, labels, alpha, gamma, where = args
-    axis = static.axis
-    p, t = _class_terms(logits, where, axis)
-    dtype = t.p.dtype
-    y = _arrays.keep(labels.astype(dtype), where)
-    a, g = alpha.astype(dtype), _arrays.gamma_of(static.exponent, gamma, dtype)
-    # G_c = d loss/d log p_c; the chain through the softmax is G_j q_j - p_j sum_{c != j} G_c.
-    steep = a * y * _modulation.slope(t, g)
-    others = _sum_of_others(steep, _is_largest(jnp.abs(steep), axis), axis)
-    unweighted = ct * _modulation.unweighted(t, g)
+def _each_class(
+    logits: Array, where: Array | None, classes: Array, row: _Row
+) -> tuple[Array, Array]:
+    """Return of each class logit - top, and the sum of exp of that over the others."""
+    z = _kept(logits, where) - row.top
+    return z, _others_of(jnp.exp(z), classes == row.largest, row.own, row.rest)
 
-    cotangent = partial(_arrays.cotangent_of, where=where)
-    return (
-        cotangent(logits, ct * (p * others - t.q * steep)),
-        cotangent(labels, a * unweighted),
-        cotangent(alpha, y * unweighted),
-        cotangent(gamma, a * y * unweighted * t.log_q),
-        None,
+
+def _class_terms(logits, where, classes, row) -> _modulation.Terms:
+    # Never log(1 + rest): `own` is 1, and would round a small rest away.
+    log_whole = jnp.log1p((row.own - 1) + row.rest)
+    return _modulation.class_terms(
+        *_each_class(logits, where, classes, row), row.own + row.rest, log_whole
     )
+
+
+def _soft_terms(exponent, logits, labels, alpha, gamma, where, classes, row):
+    """Return the terms of the sum that is the loss."""
+    t = _class_terms(logits, where, classes, row)
+    weight = alpha.astype(t.p.dtype) * _arrays.keep(labels.astype(t.p.dtype), where)
+    gamma = _arrays.gamma_of(exponent, gamma, t.p.dtype)
+    return _modulation.loss(weight, t.q, t.log_q, t.n, gamma)
+
+
+def _soft_slopes(exponent, logits, labels, alpha, gamma, where, classes, row):
+    """Return for each class its term's derivatives: in -log p, and in y, alpha and gamma."""
+    t = _class_terms(logits, where, classes, row)
+    y, a = _arrays.keep(labels.astype(t.p.dtype), where), alpha.astype(t.p.dtype)
+    gamma = _arrays.gamma_of(exponent, gamma, t.p.dtype)
+    unweighted = _modulation.unweighted(t, gamma)
+    steep = a * y * _modulation.slope(t, gamma)
+    return steep, a * unweighted, y * unweighted, a * y * unweighted * t.log_q
+
+
+def _soft_chain(logits, where, classes, row, steep, steepest, own, rest):
+    """Return the gradient of the logits, of the slopes in -log p of all the classes."""
+    z, z_others = _each_class(logits, where, classes, row)
+    others = _others_of(steep, classes == steepest, own, rest)
+    return (jnp.exp(z) * others - z_others * steep) * (1 / (row.own + row.rest))
+
+
+def _soft_losses(static, *args):
+    logits, *_, where = args
+    axis, exponent = static
+    row = _row(axis, logits, where)
+    terms = island(partial(_soft_terms, exponent), *args, _classes(logits, axis), row)
+    return _arrays.keep(jnp.sum(terms, axis, keepdims=True), where), row
+
+
+@partial(jax.jit, static_argnums=0)
+def _soft_primal(static, *args):
+    return _soft_losses(static, *args)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _soft_fwd(static, *args):
+    losses, row = _soft_losses(static, *args)
+    return losses, (args, row, losses)
+
+
+@partial(jax.jit, static_argnums=0)
+def _soft_bwd(static, residuals, ct):
+    args, row, losses = residuals
+    logits, labels, alpha, gamma, where = args
+    axis, exponent = static
+    classes = _classes(logits, axis)
+    inputs: tuple[Any, ...] = (*args, classes, row)
+
+    # G_c = -d loss/d log p_c; the chain through the softmax is p_j sum_{c != j} G_c - G_j q_j.
+    steep = island(lambda *args: _soft_slopes(exponent, *args)[0], *inputs, after=losses)
+    steepest = _largest(jnp.abs(steep), axis)
+    own, rest = _true_logit(steep, steepest, axis), _sum_without(steep, steepest, axis)
+    dz = island(_soft_chain, logits, where, classes, row, steep, steepest, own, rest)
+
+    values = ct * dz, *(ct * slope for slope in _soft_slopes(exponent, *inputs)[1:])
+    primals = logits, labels, alpha, gamma
+    return *map(partial(_arrays.cotangent_of, where=where), primals, values), None
 
 
 _soft_core = jax.custom_vjp(_soft_primal, nondiff_argnums=(0,))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LOSSES, SIGMOID, assert_close, ids
+from helpers import LOSSES, SIGMOID, SOFTMAX, assert_close, ids
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from focal_jax._island import island
@@ -31,6 +31,29 @@ def test_on_one_device_the_losses_are_flat_and_nothing_but_the_gradient_is_kept(
         assert text.count(" conditional(") == 4
         assert len(re.findall(r"= f32\[80000\]\S* fusion\(", text)) == 2
         assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * logits.nbytes
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=ids)
+def test_temporaries(loss):
+    logits, labels = loss.inputs(0, SHAPE)
+    compiled = _compiled(_value_and_grad(loss), logits, labels)
+    # One array of the logits' size at most, and a few numbers a position.
+    numbers = 10 * 4 * np.prod(loss.positions(SHAPE))
+    at_most = numbers + logits.nbytes if loss.softmax else 0.1 * logits.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes <= at_most
+
+
+@pytest.mark.parametrize("loss", SOFTMAX, ids=ids)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_one_class_on_any_axis(loss, axis):
+    # All arrays then have the same shape, and may be laid flat.
+    shape = np.insert([4, 3], axis, 1)
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    labels = jnp.ones_like(logits) if loss.soft else jnp.zeros((4, 3), jnp.int32)
+    value, gradient = jax.jit(_value_and_grad(loss, axis=axis))(logits, labels)
+    assert value == 0
+    assert not np.any(gradient)
+    assert not np.any(loss.ours(logits, labels, axis=axis))
 
 
 def test_on_several_devices_the_axes_stay():
