@@ -27,10 +27,12 @@ OURS, PLAIN, LINEAR = "focal_jax", "plain", "focal_jax linear"
 def _one_hot_softmax(logits: Array, labels: Array, gamma: float, axis: int) -> Array:
     """Return what Keras's `CategoricalFocalCrossentropy` computes of logits.
 
-    The softmax, normalized once more and clipped by 1e-7, against one-hot labels, in
-    float32. The labels are made one-hot on the way, which XLA does without storing them.
+    The softmax, normalized once more and clipped by 1e-7, against one-hot or soft labels, in
+    float32. Integers are made one-hot on the way, which XLA does without storing them.
     """
-    y = jax.nn.one_hot(labels, logits.shape[axis], axis=axis, dtype=jnp.float32)
+    y = labels.astype(jnp.float32)
+    if labels.ndim < logits.ndim:
+        y = jax.nn.one_hot(labels, logits.shape[axis], axis=axis, dtype=jnp.float32)
     p = jax.nn.softmax(logits.astype(jnp.float32), axis)
     p = jnp.clip(p / jnp.sum(p, axis, keepdims=True), 1e-7, 1 - 1e-7)
     return jnp.sum((1 - p) ** gamma * (-y * jnp.log(p)), axis)
@@ -45,7 +47,9 @@ def losses(workload: Workload) -> dict[str, Callable[[Array, Array], Array]]:
             PLAIN: partial(focal_jax.reference.sigmoid_focal_loss, gamma=gamma),
             "optax": partial(optax.losses.sigmoid_focal_loss, gamma=gamma),
         }
-    name = "softmax_focal_loss_with_integer_labels"
+    name = "softmax_focal_loss"
+    if workload.head == "softmax":
+        name += "_with_integer_labels"
     return {
         OURS: partial(getattr(focal_jax, name), gamma=gamma, axis=axis),
         PLAIN: partial(getattr(focal_jax.reference, name), gamma=gamma, axis=axis),
@@ -75,7 +79,7 @@ def jax_programs(workload: Workload, logits: Array, labels: Array) -> list[Progr
 
 
 def _torch_loss(torch, workload: Workload) -> Callable:
-    """Return torchvision's `sigmoid_focal_loss`, or the same steps with a softmax."""
+    """Return torchvision's `sigmoid_focal_loss`, or the like with a softmax."""
     functional, gamma = torch.nn.functional, workload.gamma
 
     def sigmoid(z, y):
@@ -89,7 +93,11 @@ def _torch_loss(torch, workload: Workload) -> Callable:
         cross_entropy = functional.cross_entropy(z, y, reduction="none")
         return cross_entropy * (1 - torch.exp(-cross_entropy)) ** gamma
 
-    return sigmoid if workload.head == "sigmoid" else softmax
+    def soft(z, y):
+        log_p = functional.log_softmax(z, workload.axis)
+        return torch.sum(-y * (1 - torch.exp(log_p)) ** gamma * log_p, workload.axis)
+
+    return {"sigmoid": sigmoid, "softmax": softmax, "soft": soft}[workload.head]
 
 
 def torch_programs(workload: Workload, logits: np.ndarray, labels: np.ndarray) -> list[Program]:
@@ -109,8 +117,9 @@ def torch_programs(workload: Workload, logits: np.ndarray, labels: np.ndarray) -
     torch.compiler.reset()  # or it gives up after eight functions
     device = "cuda" if on_gpu else "cpu"
     z = torch.tensor(logits.astype(np.float32)).to(device, getattr(torch, logits.dtype.name))
-    y = torch.tensor(labels.astype(np.float32 if workload.head == "sigmoid" else np.int64))
-    y = y.to(device, z.dtype if workload.head == "sigmoid" else torch.int64)
+    whole = labels.dtype.kind == "i"
+    y = torch.tensor(labels.astype(np.int64 if whole else np.float32))
+    y = y.to(device, torch.int64 if whole else z.dtype)
     z_with_gradient = z.clone().requires_grad_()
     loss = _torch_loss(torch, workload)
 

@@ -96,22 +96,26 @@ class Goal(NamedTuple):
 LEAST, MOST = "\N{GREATER-THAN OR EQUAL TO}", "\N{LESS-THAN OR EQUAL TO}"
 
 
+# Of each head: the speed-up over the plain formula, and the temporaries over the logits.
+_BOUNDS = {"sigmoid": (3.0, 1.1), "softmax": (1.5, 1.3), "soft": (1.0, 1.5)}
+
+
 def _losses_goals(rows: Rows) -> list[Goal]:
     """Return the goals of ours, with its gradient, in the rows of one workload."""
     (ours,) = select(rows, implementation=OURS, mode=GRADIENT)
     (value,) = select(rows, implementation=OURS, mode=VALUE)
-    name, sigmoid = ours["workload"], ours["head"] == "sigmoid"
-    bound = 1.0 if name == SMALL else 3.0 if sigmoid else 1.5
+    name = ours["workload"]
+    speedup, memory = (1.0, None) if name == SMALL else _BOUNDS[ours["head"]]
     found = [
-        Goal(f"{name}: speed-up over {PLAIN}", ours["speedup"], LEAST, bound),
+        Goal(f"{name}: speed-up over {PLAIN}", ours["speedup"], LEAST, speedup),
         Goal(f"{name}: speed-up over {PLAIN}, value alone", value["speedup"], LEAST, 1.0),
     ]
     for optax in select(rows, implementation="optax", mode=GRADIENT):
         speedup = ours["speedup"] / optax["speedup"]
         found.append(Goal(f"{name}: speed-up over optax", speedup, LEAST, 8.0))
-    if ours["temporary_share"] is not None and name != SMALL:
-        what, bound = f"{name}: temporaries over the logits", 1.1 if sigmoid else 1.3
-        found.append(Goal(what, ours["temporary_share"], MOST, bound))
+    if ours["temporary_share"] is not None and memory is not None:
+        what = f"{name}: temporaries over the logits"
+        found.append(Goal(what, ours["temporary_share"], MOST, memory))
     banned = ["scatter", "transpose"] + ["power"] * (ours["gamma"] % 1 == 0)
     count = sum(ours["ops"][op] for op in banned)
     return [*found, Goal(f"{name}: {', '.join(banned)}", count, MOST, 0)]

@@ -8,7 +8,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A loss of one shape: `head` is "sigmoid" or "softmax" (with integer labels)."""
+    """A loss of one shape.
+
+    `head` is "sigmoid", "softmax" (with integer labels) or "soft" (a softmax and a distribution).
+    """
 
     name: str
     head: str
@@ -20,14 +23,20 @@ class Workload:
         """Return logits and labels, the same ones in every run, on the host.
 
         A sigmoid's labels are of the logits' dtype, one in a hundred positive; a softmax's
-        are int32.
+        are int32, or such labels smoothed by a tenth, in the logits' dtype.
         """
         rng = np.random.default_rng(0)
         logits = (3 * rng.standard_normal(self.shape, np.float32)).astype(jnp.dtype(dtype))
         if self.head == "sigmoid":
             return logits, (rng.random(self.shape) < 0.01).astype(logits.dtype)
-        positions = np.delete(self.shape, self.axis)
-        return logits, rng.integers(self.shape[self.axis], size=positions, dtype=np.int32)
+        classes, positions = self.shape[self.axis], np.delete(self.shape, self.axis)
+        labels = rng.integers(classes, size=positions, dtype=np.int32)
+        if self.head == "softmax":
+            return logits, labels
+        smoothed = np.full(self.shape, 0.1 / classes, logits.dtype)
+        true = np.expand_dims(labels, self.axis)
+        np.put_along_axis(smoothed, true, 0.9 + 0.1 / classes, self.axis)
+        return logits, smoothed
 
     def quick(self) -> "Workload":
         """Return a tiny workload of the same kind."""
@@ -52,6 +61,8 @@ WORKLOADS = {
         Workload("vocabulary", "softmax", (1024, 32_000)),
         Workload("segmentation", "softmax", (4, 21, 256, 256), axis=1),
         Workload("segmentation-last", "softmax", (4, 256, 256, 21)),
+        Workload("soft", "soft", (400_000, 21)),
+        Workload("soft-imagenet", "soft", (4096, 1000)),
         Workload(SMALL, "softmax", (256, 10)),
     )
 }

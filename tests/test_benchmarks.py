@@ -11,7 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COST = ("temporary_share", "bytes_accessed", "compile_seconds", "speedup", "bandwidth")
-JAX = {"sigmoid": {"focal_jax", "plain", "optax"}, "anchors": {"focal_jax", "plain", "one-hot"}}
+JAX = {
+    "sigmoid": {"focal_jax", "plain", "optax"},
+    "anchors": {"focal_jax", "plain", "one-hot"},
+    "soft": {"focal_jax", "plain", "one-hot"},
+}
 
 
 def _run(module, *arguments):
@@ -29,7 +33,7 @@ def _run(module, *arguments):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("benchmarks")
-    options = "--quick --workloads sigmoid anchors --dtype float32 --no-figures --rounds 2"
+    options = "--quick --workloads sigmoid anchors soft --dtype float32 --no-figures --rounds 2"
     text = _run("benchmarks", *options.split(), "--sections", "losses", "linear", "--out", out)
     return json.loads((out / "results.json").read_text()), text
 
