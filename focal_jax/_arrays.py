@@ -95,13 +95,18 @@ def keep(x: Array, where: Array | None) -> Array:
     return x if where is None else jnp.where(where, x, 0)
 
 
+def differentiable(x: Array | None) -> bool:
+    """Return whether `x` is there and is floating."""
+    return x is not None and jnp.issubdtype(x.dtype, jnp.floating)
+
+
 def cotangent_of(primal: Array | None, ct: Array, where: Array | None) -> Array | None:
     """Return `ct` as a cotangent of `primal`: 0 where masked, its shape, its dtype.
 
     None for integers. JAX takes a cotangent of another dtype without a word and fails far
     away.
     """
-    if primal is None or not jnp.issubdtype(primal.dtype, jnp.floating):
+    if primal is None or not differentiable(primal):
         return None
     ct = keep(ct, where)
     repeated = tuple(i for i, n in enumerate(primal.shape) if n == 1 and ct.shape[i] != 1)

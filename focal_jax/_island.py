@@ -81,6 +81,7 @@ def island(function: Callable[..., Array], *args: Any, after: Array | None = Non
     first, *_ = args
     if not first.size:
         return function(*args)
+    function = jax.jit(function, inline=True)  # traced once, not in each of the places below
     dtype = jax.eval_shape(function, *args).dtype
 
     def apart(function, *after):

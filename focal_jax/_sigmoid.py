@@ -84,6 +84,7 @@ def _losses(exponent, logits, labels, positive, negative, gamma, where):
     return _arrays.keep(jnp.where(_invalid(y), jnp.nan, losses), where)
 
 
+@partial(jax.jit, static_argnums=0, inline=True)
 def _slopes(exponent, logits, labels, positive, negative, gamma, where):
     """Return the derivatives of the losses in every argument but the last."""
     z, y = _inputs(logits, labels, where)
@@ -115,14 +116,16 @@ def _fwd(exponent, *args):
 @partial(jax.jit, static_argnums=0)
 def _bwd(exponent, residuals, ct):
     args, losses = residuals
+    *differentiable, where = args
 
     def cotangent(i, primal):
+        if not _arrays.differentiable(primal):
+            return None
         # The losses are not needed again, but their memory is: on CPU a fresh array costs
         # more than the arithmetic.
         slope = island(lambda *args: _slopes(exponent, *args)[i], *args, after=losses)
         return _arrays.cotangent_of(primal, ct * slope, where)
 
-    *differentiable, where = args
     return *(cotangent(*x) for x in enumerate(differentiable)), None
 
 
