@@ -2,6 +2,7 @@
 
 import numbers
 import operator
+from typing import TypeGuard
 
 import jax.numpy as jnp
 from jax import Array
@@ -95,7 +96,7 @@ def keep(x: Array, where: Array | None) -> Array:
     return x if where is None else jnp.where(where, x, 0)
 
 
-def differentiable(x: Array | None) -> bool:
+def differentiable(x: Array | None) -> TypeGuard[Array]:
     """Return whether `x` is there and is floating."""
     return x is not None and jnp.issubdtype(x.dtype, jnp.floating)
 
@@ -106,7 +107,7 @@ def cotangent_of(primal: Array | None, ct: Array, where: Array | None) -> Array 
     None for integers. JAX takes a cotangent of another dtype without a word and fails far
     away.
     """
-    if primal is None or not differentiable(primal):
+    if not differentiable(primal):
         return None
     ct = keep(ct, where)
     repeated = tuple(i for i, n in enumerate(primal.shape) if n == 1 and ct.shape[i] != 1)

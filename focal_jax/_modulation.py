@@ -90,6 +90,17 @@ def _sigmoid_terms_jvp(primals, tangents):
     return t, _along(t, *tangents)
 
 
+def _margin(true: Array, rest: Array) -> tuple[Array, Array]:
+    """Return the margin `x` and `exp(-|x|)`."""
+    e = jnp.exp(true)
+    return true - jnp.log(rest), jnp.minimum(e, rest) / jnp.maximum(e, rest)
+
+
+def _along_margin(function, primals, tangents):
+    t = function(*primals)
+    return t, _along(t, tangents[0] - divide(tangents[1], primals[1]))
+
+
 @jax.custom_jvp
 def softmax_terms(true: Array, rest: Array) -> Terms:
     """Return the terms of the margin `x = true - log(rest)`.
@@ -98,15 +109,10 @@ def softmax_terms(true: Array, rest: Array) -> Terms:
     exp(logit), both less the largest logit of the position. `rest` is 0 where no other
     class is left, or where all of them underflow.
     """
-    e = jnp.exp(true)
-    x = true - jnp.log(rest)
-    return _terms(x, jnp.minimum(e, rest) / jnp.maximum(e, rest))
+    return _terms(*_margin(true, rest))
 
 
-@softmax_terms.defjvp
-def _softmax_terms_jvp(primals, tangents):
-    t = softmax_terms(*primals)
-    return t, _along(t, tangents[0] - divide(tangents[1], primals[1]))
+softmax_terms.defjvp(partial(_along_margin, softmax_terms))
 
 
 @jax.custom_jvp
@@ -117,19 +123,13 @@ def class_terms(true: Array, rest: Array, whole: Array, log_whole: Array) -> Ter
     its logarithm are one number for all the classes, and save each a logarithm and a
     quotient of its own where `log q` is not asked for.
     """
-    e = jnp.exp(true)
-    x = true - jnp.log(rest)
-    small = jnp.minimum(e, rest) / jnp.maximum(e, rest)
+    x, small = _margin(true, rest)
     share = 1 / whole
-    q, n = rest * share, log_whole - true
-    return Terms(e * share, q, n, _log_q(x, _log1p(small)), _ratio(n, q))
+    p, q, n = jnp.exp(true) * share, rest * share, log_whole - true
+    return Terms(p, q, n, _log_q(x, _log1p(small)), _ratio(n, q))
 
 
-@class_terms.defjvp
-def _class_terms_jvp(primals, tangents):
-    _, rest, *_ = primals
-    t = class_terms(*primals)
-    return t, _along(t, tangents[0] - divide(tangents[1], rest))
+class_terms.defjvp(partial(_along_margin, class_terms))
 
 
 @jax.custom_jvp

@@ -1,8 +1,7 @@
 """Softmax focal losses: integer labels, and a distribution over the classes."""
 
-import operator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +51,14 @@ def _true_logit(z: Array, place: Array, axis: int) -> Array:
     return jnp.sum(jnp.where(_classes(z, axis) == place, z, 0), axis, keepdims=True)
 
 
+def _without(v, classes, place):
+    """Return `v`, 0 for the class at `place`."""
+    return jnp.where(classes == place, 0, v)
+
+
 def _others(logits, classes, place, top, where):
     """Return exp(logit - top) of every class, 0 for the one at `place`."""
-    return jnp.where(classes == place, 0, jnp.exp(_kept(logits, where) - top))
+    return _without(jnp.exp(_kept(logits, where) - top), classes, place)
 
 
 @jax.custom_jvp
@@ -92,10 +96,11 @@ def _sums_fwd(axis, *args):
 
 @partial(jax.jit, static_argnums=0)
 def _sums_bwd(axis, args, cts):
-    logits, *rest = args
+    logits, place, top, where = args
     of_true, of_rest = cts
     classes = _classes(logits, axis)
-    ct = jnp.where(classes == rest[0], of_true, of_rest * _others(logits, classes, *rest))
+    others = _others(logits, classes, place, top, where)
+    ct = jnp.where(classes == place, of_true, of_rest * others)
     return ct.astype(logits.dtype), None, None, None
 
 
@@ -160,7 +165,7 @@ def _sum_without(v: Array, place: Array, axis: int) -> Array:
     if axis == v.ndim - 1:  # as in `_sums_primal`
         v = v * jnp.minimum(jnp.abs(classes - place), 1).astype(v.dtype)
     else:
-        v = island(lambda v, *at: jnp.where(operator.eq(*at), 0, v), v, classes, place)
+        v = island(_without, v, classes, place)
     return jnp.sum(v, axis, keepdims=True)
 
 
@@ -188,21 +193,26 @@ def _class_terms(logits, where, classes, row) -> _modulation.Terms:
     )
 
 
-def _soft_terms(exponent, logits, labels, alpha, gamma, where, classes, row):
+def _soft_parts(exponent, logits, labels, alpha, gamma, where, classes, row):
+    """Return the terms of each class, and labels, alpha and gamma in their dtype."""
+    t = _class_terms(logits, where, classes, row)
+    dtype = t.p.dtype
+    y = _arrays.keep(labels.astype(dtype), where)
+    return t, y, alpha.astype(dtype), _arrays.gamma_of(exponent, gamma, dtype)
+
+
+def _soft_terms(exponent, *args):
     """Return the terms of the sum that is the loss."""
-    t = _class_terms(logits, where, classes, row)
-    weight = alpha.astype(t.p.dtype) * _arrays.keep(labels.astype(t.p.dtype), where)
-    gamma = _arrays.gamma_of(exponent, gamma, t.p.dtype)
-    return _modulation.loss(weight, t.q, t.log_q, t.n, gamma)
+    t, y, a, g = _soft_parts(exponent, *args)
+    return _modulation.loss(a * y, t.q, t.log_q, t.n, g)
 
 
-def _soft_slopes(exponent, logits, labels, alpha, gamma, where, classes, row):
+@partial(jax.jit, static_argnums=0, inline=True)
+def _soft_slopes(exponent, *args):
     """Return for each class its term's derivatives: in -log p, and in y, alpha and gamma."""
-    t = _class_terms(logits, where, classes, row)
-    y, a = _arrays.keep(labels.astype(t.p.dtype), where), alpha.astype(t.p.dtype)
-    gamma = _arrays.gamma_of(exponent, gamma, t.p.dtype)
-    unweighted = _modulation.unweighted(t, gamma)
-    steep = a * y * _modulation.slope(t, gamma)
+    t, y, a, g = _soft_parts(exponent, *args)
+    unweighted = _modulation.unweighted(t, g)
+    steep = a * y * _modulation.slope(t, g)
     return steep, a * unweighted, y * unweighted, a * y * unweighted * t.log_q
 
 
@@ -238,7 +248,7 @@ def _soft_bwd(static, residuals, ct):
     logits, labels, alpha, gamma, where = args
     axis, exponent = static
     classes = _classes(logits, axis)
-    inputs: tuple[Any, ...] = (*args, classes, row)
+    inputs = (*args, classes, row)
 
     # G_c = -d loss/d log p_c; the chain through the softmax is p_j sum_{c != j} G_c - G_j q_j.
     steep = island(lambda *args: _soft_slopes(exponent, *args)[0], *inputs, after=losses)
