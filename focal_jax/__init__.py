@@ -10,10 +10,10 @@ from focal_jax._linear import (
 )
 from focal_jax._reduction import reduce_loss as reduce_loss
 from focal_jax._sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
-from focal_jax._softmax import (
-    softmax_focal_loss as softmax_focal_loss,
+from focal_jax._softmax_integer import (
     softmax_focal_loss_with_integer_labels as softmax_focal_loss_with_integer_labels,
 )
+from focal_jax._softmax_soft import softmax_focal_loss as softmax_focal_loss
 from focal_jax._version import __version__ as __version__
 
 # Loaded when first used: they import Flax, optax or protobuf, which the losses do without.
