@@ -96,9 +96,10 @@ def _exponent(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> float 
 
 
 def _class_weights(alpha: ArrayLike, dtype: jnp.dtype, classes: int) -> Array:
-    alpha = _checks.array("alpha", alpha).astype(dtype)
+    alpha = _checks.array("alpha", alpha)
+    _checks.real("alpha", alpha)
     _checks.class_weights(alpha, classes)
-    return alpha
+    return alpha.astype(dtype)
 
 
 def _indices(labels: ArrayLike, losses: tuple[int, ...], why: str) -> Array:
@@ -312,7 +313,7 @@ def reduce_loss(
             divisor = lax.psum(divisor, axis_name)
     if axis_name is not None:
         devices = lax.psum(1, axis_name)
-    divisor = jnp.asarray(divisor).astype(losses.dtype)
+    divisor = _checks.array("normalization", divisor).astype(losses.dtype)
     _checks.shape("normalization", divisor, (), "one divisor for all the losses")
     total = jnp.sum(jnp.where(counts, losses, 0))
     return total * devices / jnp.maximum(1, divisor)

@@ -1,6 +1,7 @@
 """What the package promises to everyone who imports it."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import pkgutil
@@ -15,17 +16,6 @@ from focal_jax._catalogue import LOSSES
 
 ROOT = Path(focal_jax.__file__).parent
 FUNCTIONS = [loss.name for loss in LOSSES] + ["reduce_loss"]
-# A room imports only from rooms on lower floors, so no import can turn back.
-FLOORS = [
-    {"_version"},
-    {"_checks"},
-    {"reference", "_arrays", "_varying", "_island"},
-    {"_modulation"},
-    {"_position"},
-    {"_sigmoid", "_softmax", "_linear", "_reduction"},
-    {"_compare", "_modules", "training"},
-    {"linen", "nnx", ""},
-]
 SECTIONS = ["Args:", "Returns:", "Raises:", "Differentiation:", "Example:", "References:"]
 
 
@@ -43,14 +33,27 @@ def _imports(path):
     return found
 
 
-def test_imports_run_downward_only():
-    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
-    for path in ROOT.glob("*.py"):
-        name = path.stem.removesuffix("__init__")
-        if name not in floor:
-            continue
-        for imported in _imports(path):
-            assert floor[imported] < floor[name], f"{name} imports {imported}"
+GRAPH = {path.stem: _imports(path) for path in ROOT.glob("*.py")}
+
+
+def test_imports_never_turn_back():
+    tuple(graphlib.TopologicalSorter(GRAPH).static_order())  # raises for a cycle
+
+
+def _below(module):
+    """Return all that a module imports, and what that imports."""
+    found, new = set(), {module}
+    while new:
+        new = set().union(*(GRAPH.get(name, set()) for name in new)) - found
+        found |= new
+    return found
+
+
+def test_the_losses_do_not_import_each_other():
+    rooms = {getattr(focal_jax, loss.name).__module__.split(".")[-1] for loss in LOSSES}
+    assert len(rooms) > 3
+    for room in rooms:
+        assert not _below(room) & rooms, room
 
 
 def test_the_reference_shares_nothing_but_the_checks():
