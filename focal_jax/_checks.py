@@ -7,7 +7,7 @@ import chex
 import jax.numpy as jnp
 from jax import Array
 
-NORMALIZATIONS = ("none", "full", "valid", "batch_size")
+NORMALIZATIONS = ("sum", "none", "mean", "full", "valid", "batch_size")
 
 
 class InputError(AssertionError, ValueError, TypeError):
@@ -84,7 +84,7 @@ def class_weights(alpha: Array, classes: int) -> None:
         )
 
 
-def normalization(value: str, losses: Array) -> None:
+def normalization(value: str | None, losses: Array) -> None:
     """`value` names a divisor that the losses have."""
     if value not in NORMALIZATIONS:
         raise InputError(
