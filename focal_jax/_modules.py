@@ -50,7 +50,7 @@ def static_option(name: str, value: Any) -> None:
                 raise _checks.InputError(f"{name}: got {value!r}, wanted an integer")
         case "gamma" if isinstance(value, numbers.Real):
             _checks.static_gamma(value)
-        case "gamma" | "alpha" | "loss_weight":
+        case "gamma" | "alpha" | "loss_weight" if not isinstance(value, numbers.Real):
             shape = number(name, value, jnp.dtype(jnp.float32)).shape
             if name == "loss_weight" and shape:
                 raise _checks.InputError(f"{name}: got shape {shape}, wanted one weight, a scalar")
