@@ -122,7 +122,7 @@ def class_weights(alpha: Array, classes: int) -> None:
         )
 
 
-def normalization(value: str, losses: Array) -> None:
+def normalization(value: str | None, losses: Array) -> None:
     """`value` names a divisor that the losses have."""
     if value not in NORMALIZATIONS:
         raise InputError(

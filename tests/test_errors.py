@@ -73,7 +73,7 @@ def test_one_loss(module, loss, changes, message):
 @pytest.mark.parametrize(
     ("losses", "options", "message"),
     [
-        (jnp.ones(3), {"normalization": "mean"}, "normalization: got 'mean', wanted one of"),
+        (jnp.ones(3), {"normalization": "median"}, "normalization: got 'median', wanted one of"),
         (jnp.ones(3), {"normalization": jnp.ones(3)}, r"normalization: got shape \(3,\), wanted"),
         (jnp.float32(1), {"normalization": "batch_size"}, "normalization: got 'batch_size'"),
         (jnp.ones(3, int), {}, "losses: got dtype int32, wanted a floating dtype"),

@@ -29,7 +29,8 @@ FLOORS = [
     {"_position"},
     {"_sigmoid", "_softmax", "_linear", "_reduction"},
     {"_compare", "_modules", "training"},
-    {"linen", "nnx", ""},
+    {"linen", "nnx", "compat", "detection"},
+    {""},
 ]
 SECTIONS = ["Args:", "Returns:", "Raises:", "Differentiation:", "Example:", "References:"]
 
