@@ -58,8 +58,8 @@ def floating(name: str, x: ArrayLike) -> Array:
 def option(name: str, x: ArrayLike, dtype: jnp.dtype) -> Array:
     """Return a numeric option as a floating array: its own dtype, or `dtype` if it has none."""
     if isinstance(x, numbers.Real):
-        return jnp.asarray(x, dtype)
-    x = _checks.array(name, x, "a number or an array of numbers")
+        return jnp.asarray(float(x), dtype)
+    x = _checks.array(name, x, "a number or an array of numbers", integers=dtype)
     _checks.real(name, x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
 

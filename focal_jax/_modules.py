@@ -14,9 +14,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax import _checks
-from focal_jax._reduction import number, reduce_loss
+from focal_jax._reduction import reduce_loss
 from focal_jax._sigmoid import sigmoid_focal_loss
-from focal_jax._softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_soft import softmax_focal_loss
 
 
 def _constant(option: Any) -> Any:
@@ -49,9 +50,9 @@ def static_option(name: str, value: Any) -> None:
             if not isinstance(value, numbers.Integral):
                 raise _checks.InputError(f"{name}: got {value!r}, wanted an integer")
         case "gamma" if isinstance(value, numbers.Real):
-            _checks.static_gamma(value)
+            _checks.static_exponent(name, value)
         case "gamma" | "alpha" | "loss_weight" if not isinstance(value, numbers.Real):
-            shape = number(name, value, jnp.dtype(jnp.float32)).shape
+            shape = _inputs.option(name, value, jnp.dtype(jnp.float32)).shape
             if name == "loss_weight" and shape:
                 raise _checks.InputError(f"{name}: got shape {shape}, wanted one weight, a scalar")
 
@@ -102,7 +103,7 @@ class _ReducedLoss:
             counting |= {"labels": labels, "ignore_label": options["ignore_label"]}
         losses = loss(*arrays, **options)
         reduced = reduce_loss(losses, normalization=self.normalization, weights=weights, **counting)
-        weight = number("loss_weight", self.loss_weight, reduced.dtype)
+        weight = _inputs.option("loss_weight", self.loss_weight, reduced.dtype)
         _checks.shape("loss_weight", weight, (), "one weight for the reduced loss")
         return weight.astype(reduced.dtype) * reduced
 

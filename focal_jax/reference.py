@@ -115,11 +115,6 @@ def _not_ignored(labels: Array, ignore_label: int | None, where: Array) -> Array
     return where if ignore_label is None else where & (labels != ignore_label)
 
 
-def _loud(losses: Array, possible: Array) -> Array:
-    """Return the losses, NaN where the label is impossible, and so every derivative."""
-    return jnp.where(possible, losses, jnp.nan * losses)
-
-
 # ---------------------------------------------------------------- the losses
 
 
@@ -144,7 +139,8 @@ def sigmoid_focal_loss(
     if alpha is not None:
         alpha = _real("alpha", alpha, where, z.dtype)
     losses = _sigmoid_focal(_JAX, z, y, alpha, _exponent("gamma", gamma, where, z.dtype))
-    return jnp.where(where, _loud(losses, (y >= 0) & (y <= 1)), 0)
+    losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
+    return jnp.where(where, losses, 0)
 
 
 def softmax_focal_loss(
@@ -183,7 +179,8 @@ def softmax_focal_loss(
     weightless = (y == 0) | (alpha == 0) if alpha is not None else y == 0
     log_p = jnp.where(weightless & (log_p == -jnp.inf), 0, log_p)
     losses = jnp.sum(y * _softmax_focal(_JAX, log_p, alpha, gamma), axis)
-    return jnp.where(where, _loud(losses, jnp.min(y, axis, initial=0) >= 0), 0)
+    losses = jnp.where(jnp.min(y, axis, initial=0) < 0, jnp.nan, losses)
+    return jnp.where(where, losses, 0)
 
 
 def softmax_focal_loss_with_integer_labels(
@@ -221,8 +218,8 @@ def softmax_focal_loss_with_integer_labels(
 
     pick = _picked_log_softmax if class_axis_name is None else _picked_from_slices(class_axis_name)
     log_p = pick(z, jnp.expand_dims(index, axis), axis).squeeze(axis)
-    losses = _loud(_softmax_focal(_JAX, log_p, alpha, gamma), known | ~where)
-    return jnp.where(where, losses, 0)
+    losses = _softmax_focal(_JAX, log_p, alpha, gamma)
+    return jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
 
 
 def _picked_log_softmax(z: Array, index: Array, axis: int) -> Array:

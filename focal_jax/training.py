@@ -11,8 +11,7 @@ from jax import Array, lax
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
-from focal_jax._reduction import number
+from focal_jax import _checks, _inputs
 
 __all__ = [
     "PositiveCountEma",
@@ -39,8 +38,8 @@ def _static(name: str, x: Any, inside: Callable[[float], bool], wanted: str) -> 
 
 def _counts(counts: ArrayLike | Sequence[float]) -> Array:
     """Return one count per class, at least float32, and NaN for what is no count."""
-    counts = number("counts", counts, jnp.dtype(jnp.result_type(float)))
-    counts = counts.astype(_arrays.compute_dtype(counts))
+    counts = _inputs.option("counts", counts, jnp.dtype(jnp.result_type(float)))
+    counts = counts.astype(_inputs.compute_dtype(counts))
     if counts.ndim > 1:
         raise _checks.InputError(
             f"counts: got shape {counts.shape}, wanted one count per class; of labels they are "
@@ -226,8 +225,8 @@ def positive_weight(w: ArrayLike | Sequence[float]) -> PositiveWeight:
     if isinstance(w, numbers.Real):
         w = _static("w", w, lambda w: 0 <= w < math.inf, "a finite number >= 0")
     else:
-        w = number("w", w, jnp.dtype(jnp.result_type(float)))
-        w = jnp.where(w < 0, jnp.nan, w.astype(_arrays.compute_dtype(w)))
+        w = _inputs.option("w", w, jnp.dtype(jnp.result_type(float)))
+        w = jnp.where(w < 0, jnp.nan, w.astype(_inputs.compute_dtype(w)))
     return PositiveWeight(w / (1 + w), 1 + w)
 
 
@@ -325,7 +324,7 @@ def positive_count_ema(decay: float = 0.9, initial: float = 100.0) -> PositiveCo
         axis_name: str | tuple[str, ...] | None = None,
     ) -> tuple[Array, PositiveCountEmaState]:
         old = state.normalizer
-        count = number("count", count, old.dtype).astype(old.dtype)
+        count = _inputs.option("count", count, old.dtype).astype(old.dtype)
         _checks.shape("count", count, (), "the number of positives")
         if axis_name is not None:
             count = lax.psum(count, axis_name)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import truth
-from helpers import EXPONENTS, LOSSES, PROGRAMS, Row, assert_close
+from helpers import EXPONENTS, LOSSES, Row, assert_close
 
 import focal_jax
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
+from focal_jax import _checks, _inputs
 
 
 def class_indices(name: str, labels: ArrayLike) -> Array:
@@ -20,7 +20,7 @@ def class_indices(name: str, labels: ArrayLike) -> Array:
     int32 = jnp.iinfo(jnp.int32)
     if jnp.issubdtype(array.dtype, jnp.floating):
         array = jnp.asarray(array)
-        array = array.astype(_arrays.compute_dtype(array))
+        array = array.astype(_inputs.compute_dtype(array))
         return jnp.where(jnp.abs(array) < int32.max, array.astype(jnp.int32), int32.min)
     _checks.integer(name, array)
     own = jnp.iinfo(array.dtype)

@@ -12,10 +12,10 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
+from focal_jax import _checks, _inputs
 from focal_jax._modules import static_option
 from focal_jax._reduction import reduce_loss
-from focal_jax._softmax import softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
 from focal_jax.compat._labels import class_indices
 
 __all__ = ["FocalLossLayer"]
@@ -241,7 +241,7 @@ class FocalLossLayer:
                 f"{math.prod(positions)} of shape {positions}: one for each position of logits "
                 f"of shape {logits.shape} with the class axis {self.axis}"
             )
-        labels = _arrays.int32_labels(labels.reshape(positions), positions)
+        labels = _inputs.int32_labels(labels.reshape(positions), positions)
         losses = softmax_focal_loss_with_integer_labels(
             logits,
             labels,

@@ -9,10 +9,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
+from focal_jax import _checks, _inputs
 from focal_jax._modules import static_option
-from focal_jax._reduction import number, reduce_loss
-from focal_jax._softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
+from focal_jax._reduction import reduce_loss
+from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_soft import softmax_focal_loss
 from focal_jax.compat._labels import class_indices
 
 __all__ = ["FocalLoss"]
@@ -25,7 +26,7 @@ def _loss_per_class(predict: Array, target: Array, **options) -> Array:
 
     The loss is linear in the target, so its slope there is the loss of a whole label.
     """
-    target = target.astype(_arrays.compute_dtype(predict))
+    target = target.astype(_inputs.compute_dtype(predict))
     loss = jax.grad(lambda target: jnp.sum(softmax_focal_loss(predict, target, **options)))
     return target * loss(target)
 
@@ -99,7 +100,7 @@ class FocalLoss:
         samples, classes, *positions = predict.shape
         weight = self.weight
         if weight is not None:
-            weight = number("weight", weight, predict.dtype)
+            weight = _inputs.option("weight", weight, predict.dtype)
             _checks.shape("weight", weight, (classes,), "one weight per class")
         options = {"alpha": weight, "gamma": self.gamma, "axis": 1}
         if target.shape == (samples, 1, *positions):
