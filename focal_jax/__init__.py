@@ -8,7 +8,8 @@ from focal_jax._compare import compare_gradients
 from focal_jax._linear import linear_softmax_focal_loss_with_integer_labels
 from focal_jax._reduction import reduce_loss
 from focal_jax._sigmoid import sigmoid_focal_loss
-from focal_jax._softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_soft import softmax_focal_loss
 from focal_jax._version import __version__ as __version__
 
 __all__ = [

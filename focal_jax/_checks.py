@@ -1,13 +1,18 @@
 """Assertions on what a caller hands in; every message names the argument."""
 
 import numbers
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 NORMALIZATIONS = ("sum", "none", "mean", "full", "valid", "batch_size")
+INT32 = jnp.iinfo(jnp.int32)
 
 
 class InputError(AssertionError, ValueError, TypeError):
@@ -19,27 +24,53 @@ class InputError(AssertionError, ValueError, TypeError):
 
 
 def _chex(check, *args, message: str) -> None:
-    check(*args, custom_message=message, include_default_message=False, exception_type=InputError)
+    try:
+        check(*args)
+    except AssertionError:
+        raise InputError(message) from None  # chex's own prefix says nothing to a caller
+
+
+def _shown(x: Any) -> str:
+    """Return a value for a message: what it is where it is short, else its type."""
+    text = repr(x)
+    return text if len(text) <= 40 else type(x).__name__
+
+
+def array(name: str, x: Any, wanted: str = "an array of numbers") -> Array:
+    """Return `x` as an array of numbers.
+
+    Integers of 64 bits that come from NumPy or Python saturate at those of 32 where JAX
+    has no wider ones: JAX itself would let 2**32 + 1 wrap round to 1, another class.
+    """
+    if not isinstance(x, Array) and hasattr(x, "__jax_array__"):  # such as a parameter of nnx
+        x = x.__jax_array__()
+    if not any(isinstance(leaf, Array) for leaf in jax.tree.leaves(x)):
+        try:
+            x = np.asarray(x)
+        except ValueError:  # rows of unequal lengths
+            raise InputError(f"{name}: got {_shown(x)}, wanted {wanted}") from None
+        if x.dtype.kind in "OSUMm":
+            raise InputError(f"{name}: got {_shown(x.tolist())}, wanted {wanted}")
+        if x.dtype.kind in "iu" and x.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
+            x = x.clip(max(np.iinfo(x.dtype).min, INT32.min), INT32.max).astype(np.int32)
+    elif not isinstance(x, list | tuple | Array):
+        raise InputError(f"{name}: got {type(x).__name__}, wanted {wanted}")
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        raise InputError(f"{name}: got dtype {x.dtype}, wanted {wanted}")
+    return x
 
 
 def floating(name: str, x: Array) -> None:
     """`x` holds floating-point numbers."""
-    _chex(
-        chex.assert_type,
-        x,
-        float,
-        message=f"{name}: got dtype {x.dtype}, wanted a floating dtype",
-    )
+    message = f"{name}: got dtype {x.dtype}, wanted a floating dtype"
+    _chex(chex.assert_type, x, float, message=message)
 
 
-def integer(name: str, x: Array) -> None:
+def integer(name: str, x: Array, hint: str = "") -> None:
     """`x` holds integers (bool is none)."""
-    _chex(
-        chex.assert_type,
-        x,
-        int,
-        message=f"{name}: got dtype {x.dtype}, wanted an integer dtype",
-    )
+    message = f"{name}: got dtype {x.dtype}, wanted an integer dtype{hint}"
+    _chex(chex.assert_type, x, int, message=message)
 
 
 def boolean(name: str, x: Array) -> None:
@@ -55,25 +86,32 @@ def real(name: str, x: Array) -> None:
 
 def shape(name: str, x: Array, wanted: Sequence[int], why: str) -> None:
     """`x` has exactly the shape `wanted`."""
-    _chex(
-        chex.assert_shape,
-        x,
-        tuple(wanted),
-        message=f"{name}: got shape {x.shape}, wanted {tuple(wanted)}: {why}",
-    )
+    message = f"{name}: got shape {x.shape}, wanted {tuple(wanted)}: {why}"
+    _chex(chex.assert_shape, x, tuple(wanted), message=message)
 
 
 def broadcastable(name: str, x: Array, to: Sequence[int], what: str) -> None:
     """`x` broadcasts to the shape `to` without enlarging it."""
-    _chex(
-        chex.assert_is_broadcastable,
-        x.shape,
-        tuple(to),
-        message=(
-            f"{name}: got shape {x.shape}, wanted one that broadcasts to "
-            f"{tuple(to)}, the shape of {what}"
-        ),
+    message = (
+        f"{name}: got shape {x.shape}, wanted one that broadcasts to {tuple(to)}, the shape of "
+        f"{what}"
     )
+    _chex(chex.assert_is_broadcastable, x.shape, tuple(to), message=message)
+
+
+def index_shape(labels: Array, logits: Sequence[int], axis: int | None) -> None:
+    """`labels` has the logits' shape without the class axis; else say what may be meant."""
+    if axis is None:
+        return shape("labels", labels, logits, "the shape of the losses")
+    wanted = tuple(n for i, n in enumerate(logits) if i != axis)
+    hint = ""
+    if labels.shape == tuple(logits):
+        hint = "; for a distribution over the classes there is softmax_focal_loss"
+    else:
+        others = [i for i in range(len(logits)) if (*logits[:i], *logits[i + 1 :]) == labels.shape]
+        if others:
+            hint = f"; the class axis may be {others[0]}: axis={others[0]}"
+    shape("labels", labels, wanted, f"the logits' {tuple(logits)} without the class axis{hint}")
 
 
 def class_weights(alpha: Array, classes: int) -> None:
@@ -98,18 +136,36 @@ def normalization(value: str | None, losses: Array) -> None:
         )
 
 
-def axis(value: int, ndim: int) -> int:
+def axis(value: Any, ndim: int) -> int:
     """Return `value` as a non-negative axis of an array of rank `ndim`."""
     if not isinstance(value, numbers.Integral):
-        raise InputError(f"axis: got {value!r}, wanted an integer")
-    if not -ndim <= value < ndim:
+        raise InputError(f"axis: got {_shown(value)}, wanted an integer")
+    if not -ndim <= int(value) < ndim:
         raise InputError(
             f"axis: got {value}, wanted one in [{-ndim}, {ndim}) for logits of rank {ndim}"
         )
     return int(value) % ndim
 
 
+def ignore_label(value: Any) -> int | None:
+    """Return `value` as a Python integer that a label can be, or None."""
+    if value is None:
+        return None
+    try:
+        label = operator.index(value)
+    except Exception:  # a float, a string, a traced array: each has its own error
+        raise InputError(f"ignore_label: got {_shown(value)}, wanted None or an integer") from None
+    if not INT32.min <= label <= INT32.max:
+        raise InputError(f"ignore_label: got {label}, wanted an integer of 32 bits")
+    return label
+
+
+def static_exponent(name: str, value: numbers.Real) -> None:
+    """A Python exponent is a finite number, zero or more, and so in float32 too."""
+    if not 0 <= float(value) <= jnp.finfo(jnp.float32).max:
+        raise InputError(f"{name}: got {value}, wanted a finite number >= 0")
+
+
 def static_gamma(value: numbers.Real) -> None:
     """A Python `gamma` is a finite number, zero or more."""
-    if not 0 <= float(value) < float("inf"):
-        raise InputError(f"gamma: got {value}, wanted a finite number >= 0")
+    static_exponent("gamma", value)

@@ -1,24 +1,28 @@
-"""Softmax focal loss of a linear layer, whose logits are never held."""
+"""The linear head: a softmax loss of `features @ kernel + bias`, whose logits are never held."""
 
 import numbers
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks, _position
+from focal_jax import _checks, _inputs, _position
+from focal_jax._class_sums import ClassSums, picked
 from focal_jax._varying import aligned_varying
 
 
-class _Sums(NamedTuple):
-    """What the loss needs to know of all the logits of a position."""
+class _Args(NamedTuple):
+    """The arguments of the core; `labels` and `where` have a class axis of one."""
 
-    top: Array  # the largest logit, held constant
-    true: Array  # the true class's logit; 0 for an impossible label
-    rest: Array  # sum over the other classes of exp(logit - top)
+    features: Array  # [..., D]
+    kernel: Array  # [D, C]
+    bias: Array | None  # [C]
+    labels: Array
+    where: Array | None
 
 
 class _Chunk(NamedTuple):
@@ -27,95 +31,104 @@ class _Chunk(NamedTuple):
     start: Array  # the first class
     kernel: Array  # [D, chunk]
     logits: Array  # [..., chunk]
-    place: Array  # of the true class in the chunk, or -1
-    true: Array  # where that is
+    place: Array  # of the true class in the chunk, or beyond it
+    own: Array  # where that is
 
 
 def _starts(size: int, kernel: Array) -> Array:
-    return jnp.arange(0, kernel.shape[1], size, dtype=jnp.int32)
+    return jnp.arange(0, kernel.shape[1], max(1, size), dtype=jnp.int32)
 
 
 def _product(features: Array, kernel: Array) -> Array:
     """Return `features @ kernel`, multiplied in the features' dtype, added up in the loss's."""
-    wide = _arrays.compute_dtype(features)
+    wide = _inputs.compute_dtype(features)
     return jnp.matmul(features, kernel.astype(features.dtype), preferred_element_type=wide)
 
 
-def _chunk(size, features, kernel, bias, labels, first) -> _Chunk:
+def _chunk(size: int, args: _Args, first: Array) -> _Chunk:
     """Return the chunk of the classes from `first` on.
 
     The last chunk is as wide as the others and so begins before `first`: classes that
     another chunk has are -inf in it, and true nowhere.
     """
-    start = jnp.minimum(first, kernel.shape[1] - size)
+    start = jnp.minimum(first, args.kernel.shape[1] - size)
     cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=-1)
-    kernel = cut(kernel)
-    logits = _product(features, kernel)
+    kernel = cut(args.kernel)
+    logits = _product(args.features, kernel)
     within = jnp.arange(size, dtype=jnp.int32)
-    shift = jnp.zeros((), logits.dtype) if bias is None else cut(bias).astype(logits.dtype)
+    dtype = logits.dtype
+    shift = jnp.zeros((), dtype) if args.bias is None else cut(args.bias).astype(dtype)
     shift = jnp.where(start + within >= first, shift, -jnp.inf)
-    place = jnp.where((labels >= first) & (labels < start + size), labels - start, -1)
-    shift, within = (_arrays.aligned(x, logits.shape) for x in (shift, within))
+    inside = (args.labels >= first) & (args.labels < start + size)
+    place = jnp.where(inside, args.labels - start, size)
+    shift, within = (_inputs.aligned(x, logits.shape) for x in (shift, within))
     return _Chunk(start, kernel, logits + shift, place, within == place)
 
 
-def _sums(size, features, kernel, bias, labels) -> _Sums:
+def _sums(size: int, args: _Args) -> ClassSums:
     # Recomputed, not kept, should this be differentiated in its turn; and so below.
     @partial(jax.checkpoint, prevent_cse=False)
     def step(sums, first):
-        _, _, z, place, true = _chunk(size, features, kernel, bias, labels, first)
-        top = jnp.maximum(sums.top, lax.stop_gradient(jnp.max(z, -1, keepdims=True)))
-        others = jnp.where(true, 0, jnp.exp(z - top))
-        picked = jnp.take_along_axis(z, jnp.maximum(place, 0), -1)
-        return _Sums(
+        chunk = _chunk(size, args, first)
+        z = chunk.logits
+        largest = lax.stop_gradient(jnp.max(z, -1, keepdims=True, initial=-jnp.inf))
+        top = jnp.maximum(sums.top, largest)
+        others = jnp.where(chunk.own, 0, jnp.exp(z - top))
+        return ClassSums(
             top,
-            sums.true + jnp.where(place < 0, 0, picked),
+            sums.true + picked(z, chunk.place, z.ndim - 1),
             sums.rest * jnp.exp(sums.top - top) + jnp.sum(others, -1, keepdims=True),
         ), None
 
     # Made from an argument, so that under shard_map they vary over the axes that it does.
-    zero = jnp.zeros_like(labels, _arrays.compute_dtype(features))
+    zero = jnp.zeros_like(args.labels, _inputs.compute_dtype(args.features))
     # The least top is finite, for where no class is left: -inf less -inf would be NaN.
-    start = _Sums(jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero, zero)
-    return lax.scan(step, start, _starts(size, kernel))[0]
+    start = ClassSums(jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero, zero)
+    return lax.scan(step, start, _starts(size, args.kernel))[0]
+
+
+def _kept(args: _Args) -> _Args:
+    return args._replace(features=_inputs.keep(args.features, args.where))
 
 
 def _primal(size, *args):
-    return _fwd(size, *args)[0]
+    return _forward(size, *args)[0]
 
 
 @partial(jax.jit, static_argnums=0)
-def _fwd(size, *args):
-    features, kernel, bias, labels, where = args
-    sums = _sums(size, _arrays.keep(features, where), kernel, bias, labels)
-    return (sums.true - sums.top, sums.rest), (args, sums.top)
+def _forward(size, *args):
+    sums = _sums(size, _kept(_Args(*args)))
+    return (sums.true - sums.top, sums.rest), (_Args(*args), sums.top)
 
 
 @partial(jax.jit, static_argnums=0)
-def _bwd(size, residuals, cts):
-    (features, kernel, bias, labels, where), top = residuals
+def _backward(size, residuals, cts):
+    args, top = residuals
     of_true, of_rest = cts
-    kept = _arrays.keep(features, where)
+    kept = _kept(args)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def of_chunk(first):
-        start, w, z, _, true = _chunk(size, kept, kernel, bias, labels, first)
-        slope = _arrays.keep(jnp.where(true, of_true, of_rest * jnp.exp(z - top)), where)
-        _, transpose = jax.vjp(partial(_product, kept), w)
-        return start, _product(slope, w.T), *transpose(slope), slope
+        chunk = _chunk(size, kept, first)
+        slope = jnp.where(chunk.own, of_true, of_rest * jnp.exp(chunk.logits - top))
+        slope = _inputs.keep(slope, args.where)
+        _, transpose = jax.vjp(partial(_product, kept.features), chunk.kernel)
+        return chunk.start, _product(slope, chunk.kernel.T), *transpose(slope), slope
 
     def step(totals, first):
         start, of_features, of_kernel, slope = of_chunk(first)
         by_features, by_kernel, by_bias = totals
         by_features += of_features
         by_kernel = _add_at(by_kernel, start, of_kernel)
-        if bias is not None:
+        if args.bias is not None:
             by_bias = _add_at(by_bias, start, jnp.sum(slope, range(slope.ndim - 1)))
         return (by_features, by_kernel, by_bias), None
 
-    totals = jnp.zeros_like(features, top.dtype), *jax.tree.map(jnp.zeros_like, (kernel, bias))
-    (by_features, *by_parameters), _ = lax.scan(step, totals, _starts(size, kernel))
-    return _arrays.cotangent_of(features, by_features, where), *by_parameters, None, None
+    zeros = jax.tree.map(jnp.zeros_like, (args.kernel, args.bias))
+    totals = jnp.zeros_like(args.features, top.dtype), *zeros
+    (by_features, *by_parameters), _ = lax.scan(step, totals, _starts(size, args.kernel))
+    by_features = _inputs.keep(by_features, args.where).astype(args.features.dtype)
+    return by_features, *by_parameters, None, None
 
 
 def _add_at(total: Array, start: Array, part: Array) -> Array:
@@ -126,7 +139,7 @@ def _add_at(total: Array, start: Array, part: Array) -> Array:
 
 
 _core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_core.defvjp(_fwd, _bwd)
+_core.defvjp(_forward, _backward)
 
 
 def _chunk_size(chunk_size: int | None, classes: int) -> int:
@@ -142,6 +155,48 @@ def _chunk_size(chunk_size: int | None, classes: int) -> int:
             f"chunk_size: got {chunk_size!r}, wanted None or an integer of at least 1"
         )
     return min(int(chunk_size), classes)
+
+
+def linear_head(
+    loss: Callable[..., Array],
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None,
+    alpha: ArrayLike | None,
+    ignore_label: int | None,
+    where: ArrayLike | None,
+    chunk_size: int | None,
+    **options: Any,
+) -> Array:
+    """Return the losses of a `position` loss, whose first option is the weight of the label.
+
+    The other options come by name, in the order in which the loss takes them. What every
+    argument means is said in `linear_softmax_focal_loss_with_integer_labels`.
+    """
+    features, kernel = _inputs.floating("features", features), _inputs.floating("kernel", kernel)
+    if kernel.ndim != 2 or features.shape[-1:] != kernel.shape[:1]:
+        raise _checks.InputError(
+            f"kernel: got shape {kernel.shape}, wanted (D, C) with D the last axis of the "
+            f"features, whose shape is {features.shape}"
+        )
+    features = features.astype(jnp.promote_types(features.dtype, kernel.dtype))
+    losses, classes = features.shape[:-1], kernel.shape[1]
+    size = _chunk_size(chunk_size, classes)
+    if bias is not None:
+        bias = _inputs.floating("bias", bias)
+        _checks.shape("bias", bias, (classes,), "one number per class")
+    axis = len(losses)
+    labels = jnp.expand_dims(_inputs.int32_labels(labels, (*losses, classes), axis), axis)
+    dtype = _inputs.compute_dtype(features)
+    alpha = _inputs.class_weights(alpha, classes, dtype)
+    prepared = _inputs.options(options, losses, dtype, axis)
+    mask = _inputs.aligned_mask(where, losses, axis)
+    mask = _inputs.not_ignored(labels, ignore_label, mask)
+    true, rest = _core(size, *aligned_varying(features, kernel, bias, labels, mask))
+    weight, impossible = _position.label_weight(alpha, labels, classes)
+    return jnp.squeeze(loss(true, rest, (weight, *prepared), mask, impossible), axis)
 
 
 def linear_softmax_focal_loss_with_integer_labels(
@@ -220,30 +275,15 @@ def linear_softmax_focal_loss_with_integer_labels(
       Milakov, Gimelshein. [Online normalizer calculation for
       softmax](https://arxiv.org/abs/1805.02867). 2018.
     """
-    features, kernel = jnp.asarray(features), jnp.asarray(kernel)
-    _checks.floating("features", features)
-    _checks.floating("kernel", kernel)
-    if kernel.ndim != 2 or features.shape[-1:] != kernel.shape[:1]:
-        raise _checks.InputError(
-            f"kernel: got shape {kernel.shape}, wanted (D, C) with D the last axis of the "
-            f"features, whose shape is {features.shape}"
-        )
-    features = features.astype(jnp.promote_types(features.dtype, kernel.dtype))
-    losses, classes = features.shape[:-1], kernel.shape[1]
-    chunk = _chunk_size(chunk_size, classes)
-    if bias is not None:
-        bias = jnp.asarray(bias)
-        _checks.floating("bias", bias)
-        _checks.shape("bias", bias, (classes,), "one number per class")
-    index = _arrays.int32_labels(labels, losses)
-    dtype = _arrays.compute_dtype(features)
-    exponent, dynamic = _arrays.split_gamma(gamma, losses, dtype)
-    mask = _arrays.mask(where, losses)
-    alpha = _arrays.option("alpha", 1.0 if alpha is None else alpha, dtype)
-    _checks.class_weights(alpha, classes)
-    align = partial(_arrays.aligned, losses=losses, axis=len(losses))
-    index, dynamic, mask = jax.tree.map(align, (index, dynamic, mask))
-    mask = _arrays.not_ignored(index, ignore_label, mask)
-    true, rest = _core(chunk, *aligned_varying(features, kernel, bias, index, mask))
-    weight = _position.label_weight(alpha.astype(true.dtype), index, classes)
-    return jnp.squeeze(_position.losses(exponent, true, rest, weight, dynamic, mask), -1)
+    return linear_head(
+        _position.focal,
+        features,
+        kernel,
+        labels,
+        bias=bias,
+        alpha=alpha,
+        ignore_label=ignore_label,
+        where=where,
+        chunk_size=chunk_size,
+        gamma=_inputs.exponent("gamma", gamma),
+    )

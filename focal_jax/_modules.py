@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 from focal_jax import _checks
 from focal_jax._reduction import number, reduce_loss
 from focal_jax._sigmoid import sigmoid_focal_loss
-from focal_jax._softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_soft import softmax_focal_loss
 
 
 def _constant(option: Any) -> Any:
@@ -40,16 +41,17 @@ def static_option(name: str, value: Any) -> None:
     if isinstance(value, jax.core.Tracer):
         return
     match name:
-        case "alpha" | "ignore_label" if value is None:
+        case "alpha" if value is None:
             return
         case "normalization":
             losses = jax.ShapeDtypeStruct((1,), jnp.float32)
             jax.eval_shape(lambda x: reduce_loss(x, normalization=value), losses)
-        case "axis" | "ignore_label":
-            if not isinstance(value, numbers.Integral):
-                raise _checks.InputError(f"{name}: got {value!r}, wanted an integer")
+        case "ignore_label":
+            _checks.ignore_label(value)
+        case "axis" if not isinstance(value, numbers.Integral):
+            raise _checks.InputError(f"{name}: got {value!r}, wanted an integer")
         case "gamma" if isinstance(value, numbers.Real):
-            _checks.static_gamma(value)
+            _checks.static_exponent(name, value)
         case "gamma" | "alpha" | "loss_weight" if not isinstance(value, numbers.Real):
             shape = number(name, value, jnp.dtype(jnp.float32)).shape
             if name == "loss_weight" and shape:

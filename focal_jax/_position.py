@@ -1,76 +1,101 @@
-"""The loss of a softmax at one position, from its true logit and the sum over the others.
+"""The engine of the losses of one softmax position.
 
-What the heads with integer labels share. They differ in how they come by the two numbers,
-and between the two stands whatever adds up the numbers of several devices.
+A loss is two functions of the true class's probability: its value, and its slopes. It works
+from the true logit and the sum over the other classes, which is all that a position is to it;
+the heads differ in how they come by the two numbers, and between the two stands whatever adds
+up the numbers of several devices.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from focal_jax import _arrays, _modulation
-from focal_jax._island import island
+from focal_jax import _inputs, _scalar
+from focal_jax._cpu import compiled_apart
+from focal_jax._scalar import Terms
 from focal_jax._varying import aligned_varying
 
 
-def _losses(exponent, true, rest, weight, gamma, where):
-    t = _modulation.softmax_terms(true, rest)
-    gamma = _arrays.gamma_of(exponent, gamma, t.p.dtype)
-    return _arrays.keep(_modulation.loss(weight, t.q, t.log_q, t.n, gamma), where)
+def position(
+    value: Callable[..., Array], slopes: Callable[..., tuple[Array | None, ...]]
+) -> Callable[..., Array]:
+    """Make a loss of a position of its value and its slopes.
 
+    Args:
+      value: `(terms, *options) -> losses`, of the `Terms` of the true class and options that
+        broadcast to them, all in the dtype of the loss.
+      slopes: of the same arguments, a tuple: minus the derivative of the value in `log p`,
+        then the derivative in each option. JAX differentiates these for the higher ones.
 
-@partial(jax.jit, static_argnums=0)
-def _primal(exponent, *args):
-    return island(partial(_losses, exponent), *args)
-
-
-def _fwd(exponent, *args):
-    return _primal(exponent, *args), args
-
-
-@partial(jax.jit, static_argnums=0)
-def _bwd(exponent, args, ct):
-    true, rest, weight, gamma, where = args
-    t = _modulation.softmax_terms(true, rest)
-    g = _arrays.gamma_of(exponent, gamma, t.p.dtype)
-    # log p = true - log(exp(true) + rest), so d log p/d rest is -1 over the sum, and
-    # d log p/d true is rest over the sum.
-    of_rest = ct * weight * _modulation.slope(t, g) / (jnp.exp(true) + rest)
-    unweighted = ct * _modulation.unweighted(t, g)
-    values = -rest * of_rest, of_rest, unweighted, weight * unweighted * t.log_q
-    return *map(partial(_arrays.cotangent_of, where=where), args, values), None
-
-
-_core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_core.defvjp(_fwd, _bwd)
-
-
-def label_weight(alpha: Array, labels: Array, classes: int) -> Array:
-    """Return each position's own weight, and NaN at an impossible label.
-
-    `alpha` is a scalar or has one weight per class. NaN is loud, and never another class.
+    Returns:
+      `losses(true, rest, options, where, impossible)`. `true` and `rest` are the true
+      class's logit and the sum over the other classes of exp(logit), both less the largest
+      logit of the position; the options are None, an `Exponent` or an array each; `impossible`
+      marks labels that are no class, whose loss and slopes are NaN. All of one rank.
     """
+
+    def losses(true, rest, options, where, impossible):
+        true, rest, options = _inputs.Kept(true.dtype, where)((true, rest, options))
+        result = value(_scalar.softmax_terms(true, rest), *options)
+        return _inputs.finished(result, impossible, where)
+
+    @jax.jit
+    def primal(*args):
+        return compiled_apart(losses, *args)
+
+    def forward(*args):
+        return primal(*args), args
+
+    @jax.jit
+    def backward(args, ct):
+        *primals, where, impossible = args
+        true, rest, options = _inputs.Kept(args[0].dtype, where)(tuple(primals))
+        minus_dlogp, *of_options = slopes(_scalar.softmax_terms(true, rest), *options)
+        # log p = true - log(exp(true) + rest), so d log p/d rest is -1 over the sum, and
+        # d log p/d true is rest over the sum.
+        of_rest = minus_dlogp / (jnp.exp(true) + rest)
+
+        def cotangent(slope, primal):
+            slope = _inputs.finished(slope, impossible, where)
+            return _inputs.cotangent_of(primal, _inputs.times(ct, slope))
+
+        def of_tree(slope, tree):
+            return jax.tree.map(partial(cotangent, slope), tree)
+
+        by_true, by_rest = map(cotangent, (-rest * of_rest, of_rest), primals[:2])
+        return by_true, by_rest, tuple(map(of_tree, of_options, primals[2])), None, None
+
+    core = jax.custom_vjp(primal)
+    core.defvjp(forward, backward)
+    return lambda *args: core(*aligned_varying(*args))
+
+
+def _focal_value(t: Terms, weight: Array, gamma: _inputs.Exponent) -> Array:
+    return _scalar.loss(weight, t.q, t.log_q, t.n, gamma.value)
+
+
+def _focal_slopes(t: Terms, weight: Array, gamma: _inputs.Exponent):
+    unweighted = _scalar.unweighted(t, gamma.value)
+    minus_dlogp = weight * _scalar.minus_dloss_dlogp(t, gamma.value)
+    return minus_dlogp, unweighted, weight * unweighted * t.log_q
+
+
+focal = position(_focal_value, _focal_slopes)
+
+
+def label_weight(alpha: Array, labels: Array, classes: int) -> tuple[Array, Array]:
+    """Return each position's weight, and where its label is none of the classes.
+
+    `alpha` is a scalar or has one weight per class. What is no class has no weight of a class.
+    """
+    impossible = (labels < 0) | (labels >= classes)
     if alpha.ndim:
-        # Sharded as the labels are: on a mesh with explicit axes that has to be said.
-        alpha = alpha.at[labels].get(mode="clip", out_sharding=jax.typeof(labels).sharding)
-    return jnp.where((labels >= 0) & (labels < classes), alpha, jnp.nan)
-
-
-def losses(
-    exponent: int | float | None,
-    true: Array,
-    rest: Array,
-    weight: Array,
-    gamma: Array | None,
-    where: Array | None,
-) -> Array:
-    """Return the losses of the positions, of the shape of `true`.
-
-    `true` and `rest` are the true class's logit and the sum over the other classes of
-    exp(logit), both less the largest logit of the position; `exponent` and `gamma` what
-    `_arrays.split_gamma` made of gamma. The arrays have one rank. Differentiable in
-    `true`, `rest`, `weight` and `gamma`.
-    """
-    return _core(exponent, *aligned_varying(true, rest, weight, gamma, where))
+        # One more class, of weight 0, for what is none. Sharded as the labels are: on a mesh
+        # with explicit axes that has to be said.
+        place = jnp.where(impossible, classes, labels)
+        sharding = jax.typeof(labels).sharding
+        return jnp.pad(alpha, (0, 1)).at[place].get(out_sharding=sharding), impossible
+    return _inputs.aligned(alpha, labels.shape), impossible

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
+from focal_jax import _checks, _inputs
 
 _WRAPS = 2**31  # so many positions int32 cannot count
 
@@ -19,18 +19,11 @@ def number(name: str, x: Any, dtype: jnp.dtype) -> Array:
     Integers of NumPy and of Python become floating at once. JAX would narrow those of 64
     bits to 32 on the way, and a count of 2**32 would be 0.
     """
-    if isinstance(x, Array):
-        if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
-            raise _checks.InputError(f"{name}: got dtype {x.dtype}, wanted real numbers")
-    elif not any(isinstance(leaf, Array) for leaf in jax.tree.leaves(x)):
-        try:
-            host = np.asarray(x)
-        except ValueError:  # rows of unequal lengths
-            host = np.asarray(None)
-        if host.dtype.kind in "OSUMm":
-            raise _checks.InputError(f"{name}: got {x!r}, wanted real numbers")
-        x = host.astype(dtype) if host.dtype.kind in "biu" else host
-    return _arrays.option(name, x, dtype)
+    if not any(isinstance(leaf, Array) for leaf in jax.tree.leaves(x)):
+        _checks.array(name, x, "real numbers")
+        host = np.asarray(x)
+        x = host.astype(dtype) if host.dtype.kind in "biu" else x
+    return _inputs.option(name, x, dtype)
 
 
 def _count(where: Array, losses: Array) -> Array:
@@ -70,7 +63,7 @@ def _divisor(
             # Floating from here on: a sum over the devices could wrap too.
             divisor = float(losses.shape[0])
         case "valid" if weights is not None:
-            divisor = jnp.sum(_arrays.keep(jnp.broadcast_to(weights, losses.shape), where))
+            divisor = jnp.sum(_inputs.keep(jnp.broadcast_to(weights, losses.shape), where))
         case "valid" if where is not None:
             divisor = _count(where, losses)
         case _:
@@ -144,25 +137,23 @@ def reduce_loss(
       The normalizations are those of the Caffe loss layers; the divisor of
       [RetinaNet](https://arxiv.org/abs/1708.02002) is the number of positives.
     """
-    losses = jnp.asarray(losses)
-    _checks.floating("losses", losses)
-    losses = losses.astype(_arrays.compute_dtype(losses))
-    where = _arrays.mask(where, losses.shape)
-    where = None if where is None else _arrays.aligned(where, losses.shape)
+    losses = _inputs.floating("losses", losses)
+    losses = losses.astype(_inputs.compute_dtype(losses))
+    where = _inputs.aligned_mask(where, losses.shape)
     if labels is not None:
-        labels = _arrays.int32_labels(labels, losses.shape)
-        where = _arrays.not_ignored(labels, ignore_label, where)
+        labels = _inputs.int32_labels(labels, losses.shape)
+        where = _inputs.not_ignored(labels, ignore_label, where)
     elif ignore_label is not None:
         raise _checks.InputError(
             f"ignore_label: got {ignore_label} and no labels, wanted the labels that it is one of"
         )
-    losses = _arrays.keep(losses, where)
+    losses = _inputs.keep(losses, where)
     if weights is not None:
         weights = number("weights", weights, losses.dtype)
         _checks.broadcastable("weights", weights, losses.shape, "the losses")
-        weights = _arrays.aligned(weights, losses.shape).astype(losses.dtype)
+        weights = _inputs.aligned(weights, losses.shape).astype(losses.dtype)
         weights = jnp.where(weights < 0, jnp.nan, weights)
-        losses *= _arrays.keep(weights, where)
+        losses *= _inputs.keep(weights, where)
     divisor = _divisor(normalization, losses, where, weights, axis_name)
     # Nothing that counts is divided by 1. A count is never a fraction, a sum of weights may be.
     too_small = divisor < 1 if weights is None else divisor <= 0

@@ -1,6 +1,5 @@
 """Sigmoid focal loss: every logit a binary classification of its own."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,9 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks, _modulation
-from focal_jax._island import island
-from focal_jax._varying import aligned_varying
+from focal_jax import _inputs, _scalar
+from focal_jax._elementwise import elementwise
+from focal_jax._scalar import Logit
 
 
 class _Terms(NamedTuple):
@@ -19,118 +18,72 @@ class _Terms(NamedTuple):
     q: Array  # 1 - p_t
     n: Array  # binary cross entropy
     log_q: Array
-    fall: Array  # P Q / q, with P = sigmoid(z) and Q = sigmoid(-z)
-    ratio: Array  # n / q
+    pq_over_q: Array  # sigmoid(z) sigmoid(-z) / q
+    n_over_q: Array
 
 
 @jax.custom_jvp
-def _terms(z: Array, y: Array) -> _Terms:
-    """Return the terms of logit `z` and label `y`: sums of products, no cancellation."""
-    size = jnp.abs(z)
-    p1, p0, log1p = _modulation.halves(z, jnp.exp(-size))
-    q = y * p0 + (1 - y) * p1
-    wrong = jnp.where(z >= 0, 1 - y, y)  # the weight of the side that z is not on
+def _terms(x: Logit, y: Array) -> _Terms:
+    """Return the terms of a logit and a label: sums of products, no cancellation."""
+    s, not_s, log1p_e = _scalar.halves(x)
+    p, q = y * s + (1 - y) * not_s, y * not_s + (1 - y) * s
+    wrong = jnp.where(x.z >= 0, 1 - y, y)  # the weight of the side that the logit is not on
 
     def cross_entropy(weight):
-        return log1p + jnp.where(weight == 0, 0, weight * size)
+        return log1p_e + jnp.where(weight == 0, 0, weight * x.size)
 
     n = cross_entropy(wrong)
-    # Of a hard label 1 - p_t is the other side's probability, known to the last digit.
-    log_q = jnp.where((y == 0) | (y == 1), -cross_entropy(1 - wrong), jnp.log(q))
-    log_q = jnp.maximum(log_q, _modulation.least_log(q))
-    return _Terms(q, n, log_q, _modulation.divide(p1 * p0, q), _modulation.divide(n, q))
+    # Of a hard label q is the other side's probability, whose logarithm never underflows.
+    # Of a soft one it is a sum of both; and near 1 it is known by what it lacks of 1.
+    soft = jnp.where(p < 0.5, _scalar.log1p(-jnp.minimum(p, 0.5)), jnp.log(q))
+    log_q = jnp.where((y == 0) | (y == 1), -cross_entropy(1 - wrong), soft)
+    log_q = jnp.maximum(log_q, _scalar.least_log(q))
+    return _Terms(q, n, log_q, _scalar.divide(s * not_s, q), _scalar.divide(n, q))
 
 
 @_terms.defjvp
 def _terms_jvp(primals, tangents):
-    (z, y), (dz, dy) = primals, tangents
-    t, s = _modulation.sigmoid_terms(z), _terms(z, y)
-    ratio, steep = _modulation.bounded(s.ratio), (1 - 2 * y) * s.fall
-    tilt, dn = t.q - t.p, (1 - y) * t.p - y * t.q
-    z = _modulation.bounded(z)
-    lean = _modulation.divide(tilt, s.q)
+    (x, y), (dx, dy) = primals, tangents
+    dz = dx.z
+    t, s = _scalar.sigmoid_terms(x), _terms(x, y)
+    n_over_q, z = _scalar.bounded(s.n_over_q), _scalar.bounded(x.z)
+    dq_dy = -_scalar.p_minus_q(x)
+    dn_dz = (1 - y) * t.p - y * t.q
+    dlogq_dz = (1 - 2 * y) * s.pq_over_q
+    dlogq_dy = _scalar.divide(dq_dy, s.q)
     return s, _Terms(
-        q=(1 - 2 * y) * t.p * t.q * dz + tilt * dy,
-        n=dn * dz - z * dy,
-        log_q=steep * dz + lean * dy,
-        fall=s.fall * ((tilt - steep) * dz - lean * dy),
-        ratio=(_modulation.divide(dn, s.q) - ratio * steep) * dz
-        - (_modulation.divide(z, s.q) + ratio * lean) * dy,
+        q=(1 - 2 * y) * t.p * t.q * dz + dq_dy * dy,
+        n=dn_dz * dz - z * dy,
+        log_q=dlogq_dz * dz + dlogq_dy * dy,
+        pq_over_q=s.pq_over_q * ((dq_dy - dlogq_dz) * dz - dlogq_dy * dy),
+        n_over_q=(_scalar.divide(dn_dz, s.q) - n_over_q * dlogq_dz) * dz
+        - (_scalar.divide(z, s.q) + n_over_q * dlogq_dy) * dy,
     )
 
 
-def _inputs(logits: Array, labels: Array, where: Array | None) -> tuple[Array, Array]:
-    dtype = _arrays.compute_dtype(logits)
-    z, y = (_arrays.keep(x.astype(dtype), where) for x in (logits, labels))
-    return z, y
+def _weight(y: Array, alpha: Array | None) -> Array:
+    return jnp.ones((), y.dtype) if alpha is None else y * alpha + (1 - y) * (1 - alpha)
 
 
-def _weight(y: Array, positive: Array | None, negative: Array | None) -> Array:
-    if positive is None or negative is None:
-        return jnp.ones((), y.dtype)
-    return y * positive.astype(y.dtype) + (1 - y) * negative.astype(y.dtype)
+def _value(x: Logit, y: Array, alpha: Array | None, gamma: _inputs.Exponent) -> Array:
+    t = _terms(x, y)
+    return _scalar.loss(_weight(y, alpha), t.q, t.log_q, t.n, gamma.value)
 
 
-def _invalid(y: Array) -> Array:
-    # A label outside [0, 1] is an error in the data: NaN, and not an extrapolation.
-    return y * (1 - y) < 0
-
-
-def _losses(exponent, logits, labels, positive, negative, gamma, where):
-    z, y = _inputs(logits, labels, where)
-    s = _terms(z, y)
-    gamma = _arrays.gamma_of(exponent, gamma, y.dtype)
-    losses = _modulation.loss(_weight(y, positive, negative), s.q, s.log_q, s.n, gamma)
-    return _arrays.keep(jnp.where(_invalid(y), jnp.nan, losses), where)
-
-
-@partial(jax.jit, static_argnums=0, inline=True)
-def _slopes(exponent, logits, labels, positive, negative, gamma, where):
-    """Return the derivatives of the losses in every argument but the last."""
-    z, y = _inputs(logits, labels, where)
-    t, s = _modulation.sigmoid_terms(z), _terms(z, y)
-    gamma = _arrays.gamma_of(exponent, gamma, y.dtype)
-    weight = _weight(y, positive, negative)
-    z, n, ratio = (_modulation.bounded(x) for x in (z, s.n, s.ratio))
-    m = _modulation.power(s.q, s.log_q, gamma)
+def _slopes(x: Logit, y: Array, alpha: Array | None, gamma: _inputs.Exponent):
+    s, t, g = _scalar.sigmoid_terms(x), _terms(x, y), gamma.value
+    z, n, n_over_q = (_scalar.bounded(v) for v in (x.z, t.n, t.n_over_q))
+    weight, m = _weight(y, alpha), _scalar.power(t.q, t.log_q, g)
 
     # d(q^g n) = q^g (dn + g n dq/q); dq/q and n/q have no pole
-    dz = weight * m * ((1 - y) * t.p - y * t.q + gamma * ((1 - 2 * y) * s.fall * n))
-    dy = weight * m * (gamma * (ratio * (t.q - t.p)) - z)
-    if positive is not None:
-        dy = dy + m * n * (positive - negative).astype(y.dtype)
-    dz = jnp.where(_invalid(y), jnp.nan, dz)
-    return dz, dy, m * n * y, m * n * (1 - y), weight * m * n * s.log_q
+    dz = weight * m * ((1 - y) * s.p - y * s.q + g * ((1 - 2 * y) * t.pq_over_q * n))
+    dy = weight * m * (-g * (n_over_q * _scalar.p_minus_q(x)) - z)
+    if alpha is not None:
+        dy = dy + m * n * (2 * alpha - 1)
+    return dz, dy, m * n * (2 * y - 1), weight * m * n * t.log_q
 
 
-@partial(jax.jit, static_argnums=0)
-def _primal(exponent, *args):
-    return island(partial(_losses, exponent), *args)
-
-
-def _fwd(exponent, *args):
-    losses = _primal(exponent, *args)
-    return losses, (args, losses)
-
-
-@partial(jax.jit, static_argnums=0)
-def _bwd(exponent, residuals, ct):
-    args, losses = residuals
-    *differentiable, where = args
-
-    def cotangent(i, primal):
-        if not _arrays.differentiable(primal):
-            return None
-        # The losses are not needed again, but their memory is: on CPU a fresh array costs
-        # more than the arithmetic.
-        slope = island(lambda *args: _slopes(exponent, *args)[i], *args, after=losses)
-        return _arrays.cotangent_of(primal, ct * slope, where)
-
-    return *(cotangent(*x) for x in enumerate(differentiable)), None
-
-
-_core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_core.defvjp(_fwd, _bwd)
+_losses = elementwise(_value, _slopes)
 
 
 def sigmoid_focal_loss(
@@ -187,19 +140,4 @@ def sigmoid_focal_loss(
       Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
       Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    _checks.floating("logits", logits)
-    _checks.real("labels", labels)
-    _checks.broadcastable("labels", labels, logits.shape, "the logits")
-    dtype = _arrays.compute_dtype(logits)
-    exponent, dynamic = _arrays.split_gamma(gamma, logits.shape, dtype)
-    mask = _arrays.mask(where, logits.shape)
-    if alpha is None:
-        positive = negative = None
-    else:
-        positive = _arrays.option("alpha", alpha, dtype)
-        _checks.broadcastable("alpha", positive, logits.shape, "the losses")
-        negative = 1 - positive
-    align = partial(jax.tree.map, lambda x: _arrays.aligned(x, logits.shape))
-    args = aligned_varying(logits, *align((labels, positive, negative, dynamic, mask)))
-    return _core(exponent, *args)
+    return _losses(logits, labels, alpha=alpha, gamma=_inputs.exponent("gamma", gamma), where=where)

@@ -6,9 +6,14 @@ share nothing with the other implementation but the checks, so that a bug cannot
 both; and they have the textbook's weaknesses, which are the reason for the rest of the
 package: `1 - p` cancels for a confident prediction, `(1 - p)**gamma` has a pole in its
 derivative for gamma < 1, intermediates are kept for the backward pass.
+
+Each formula takes the functions that it needs from a namespace, so that the tests evaluate
+the very same lines to 60 digits.
 """
 
 import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,45 +22,105 @@ from jax.typing import ArrayLike
 
 from focal_jax import _checks
 
+# ---------------------------------------------------------------- the formulas
+
+
+class Operations(NamedTuple):
+    """What a formula needs beyond arithmetic and powers."""
+
+    exp: Callable[[Any], Any]
+    sigmoid: Callable[[Any], Any]
+    log_sigmoid: Callable[[Any], Any]
+
+
+_JAX = Operations(jnp.exp, jax.nn.sigmoid, jax.nn.log_sigmoid)
+
+
+def _sigmoid_focal(ops: Operations, z, y, alpha, gamma):
+    """Return the loss of the logit `z` and the label `y`."""
+    p = ops.sigmoid(z)
+    p_t = p * y + (1 - p) * (1 - y)
+    cross_entropy = -(y * ops.log_sigmoid(z) + (1 - y) * ops.log_sigmoid(-z))
+    loss = (1 - p_t) ** gamma * cross_entropy
+    return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
+
+
+def _softmax_focal(ops: Operations, log_p, alpha, gamma):
+    """Return the loss of a class with the logarithmic probability `log_p`."""
+    loss = (1 - ops.exp(log_p)) ** gamma * -log_p
+    return loss if alpha is None else alpha * loss
+
+
+# By the name of the loss. What a formula is given: of an elementwise loss the logit and the
+# label, of the others the logarithm of the class's probability; then the options in the
+# order of the catalogue, None where there is none. The loss of a distribution is the sum of
+# that over the classes, each weighted by its label.
+FORMULAS: dict[str, Callable[..., Any]] = {
+    "sigmoid_focal_loss": _sigmoid_focal,
+    "softmax_focal_loss": _softmax_focal,
+    "softmax_focal_loss_with_integer_labels": _softmax_focal,
+    "linear_softmax_focal_loss_with_integer_labels": _softmax_focal,
+}
+
+
+# ---------------------------------------------------------------- arguments
+
 
 def _float(name: str, x: ArrayLike) -> Array:
-    x = jnp.asarray(x)
+    x = _checks.array(name, x)
     _checks.floating(name, x)
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def _over(name: str, x: ArrayLike, losses: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    x = jnp.asarray(x)
-    _checks.real(name, x)
-    _checks.broadcastable(name, x, losses, "the losses")
-    return jnp.broadcast_to(x, losses).astype(dtype)
-
-
 def _mask(where: ArrayLike | None, losses: tuple[int, ...]) -> Array:
-    where = jnp.asarray(True if where is None else where)
+    where = _checks.array("where", True if where is None else where)
     _checks.boolean("where", where)
     _checks.broadcastable("where", where, losses, "the losses")
     return jnp.broadcast_to(where, losses)
 
 
-def _indices(
-    labels: ArrayLike, ignore_label: int | None, where: ArrayLike | None, losses: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """Return integer labels and the mask of those that count."""
-    labels = jnp.asarray(labels)
+def _real(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> Array:
+    """Return `x` at every position, 1 where the mask is False."""
+    x = _checks.array(name, x)
+    _checks.real(name, x)
+    _checks.broadcastable(name, x, where.shape, "the losses")
+    return jnp.where(where, jnp.broadcast_to(x, where.shape).astype(dtype), 1)
+
+
+def _exponent(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> float | Array:
+    """Return an exponent at every position, a Python number as it is."""
+    if isinstance(x, numbers.Real):
+        _checks.static_exponent(name, x)
+        return float(x)
+    return _real(name, x, where, dtype)
+
+
+def _class_weights(alpha: ArrayLike, dtype: jnp.dtype, classes: int) -> Array:
+    alpha = _checks.array("alpha", alpha).astype(dtype)
+    _checks.class_weights(alpha, classes)
+    return alpha
+
+
+def _indices(labels: ArrayLike, losses: tuple[int, ...], why: str) -> Array:
+    """Return integer labels in 32 bits; a wider one stays beyond all the classes."""
+    labels = _checks.array("labels", labels)
     _checks.integer("labels", labels)
-    _checks.shape("labels", labels, losses, "the logits' without the class axis")
-    labels = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
-    where = _mask(where, losses)
-    return labels, where if ignore_label is None else where & (labels != ignore_label)
+    _checks.shape("labels", labels, losses, why)
+    own, wanted = jnp.iinfo(labels.dtype), _checks.INT32
+    return labels.clip(max(own.min, wanted.min), min(own.max, wanted.max)).astype(jnp.int32)
 
 
-def _modulation(q: Array, gamma: ArrayLike, losses: tuple[int, ...]) -> Array:
-    """Return `q**gamma`, gamma a Python number or an array of the losses' shape."""
-    if isinstance(gamma, numbers.Real):
-        _checks.static_gamma(gamma)
-        return q ** float(gamma)
-    return q ** _over("gamma", gamma, losses, q.dtype)
+def _not_ignored(labels: Array, ignore_label: int | None, where: Array) -> Array:
+    ignore_label = _checks.ignore_label(ignore_label)
+    return where if ignore_label is None else where & (labels != ignore_label)
+
+
+def _loud(losses: Array, possible: Array) -> Array:
+    """Return the losses, NaN where the label is impossible, and so every derivative."""
+    return jnp.where(possible, losses, jnp.nan * losses)
+
+
+# ---------------------------------------------------------------- the losses
 
 
 def sigmoid_focal_loss(
@@ -73,22 +138,13 @@ def sigmoid_focal_loss(
     Differentiation: every mode of JAX, forward mode alone included.
     """
     z = _float("logits", logits)
-    y = jnp.asarray(labels)
-    _checks.real("labels", y)
-    _checks.broadcastable("labels", y, z.shape, "the logits")
     where = _mask(where, z.shape)
-    y = jnp.broadcast_to(y, z.shape).astype(z.dtype)
-    z, y = jnp.where(where, z, 0), jnp.where(where, y, 0)
-
-    p = jax.nn.sigmoid(z)
-    p_t = p * y + (1 - p) * (1 - y)
-    cross_entropy = -(y * jax.nn.log_sigmoid(z) + (1 - y) * jax.nn.log_sigmoid(-z))
-    losses = _modulation(1 - p_t, gamma, z.shape) * cross_entropy
+    y = _real("labels", labels, where, z.dtype)
+    z = jnp.where(where, z, 0)
     if alpha is not None:
-        alpha = _over("alpha", alpha, z.shape, z.dtype)
-        losses = (alpha * y + (1 - alpha) * (1 - y)) * losses
-    losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
-    return jnp.where(where, losses, 0)
+        alpha = _real("alpha", alpha, where, z.dtype)
+    losses = _sigmoid_focal(_JAX, z, y, alpha, _exponent("gamma", gamma, where, z.dtype))
+    return jnp.where(where, _loud(losses, (y >= 0) & (y <= 1)), 0)
 
 
 def softmax_focal_loss(
@@ -108,23 +164,26 @@ def softmax_focal_loss(
     """
     z = _float("logits", logits)
     axis = _checks.axis(axis, z.ndim)
-    y = jnp.asarray(labels)
+    y = _checks.array("labels", labels)
     _checks.real("labels", y)
     _checks.shape("labels", y, z.shape, "a distribution over the classes, as the logits")
-    shape = z.shape[:axis] + z.shape[axis + 1 :]
-    where = _mask(where, shape)
-    inside = jnp.expand_dims(where, axis)
+    where = _mask(where, z.shape[:axis] + z.shape[axis + 1 :])
+    inside = jnp.broadcast_to(jnp.expand_dims(where, axis), z.shape)
     z, y = jnp.where(inside, z, 0), jnp.where(inside, y.astype(z.dtype), 0)
+    gamma = _exponent("gamma", gamma, where, z.dtype)
+    if isinstance(gamma, Array):
+        gamma = jnp.broadcast_to(jnp.expand_dims(gamma, axis), z.shape)
+    if alpha is not None:
+        alpha = _class_weights(alpha, z.dtype, z.shape[axis])
+        alpha = lax.broadcast_in_dim(alpha, z.shape, (axis,) if alpha.ndim else ())
+        alpha = jnp.where(inside, alpha, 1)
 
     log_p = jax.nn.log_softmax(z, axis)
-    if not isinstance(gamma, numbers.Real):
-        gamma = jnp.expand_dims(_over("gamma", gamma, shape, z.dtype), axis)
-        gamma = jnp.broadcast_to(gamma, z.shape)
-    weight = y if alpha is None else y * _per_class(alpha, z, axis)
     # A class without weight contributes nothing, also where log p is -inf.
-    log_p = jnp.where((weight == 0) & (log_p == -jnp.inf), 0, log_p)
-    losses = weight * _modulation(1 - jnp.exp(log_p), gamma, z.shape) * -log_p
-    return jnp.where(where, jnp.sum(losses, axis), 0)
+    weightless = (y == 0) | (alpha == 0) if alpha is not None else y == 0
+    log_p = jnp.where(weightless & (log_p == -jnp.inf), 0, log_p)
+    losses = jnp.sum(y * _softmax_focal(_JAX, log_p, alpha, gamma), axis)
+    return jnp.where(where, _loud(losses, jnp.min(y, axis, initial=0) >= 0), 0)
 
 
 def softmax_focal_loss_with_integer_labels(
@@ -149,20 +208,21 @@ def softmax_focal_loss_with_integer_labels(
     axis = _checks.axis(axis, z.ndim)
     slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
     classes = slices * z.shape[axis]
-    shape = z.shape[:axis] + z.shape[axis + 1 :]
-    labels, where = _indices(labels, ignore_label, where, shape)
+    losses = z.shape[:axis] + z.shape[axis + 1 :]
+    labels = _indices(labels, losses, "the logits' without the class axis")
+    where = _not_ignored(labels, ignore_label, _mask(where, losses))
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
-
+    gamma = _exponent("gamma", gamma, where, z.dtype)
     known = (labels >= 0) & (labels < classes)
-    index = jnp.where(known, labels, 0).astype(jnp.int32)
+    index = jnp.where(known & where, labels, 0)
+    if alpha is not None:
+        weights = _class_weights(alpha, z.dtype, classes)
+        alpha = jnp.where(where, weights[index] if weights.ndim else weights, 1)
+
     pick = _picked_log_softmax if class_axis_name is None else _picked_from_slices(class_axis_name)
     log_p = pick(z, jnp.expand_dims(index, axis), axis).squeeze(axis)
-    losses = _modulation(1 - jnp.exp(log_p), gamma, shape) * -log_p
-    if alpha is not None:
-        weights = jnp.asarray(alpha, z.dtype)
-        _checks.class_weights(weights, classes)
-        losses = (weights[index] if weights.ndim else weights) * losses
-    return jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
+    losses = _loud(_softmax_focal(_JAX, log_p, alpha, gamma), known | ~where)
+    return jnp.where(where, losses, 0)
 
 
 def _picked_log_softmax(z: Array, index: Array, axis: int) -> Array:
@@ -206,7 +266,8 @@ def linear_softmax_focal_loss_with_integer_labels(
     features, kernel = _float("features", features), _float("kernel", kernel)
     fits = (*features.shape[-1:], *kernel.shape[-1:])
     _checks.shape("kernel", kernel, fits, "(D, C), with D the last axis of the features")
-    labels, where = _indices(labels, ignore_label, where, features.shape[:-1])
+    labels = _indices(labels, features.shape[:-1], "the features' without the last axis")
+    where = _not_ignored(labels, ignore_label, _mask(where, features.shape[:-1]))
     logits = jnp.where(where[..., None], features, 0) @ kernel
     if bias is not None:
         bias = _float("bias", bias)
@@ -217,10 +278,7 @@ def linear_softmax_focal_loss_with_integer_labels(
     )
 
 
-def _per_class(alpha: ArrayLike, z: Array, axis: int) -> Array:
-    alpha = jnp.asarray(alpha, z.dtype)
-    _checks.class_weights(alpha, z.shape[axis])
-    return lax.broadcast_in_dim(alpha, z.shape, (axis,) if alpha.ndim else ())
+# ---------------------------------------------------------------- the reduction
 
 
 def reduce_loss(
@@ -228,6 +286,8 @@ def reduce_loss(
     *,
     normalization: str | ArrayLike = "valid",
     where: ArrayLike | None = None,
+    labels: ArrayLike | None = None,
+    ignore_label: int | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """Compute `focal_jax.reduce_loss` from its formula.
@@ -236,17 +296,22 @@ def reduce_loss(
     """
     losses = _float("losses", losses)
     counts = _mask(where, losses.shape)
+    if labels is not None:
+        labels = _indices(labels, losses.shape, "one for each loss")
+        counts = _not_ignored(labels, ignore_label, counts)
+    names = {"sum": "none", "mean": "full"}
     divisors = {
-        "none": lambda: 1,
-        "full": lambda: losses.size,
+        "none": lambda: 1.0,
+        "full": lambda: float(losses.size),
         "valid": lambda: counts.sum(),
-        "batch_size": lambda: losses.shape[0],
+        "batch_size": lambda: float(losses.shape[0]),
     }
     divisor, devices = normalization, 1
     if isinstance(normalization, str):
-        _checks.normalization(normalization, losses)
-        divisor = divisors[normalization]()
-        if axis_name is not None and normalization != "none":
+        name = names.get(normalization, normalization)
+        _checks.normalization(name, losses)
+        divisor = jnp.asarray(divisors[name](), losses.dtype)
+        if axis_name is not None and name != "none":
             divisor = lax.psum(divisor, axis_name)
     if axis_name is not None:
         devices = lax.psum(1, axis_name)

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
+from focal_jax import _checks, _inputs
 from focal_jax._reduction import number
 
 __all__ = [
@@ -40,7 +40,7 @@ def _static(name: str, x: Any, inside: Callable[[float], bool], wanted: str) -> 
 def _counts(counts: ArrayLike | Sequence[float]) -> Array:
     """Return one count per class, at least float32, and NaN for what is no count."""
     counts = number("counts", counts, jnp.dtype(jnp.result_type(float)))
-    counts = counts.astype(_arrays.compute_dtype(counts))
+    counts = counts.astype(_inputs.compute_dtype(counts))
     if counts.ndim > 1:
         raise _checks.InputError(
             f"counts: got shape {counts.shape}, wanted one count per class; of labels they are "
@@ -227,7 +227,7 @@ def positive_weight(w: ArrayLike | Sequence[float]) -> PositiveWeight:
         w = _static("w", w, lambda w: 0 <= w < math.inf, "a finite number >= 0")
     else:
         w = number("w", w, jnp.dtype(jnp.result_type(float)))
-        w = jnp.where(w < 0, jnp.nan, w.astype(_arrays.compute_dtype(w)))
+        w = jnp.where(w < 0, jnp.nan, w.astype(_inputs.compute_dtype(w)))
     return PositiveWeight(w / (1 + w), 1 + w)
 
 

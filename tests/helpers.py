@@ -1,93 +1,223 @@
-"""The registry of losses: every property is tested over every row of `LOSSES`."""
+"""The registry of losses: every property is tested over every row, and drawn from the catalogue.
 
+A row is a loss of the catalogue with one kind of labels. All arguments go by their names, so
+that a test need not know whether a loss takes logits, or features and a kernel.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import focal_jax
+from focal_jax import _catalogue
 
-GAMMAS = [0, 0.5, 1, 1.5, 2.0, 3, 5]
+# What an exponent is tested at: whole numbers, halves of them, and others.
+EXPONENTS = (0, 0.5, 1, 1.3, 2.0, 3, 5)
 
 
-class Loss(NamedTuple):
-    """One loss with one kind of labels."""
+@dataclasses.dataclass(frozen=True, eq=False)  # a row is itself alone, and so a key
+class Row:
+    """A loss with one kind of labels."""
 
-    name: str
-    kind: str
-    labels: Callable[[np.random.Generator, tuple[int, ...], int], Any]
+    loss: _catalogue.Loss
+    labels: str
+
+    def __str__(self):
+        return f"{self.name}-{self.labels}"
+
+    @property
+    def name(self) -> str:
+        return self.loss.name
+
+    @property
+    def options(self) -> Mapping[str, _catalogue.Option]:
+        return self.loss.options
 
     @property
     def softmax(self) -> bool:
         """Whether the loss has a class axis."""
-        return self.name != "sigmoid_focal_loss"
+        return self.loss.softmax
+
+    @property
+    def linear(self) -> bool:
+        return self.loss.kind == "linear"
+
+    @property
+    def integer(self) -> bool:
+        return self.labels == "integer"
 
     @property
     def soft(self) -> bool:
-        """Whether the labels are differentiable."""
-        return self.kind != "integer"
+        """Whether labels lie between the ends of their range, so that they can be moved."""
+        return self.labels in ("soft", "distribution")
 
-    def eager(self, *args, **kwargs):
-        return getattr(focal_jax, self.name)(*args, **kwargs)
+    @property
+    def first(self) -> str:
+        """The argument that has the positions, in which the loss is first of all derived."""
+        return "features" if self.linear else "logits"
 
-    def ours(self, *args, **kwargs):
-        return _jitted(focal_jax, self.name, *args, **kwargs)
+    @property
+    def exponents(self) -> list[str]:
+        return [name for name, option in self.options.items() if option.exponent]
 
-    def reference(self, *args, **kwargs):
-        return _jitted(focal_jax.reference, self.name, *args, **kwargs)
+    # ------------------------------------------------------------ calls
+
+    def eager(self, **arguments):
+        """Call the public function; a linear head takes several steps where it can."""
+        return self._call(focal_jax, arguments)
+
+    def reference(self, **arguments):
+        return self._call(focal_jax.reference, arguments)
+
+    def _call(self, module, arguments):
+        static = {"chunk_size": 2} if self.linear else {}
+        return getattr(module, self.name)(**static | arguments)
+
+    def ours(self, **arguments):
+        """Call the public function compiled, once for all equal structures."""
+        return _jitted(self, "eager")(**arguments)
+
+    def plain(self, **arguments):
+        """Call the reference compiled."""
+        return _jitted(self, "reference")(**arguments)
+
+    def split(self, arguments):
+        """Return what the loss is differentiable in, and the rest."""
+        names = {self.first, "kernel", "bias", *self.options}
+        names |= set() if self.integer else {"labels"}
+        floating = {
+            name
+            for name, x in arguments.items()
+            if name in names and hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+        }
+        return (
+            {k: v for k, v in arguments.items() if k in floating},
+            {k: v for k, v in arguments.items() if k not in floating},
+        )
+
+    # ------------------------------------------------------------ shapes
 
     def positions(self, shape, axis=-1):
         return tuple(np.delete(shape, axis)) if self.softmax else tuple(shape)
 
+    def axes(self, rank):
+        """Return the class axes that the loss can have; a loss without has the last."""
+        return range(rank) if self.softmax and not self.linear else [rank - 1]
+
     def axis(self, axis):
-        return {"axis": axis} if self.softmax else {}
+        return {"axis": axis} if self.softmax and not self.linear else {}
 
-    def classes(self, shape, axis=-1):
-        return shape[axis] if self.softmax else 2
+    def along(self, where, axis=-1):
+        """Return a mask of the positions with the rank of the first argument."""
+        return np.expand_dims(where, axis) if self.softmax else where
 
-    def inputs(self, seed, shape, axis=-1, scale=3.0, dtype=np.float32):
-        """Return random logits and labels."""
+    # ------------------------------------------------------------ inputs
+
+    def arguments(self, seed, shape, axis=-1, *, scale=3.0, dtype=np.float32):
+        """Return random arguments by name, all but the options; `shape` is the logits'."""
         rng = np.random.default_rng(seed)
-        logits = (scale * rng.normal(size=shape)).astype(dtype)
-        labels = self.labels(rng, shape, axis % len(shape))
-        if self.soft:
-            labels = np.asarray(labels).astype(dtype)
-        return jnp.asarray(logits), jnp.asarray(labels)
+        axis = axis % max(len(shape), 1)
+        arrays = {self.first: scale * rng.normal(size=shape)}
+        if self.linear:
+            classes = shape[-1]
+            arrays["kernel"] = rng.normal(size=(classes, classes)) / math.sqrt(max(classes, 1))
+            arrays["bias"] = rng.normal(size=classes)
+        arrays["labels"] = _LABELS[self.labels](rng, shape, axis)
+        return {
+            name: jnp.asarray(x if x.dtype == np.int32 else x.astype(dtype))
+            for name, x in arrays.items()
+        } | self.axis(axis)
 
-    def at(self, margins, classes=3):
-        """Return logits and labels with the given margins of the true class, one a position."""
-        margins = np.asarray(margins, np.float32)
+    def drawn(self, seed, shape, axis=-1, *, names=None, dtype=np.float32):
+        """Return random options, well inside their ranges, one entry a position or class."""
+        rng = np.random.default_rng(seed + 1)
+        out = {}
+        for name, option in self.options.items():
+            low, high = option.low, min(option.high, option.low + 4)
+            entries = (shape[axis],) if option.per_class else self.positions(shape, axis)
+            out[name] = rng.uniform(low + 0.1 * (high - low), low + 0.9 * (high - low), entries)
+        return {k: jnp.asarray(v.astype(dtype)) for k, v in out.items() if not names or k in names}
+
+    def scalars(self, dtype=np.float32):
+        """Return one number for each option, as arrays."""
+        return {k: jnp.asarray(v.ravel()[0]) for k, v in self.drawn(0, (3, 3), dtype=dtype).items()}
+
+    def all(self, seed, shape, axis=-1, **keywords):
+        """Return random arguments and options."""
+        dtype = keywords.get("dtype", np.float32)
+        return self.arguments(seed, shape, axis, **keywords) | self.drawn(
+            seed, shape, axis, dtype=dtype
+        )
+
+    def at(self, margins, classes=3, dtype=np.float32):
+        """Return arguments with the given margins of the true class, one a position."""
+        margins = np.asarray(margins, dtype)
         if not self.softmax:
-            sign = np.where(np.arange(margins.size) % 2, -1, 1).astype(np.float32)
-            return jnp.asarray(sign * margins), jnp.asarray((sign > 0).astype(np.float32))
+            sign = np.where(np.arange(margins.size) % 2, -1, 1).astype(dtype)
+            return {
+                "logits": jnp.asarray(sign * margins),
+                "labels": jnp.asarray((sign > 0).astype(dtype)),
+            }
         true = np.arange(margins.size) % classes
-        logits = np.zeros((margins.size, classes), np.float32)
+        logits = np.zeros((margins.size, classes), dtype)
         logits[np.arange(margins.size), true] = margins
-        labels = np.eye(classes, dtype=np.float32)[true] if self.soft else true.astype(np.int32)
-        return jnp.asarray(logits), jnp.asarray(labels)
+        labels = true.astype(np.int32) if self.integer else np.eye(classes, dtype=dtype)[true]
+        return self.of_logits(jnp.asarray(logits), jnp.asarray(labels))
+
+    def of_logits(self, logits, labels):
+        """Return arguments with these logits; a linear head has them for features."""
+        if not self.linear:
+            return {"logits": logits, "labels": labels}
+        classes = logits.shape[-1]
+        return {
+            "features": logits,
+            "kernel": np.eye(classes, dtype=logits.dtype),
+            "labels": labels,
+        }
 
 
 @functools.cache
-def _compiled(module, name, static):
-    return jax.jit(functools.partial(getattr(module, name), **dict(static)))
+def _jitted(row, which):
+    # What is not an array, a number apart, is structure: the axis, `ignore_label`, an
+    # exponent that is a Python number.
+    @functools.cache
+    def compiled(static):
+        return jax.jit(functools.partial(getattr(row, which), **dict(static)))
+
+    def call(**arguments):
+        static = {k: v for k, v in arguments.items() if v is None or isinstance(v, int | float)}
+        arrays = {k: v for k, v in arguments.items() if k not in static}
+        return compiled(tuple(static.items()))(**arrays)
+
+    return call
 
 
-def _jitted(module, name, *args, **kwargs):
-    """Call a loss compiled: many small eager operations compile for longer than one big one."""
-    static = {k: v for k, v in kwargs.items() if v is None or isinstance(v, (int, float))}
-    arrays = {k: v for k, v in kwargs.items() if k not in static}
-    return _compiled(module, name, tuple(static.items()))(*args, **arrays)
+def total(function: Callable, cotangent: Any = 1.0, **fixed):
+    """Return the weighted sum of the losses as a function of a dictionary of arguments."""
+
+    def summed(arguments):
+        return jnp.sum(cotangent * function(**fixed, **arguments))
+
+    return summed
 
 
-def _indices(rng, shape, axis):
+def gradients(function: Callable, cotangent: Any = 1.0, **fixed):
+    """Return the compiled value and gradients of the weighted sum of the losses."""
+    return jax.jit(jax.value_and_grad(total(function, cotangent, **fixed)))
+
+
+def _integer(rng, shape, axis):
     return rng.integers(0, shape[axis], np.delete(shape, axis)).astype(np.int32)
 
 
 def _one_hot(rng, shape, axis):
-    return np.moveaxis(np.eye(shape[axis])[_indices(rng, shape, axis)], -1, axis)
+    return np.moveaxis(np.eye(shape[axis])[_integer(rng, shape, axis)], -1, axis)
 
 
 def _distribution(rng, shape, axis):
@@ -95,18 +225,18 @@ def _distribution(rng, shape, axis):
     return weights / weights.sum(axis, keepdims=True)
 
 
-SIGMOID = Loss("sigmoid_focal_loss", "hard", lambda rng, shape, _: rng.random(shape) < 0.3)
-SIGMOID_SOFT = Loss("sigmoid_focal_loss", "soft", lambda rng, shape, _: rng.random(shape))
-ONE_HOT = Loss("softmax_focal_loss", "one-hot", _one_hot)
-SOFT = Loss("softmax_focal_loss", "soft", _distribution)
-INTEGER = Loss("softmax_focal_loss_with_integer_labels", "integer", _indices)
-LOSSES = [SIGMOID, SIGMOID_SOFT, ONE_HOT, SOFT, INTEGER]
-HARD = [loss for loss in LOSSES if loss.kind != "soft"]
-SOFTMAX = [loss for loss in LOSSES if loss.softmax]
+_LABELS: dict[str, Callable] = {
+    "hard": lambda rng, shape, _: (rng.random(shape) < 0.3).astype(np.float32),
+    "soft": lambda rng, shape, _: rng.random(shape),
+    "one-hot": _one_hot,
+    "distribution": _distribution,
+    "integer": _integer,
+}
 
-
-def ids(loss: Loss) -> str:
-    return f"{loss.name}-{loss.kind}"
+LOSSES = [Row(loss, labels) for loss in _catalogue.LOSSES for labels in loss.labels]
+# One row a loss, with the labels that it can be differentiated in most freely: for what does
+# not depend on the labels' values.
+PROGRAMS = [Row(loss, loss.labels[-1]) for loss in _catalogue.LOSSES]
 
 
 def assert_close(got, want, rtol=1e-5, atol=None):

@@ -6,173 +6,169 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import GAMMAS, INTEGER, LOSSES, ONE_HOT, SIGMOID, assert_close, ids
+from helpers import EXPONENTS, LOSSES, PROGRAMS, assert_close, gradients, total
 from jax.test_util import check_grads
 
-
-def _sum(function, loss, cotangent, **options):
-    """Return the weighted sum of the losses as a function of everything differentiable."""
-
-    def total(logits, labels, alpha, gamma):
-        return jnp.sum(cotangent * function(logits, labels, alpha=alpha, gamma=gamma, **options))
-
-    return total, (0, 1, 2, 3) if loss.soft else (0, 2, 3)
+import focal_jax
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-@hypothesis.settings(max_examples=8)
+@pytest.mark.parametrize("row", LOSSES, ids=str)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(data=st.data())
-def test_every_cotangent_is_autodiffs(loss, data):
+def test_every_cotangent_is_autodiffs(row, data):
     shape = data.draw(st.sampled_from([(3,), (2, 3), (4, 3, 2), (2, 3, 2, 5)]), "shape")
-    axis = data.draw(st.integers(-len(shape), len(shape) - 1), "axis")
+    axis = data.draw(st.sampled_from(row.axes(len(shape))), "axis")
     seed = data.draw(st.integers(0, 2**16), "seed")
-    positions = loss.positions(shape, axis)
     rng = np.random.default_rng(seed)
     with jax.enable_x64(True):
-        logits, labels = loss.inputs(seed, shape, axis, dtype=np.float64)
-        alpha_shape = st.sampled_from([(), (loss.classes(shape, axis),) if loss.softmax else shape])
-        alpha = jnp.asarray(rng.uniform(0.1, 0.9, data.draw(alpha_shape, "alpha")))
-        gamma_shape = data.draw(st.sampled_from([(), positions, positions[1:]]), "gamma")
-        gamma = jnp.asarray(rng.uniform(0, 4, gamma_shape))
-        cotangent = jnp.asarray(rng.normal(size=positions))
-        grads = []
-        for function in (loss.ours, loss.reference):
-            total, wrt = _sum(function, loss, cotangent, **loss.axis(axis))
-            grads.append(jax.jit(jax.value_and_grad(total, wrt))(logits, labels, alpha, gamma))
-        assert_close(*grads, rtol=1e-9)
+        arguments = row.all(seed, shape, axis, dtype=np.float64)
+        for name, option in row.options.items():  # in every shape that broadcasts
+            x = arguments[name]
+            smaller = [x.shape, ()] if option.per_class else [x.shape, x.shape[1:], ()]
+            keep = data.draw(st.sampled_from(smaller), name)
+            arguments[name] = x[(0,) * (x.ndim - len(keep))]
+        inside, fixed = row.split(arguments)
+        cotangent = jnp.asarray(rng.normal(size=row.positions(shape, axis)))
+        got = gradients(row.eager, cotangent, **fixed)(inside)
+        want = gradients(row.reference, cotangent, **fixed)(inside)
+    if row.labels in ("hard", "one-hot"):  # the plain formula may divide 0 by 0 at a hard label
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got))
+        del got[1]["labels"], want[1]["labels"]
+    assert_close(got, want, 1e-9)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-@pytest.mark.parametrize("gamma", GAMMAS)
-def test_static_gamma(loss, gamma, x64):
-    logits, labels = loss.inputs(2, (5, 4), scale=1.0, dtype=np.float64)
-    cotangent = np.random.default_rng(2).normal(size=loss.positions((5, 4)))
-    wrt = (0, 1) if loss.soft else (0,)
-    got, want = (
-        jax.grad(lambda z, y, f=f: jnp.sum(cotangent * f(z, y, alpha=0.3, gamma=gamma)), wrt)(
-            logits, labels
-        )
-        for f in (loss.ours, loss.reference)
-    )
-    assert_close(got, want, 1e-10)
+@pytest.mark.parametrize("row", LOSSES, ids=str)
+def test_python_exponents(row, x64):
+    arguments = row.all(2, (5, 4), scale=1.0, dtype=np.float64)
+    inside, fixed = row.split(arguments)
+    cotangent = np.random.default_rng(2).normal(size=row.positions((5, 4)))
+    rest = {k: v for k, v in inside.items() if k not in row.exponents}
+
+    def all_of_them(function):
+        def slopes(exponent):
+            static = dict.fromkeys(row.exponents, exponent)
+            return jax.grad(total(function, cotangent, **fixed, **static))(rest)
+
+        return jax.jit(lambda: [slopes(exponent) for exponent in EXPONENTS])()
+
+    assert_close(all_of_them(row.eager), all_of_them(row.reference), 1e-10)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-@pytest.mark.parametrize("gamma", [0, 0.5, 2, "traced"])
-def test_finite_differences_to_second_order(loss, gamma, x64):
-    logits, labels = loss.inputs(3, (2, 3), scale=1.0, dtype=np.float64)
-    args = [logits, jnp.asarray(0.3)]
-    if gamma == "traced":
-        args.append(jnp.asarray(1.5))
-    differentiable = loss.soft and loss.kind != "hard"  # no step out of [0, 1]
-    if differentiable:
-        args.append(labels)
-
-    def function(logits, alpha, *rest):
-        exponent = rest[0] if gamma == "traced" else gamma
-        y = rest[-1] if differentiable else labels
-        return loss.ours(logits, y, alpha=alpha, gamma=exponent)
-
-    check_grads(jax.jit(function), args, order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-@pytest.mark.parametrize("gamma", [0, 0.5, 1, 1.5, 2])
-def test_hessian(loss, gamma, x64):
-    # Against autodiff of the plain formula, which is right at moderate float64 logits;
-    # 0 is there because |x| has its kink there.
-    logits, labels = loss.inputs(4, (3, 3), scale=1.0, dtype=np.float64)
-    logits = logits.at[0, 0].set(0.0)
-
-    def total(function):
-        return lambda z: jnp.sum(function(z, labels, gamma=gamma, alpha=0.3))
-
-    tangent = jnp.asarray(np.random.default_rng(4).normal(size=logits.shape))
-
-    gradient = jax.grad(total(loss.ours))
+@pytest.mark.parametrize("row", [row for row in LOSSES if row.soft or row.integer], ids=str)
+def test_finite_differences_to_second_order(row, x64):
+    arguments = row.arguments(3, (2, 3), scale=1.0, dtype=np.float64)
+    arguments |= row.scalars(np.float64)
+    inside, fixed = row.split(arguments)
+    rest = {k: v for k, v in inside.items() if k not in row.exponents}
 
     @jax.jit
-    def derivatives(z):
-        product = jax.jvp(gradient, (z,), (tangent,))[1]
-        return jax.hessian(total(loss.ours))(z), jax.jacrev(gradient)(z), product
+    def function(inside, rest):
+        static = [row.eager(**rest, **fixed, **dict.fromkeys(row.exponents, g)) for g in (0, 0.5, 2)]
+        return [row.eager(**inside, **fixed), *static]
 
-    want = jax.jit(jax.hessian(total(loss.reference)))(logits)
-    product = jnp.einsum("abcd,cd->ab", want, tangent)
-    assert_close(derivatives(logits), (want, want, product), 1e-9)
+    check_grads(function, (inside, rest), order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [row for row in LOSSES if row.soft], ids=ids)
-def test_mixed_second_derivatives(loss, x64):
-    logits, labels = loss.inputs(5, (3, 3), scale=1.0, dtype=np.float64)
-    args = (logits, labels, jnp.asarray(0.3), jnp.asarray(1.5))
+@pytest.mark.parametrize("row", LOSSES, ids=str)
+def test_second_derivatives(row, x64):
+    # Against autodiff of the plain formula, which is right at moderate float64 logits;
+    # 0 is there because |x| has its kink there. Reverse over reverse, forward over reverse,
+    # in everything and mixed; and with exponents that are Python numbers.
+    arguments = row.arguments(4, (3, 3), scale=1.0, dtype=np.float64)
+    arguments[row.first] = arguments[row.first].at[0, 0].set(0.0)
+    arguments |= row.scalars(np.float64)
+    inside, fixed = row.split(arguments)
+    rest = {k: v for k, v in inside.items() if k not in row.exponents}
+    if not row.soft:  # the plain formula may divide 0 by 0 at a hard label
+        inside.pop("labels", None), rest.pop("labels", None)
+        fixed["labels"] = arguments["labels"]
 
-    def total(function):
-        return lambda z, y, a, g: jnp.sum(function(z, y, alpha=a, gamma=g))
+    def numbers(exponent):
+        return dict.fromkeys(row.exponents, exponent)
 
-    got, want = (
-        jax.jit(jax.jacrev(jax.grad(total(f), (0, 1, 2, 3)), (0, 1, 2, 3)))(*args)
-        for f in (loss.ours, loss.reference)
-    )
-    if loss.kind == "soft":
-        assert_close(got, want, 1e-8)
-    else:  # the plain formula divides 0 by 0 at a hard label; its derivatives in y are NaN
-        assert_close([row[0] for row in got][:1], [row[0] for row in want][:1], 1e-8)
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got))
+    @jax.jit
+    def want(inside, rest):
+        static = [jax.hessian(total(row.reference, **fixed, **numbers(g)))(rest) for g in statics]
+        return jax.hessian(total(row.reference, **fixed))(inside), static
 
+    @jax.jit
+    def got(inside, rest):
+        functions = [(total(row.eager, **fixed), inside)]
+        functions += [(total(row.eager, **fixed, **numbers(g)), rest) for g in statics]
+        forward, *static_forward = [jax.jacfwd(jax.grad(f))(x) for f, x in functions]
+        reverse, *static_reverse = [jax.jacrev(jax.grad(f))(x) for f, x in functions]
+        return (forward, static_forward), (reverse, static_reverse)
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-def test_unit_weights_change_nothing(loss):
-    # alpha None, a scalar 1 and a weight of 1 for every class are one loss.
-    logits, labels = loss.inputs(6, (4, 3))
-    if loss.softmax:
-        want = loss.ours(logits, labels)
-        assert_close(loss.ours(logits, labels, alpha=1.0), want, 0)
-        assert_close(loss.ours(logits, labels, alpha=jnp.ones(3)), want, 0)
-    else:
-        want = loss.ours(logits, labels)
-        assert_close(loss.ours(logits, labels, alpha=0.5), 0.5 * want, 1e-7)
+    statics = (0, 0.5, 1, 1.3, 2)
+    truth = want(inside, rest)
+    for derivatives in got(inside, rest):
+        assert_close(derivatives, truth, 1e-9)
 
 
 def test_one_hot_is_the_integer_loss():
-    logits, labels = INTEGER.inputs(7, (6, 5))
+    logits = 3 * np.random.default_rng(7).normal(size=(6, 5)).astype(np.float32)
+    labels = np.arange(6) % 5
     alpha = jnp.linspace(0.1, 0.9, 5)
-    got, want = (
-        jax.value_and_grad(lambda z, a, f=f, y=y: jnp.sum(f(z, y, alpha=a, gamma=1.5)), (0, 1))(
-            logits, alpha
-        )
-        for f, y in ((ONE_HOT.ours, jax.nn.one_hot(labels, 5)), (INTEGER.ours, labels))
+
+    def both(function, labels):
+        def summed(logits, alpha):
+            return jnp.sum(function(logits, labels, alpha=alpha, gamma=1.5))
+
+        return jax.value_and_grad(summed, (0, 1))(logits, alpha)
+
+    got = both(focal_jax.softmax_focal_loss, jax.nn.one_hot(labels, 5))
+    assert_close(got, both(focal_jax.softmax_focal_loss_with_integer_labels, labels), 1e-6)
+
+
+def test_two_classes_are_the_sigmoid():
+    logits = 3 * jnp.asarray(np.random.default_rng(8).normal(size=9), jnp.float32)
+    pair = jnp.stack([jnp.zeros(9), logits], -1)
+    labels = jnp.arange(9) % 2
+    want = focal_jax.sigmoid_focal_loss(logits, labels, alpha=0.3)
+    got = focal_jax.softmax_focal_loss_with_integer_labels(
+        pair, labels, alpha=jnp.array([0.7, 0.3])
     )
     assert_close(got, want, 1e-6)
 
 
-def test_two_classes_are_the_sigmoid():
-    logits, _ = SIGMOID.inputs(8, (9,))
-    pair = jnp.stack([jnp.zeros(9), logits], -1)
-    labels = jnp.arange(9) % 2
-    want = SIGMOID.ours(logits, labels, alpha=0.3)
-    assert_close(INTEGER.ours(pair, labels, alpha=jnp.array([0.7, 0.3])), want, 1e-6)
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_unit_weights_change_nothing(row):
+    # A class weight that is absent, the scalar 1 and 1 for every class are one loss.
+    weights = [name for name, option in row.options.items() if option.per_class]
+    if not weights:
+        pytest.skip("no class weights")
+    arguments = row.arguments(6, (4, 3))
+    want = row.ours(**arguments)
+    for weight in (1.0, jnp.ones(3)):
+        assert_close(row.ours(**arguments, **dict.fromkeys(weights, weight)), want, 0)
+
+
+def test_half_for_both_sides_is_half_the_sigmoid_loss():
+    logits, labels = jnp.linspace(-9, 9, 7), jnp.arange(7) % 2
+    want = focal_jax.sigmoid_focal_loss(logits, labels)
+    assert_close(focal_jax.sigmoid_focal_loss(logits, labels, alpha=0.5), 0.5 * want, 1e-7)
 
 
 # Large enough that XLA compiles other loops and splits them over the cores.
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
 @pytest.mark.parametrize(("shape", "axis"), [((30_000, 21), -1), ((2, 21, 128, 96), 1)])
-def test_large_arrays(loss, shape, axis):
-    logits, labels = loss.inputs(6, shape, axis)
-    positions = loss.positions(shape, axis)
-    where = np.random.default_rng(6).random(positions) < 0.9
-    options = {"alpha": 0.3, "where": where, **loss.axis(axis)}
-    losses = loss.ours(logits, labels, **options)
-
-    def total(function):
-        return jax.jit(jax.value_and_grad(lambda z, y: jnp.sum(function(z, y, **options))))
-
-    value, gradient = total(loss.ours)(logits, labels)
+def test_large_arrays(row, shape, axis):
+    if axis % len(shape) not in row.axes(len(shape)):
+        pytest.skip("the class axis is the last")
+    positions = row.positions(shape, axis)
+    arguments = row.arguments(6, shape, axis) | row.scalars()
+    arguments["where"] = np.random.default_rng(6).random(positions) < 0.9
+    inside, fixed = row.split(arguments)
+    if row.linear:  # all at once, and in float32 the sums over the positions are what they are
+        fixed["chunk_size"] = None
+        inside, fixed = {row.first: inside.pop(row.first)}, fixed | inside
+    losses = row.ours(**arguments)
+    got = gradients(row.eager, **fixed)(inside)
     with jax.enable_x64(True):
-        wide = [
-            np.asarray(x, np.float64 if x.dtype == np.float32 else None) for x in (logits, labels)
-        ]
-        want = total(loss.reference)(*wide)
-        assert_close(losses, loss.reference(*wide, **options), 1e-5)
-    assert_close((value, gradient), want, 1e-5)
-    inside = np.expand_dims(where, axis) if loss.softmax else where
-    assert not np.any(np.where(inside, 0, gradient))
+        wide = jax.tree.map(
+            lambda x: np.asarray(x, np.float64) if getattr(x, "dtype", 0) == np.float32 else x,
+            (inside, fixed),
+        )
+        assert_close(losses, row.plain(**wide[0], **wide[1]), 1e-5)
+        assert_close(got, gradients(row.reference, **wide[1])(wide[0]), 1e-5)
+    assert not np.any(np.where(row.along(arguments["where"], axis), 0, got[1][row.first]))

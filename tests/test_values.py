@@ -1,5 +1,6 @@
 """Values and gradients are right to the last digits, against things we did not write."""
 
+import functools
 import subprocess
 import sys
 
@@ -8,121 +9,188 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import truth
-from helpers import GAMMAS, LOSSES, assert_close, ids
+from helpers import EXPONENTS, LOSSES, PROGRAMS, Row, assert_close
 
 import focal_jax
 
-TINY = float(jnp.finfo(jnp.float32).tiny)
-MARGINS = np.concatenate([np.linspace(-87, 87, 59), [0, 1e-6, -1e-3, 0.3, -0.7]])
+# ---------------------------------------------------------------- 60 digits
+
+LOGITS = np.concatenate([np.linspace(-87, 87, 59), [0, 1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
+WIDE = np.concatenate([np.linspace(-300, 300, 41), [1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
+SOFT = [1e-4, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 2**-20]
 
 
-def _value_and_gradients(function, *args):
-    """Return the losses and the gradients of their sum."""
-    losses, vjp = jax.vjp(function, *args)
-    return losses, *vjp(jnp.ones_like(losses))
+def _elementwise(row, logits):
+    logits, labels = np.meshgrid(logits, SOFT if row.soft else [0, 1])
+    return {"logits": logits.ravel(), "labels": labels.ravel()}
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
-def test_sigmoid_to_60_digits(traced):
-    labels, logits = np.float32([1.0, 0.0, 0.9, 0.3, 1 - 2**-20]), MARGINS.astype(np.float32)
-    labels, logits = (x.ravel() for x in np.meshgrid(labels, logits))
-    for gamma in GAMMAS:
-        exponent = jnp.float32(gamma) if traced else gamma
-
-        def loss(logits, exponent=exponent):
-            return focal_jax.sigmoid_focal_loss(logits, labels, alpha=0.25, gamma=exponent)
-
-        want = truth.sigmoid(logits, labels, gamma, 0.25)
-        got = _value_and_gradients(loss, logits)
-        for a, b in zip(got, want[:2]):
-            assert truth.relative_error(a, b, TINY) < 1e-5, gamma
-
-
-def _rows(shift):
-    """Return rows of logits whose first class has a margin of -60 to 60."""
+def _rows(reach, shifts):
+    """Return rows of logits whose first class has a margin of -`reach` to `reach`."""
     rng = np.random.default_rng(0)
-    margins = np.concatenate([np.linspace(-60, 60, 25), rng.uniform(-60, 60, 10)])
+    margins = reach * np.concatenate([np.linspace(-1, 1, 25), rng.uniform(-1, 1, 10)])
     rows = rng.normal(size=(margins.size, 6)) * rng.choice([0.0, 1.0, 5.0], (margins.size, 1))
     rows[:, 0] = rows[:, 1:].max(1) + margins
-    return (rows + shift).astype(np.float32)
+    return np.concatenate([rows + shift for shift in shifts])
 
 
-@pytest.mark.parametrize("traced", [False, True], ids=["static", "traced"])
-def test_softmax_to_60_digits(traced):
-    logits = np.concatenate([_rows(shift) for shift in (0.0, 1e4, -1e4)])
-    labels = np.zeros(len(logits), np.int32)
-    one_hot = np.eye(logits.shape[1], dtype=np.float32)[labels]
-    for gamma in GAMMAS:
-        exponent = jnp.float32(gamma) if traced else gamma
-        rows = [truth.softmax(z, y, gamma) for z, y in zip(logits, one_hot)]
-        losses, gradients, per_class = (np.array(part, dtype=object) for part in zip(*rows))
-
-        def hard(z, exponent=exponent):
-            return focal_jax.softmax_focal_loss_with_integer_labels(z, labels, gamma=exponent)
-
-        def soft(z, y, exponent=exponent):
-            return focal_jax.softmax_focal_loss(z, y, gamma=exponent)
-
-        got_hard = _value_and_gradients(hard, logits)
-        got_soft = _value_and_gradients(soft, logits, one_hot)
-        for a, b in zip(got_hard + got_soft, [losses, gradients, losses, gradients, per_class]):
-            assert truth.relative_error(a, b, TINY) < 1e-5, gamma
+def _softmax(row, logits):
+    n, classes = logits.shape
+    true = np.arange(n) % classes
+    logits = np.stack([np.roll(z, t) for z, t in zip(logits, true)])
+    if row.integer:
+        return row.of_logits(logits, true.astype(np.int32))
+    labels = np.eye(classes)[true]
+    if row.soft:  # smoothed by much and by little, and anything
+        smoothing = np.where(np.arange(n) % 2, 0.1, 1e-3)[:, None]
+        labels = np.where(labels == 1, 1 - smoothing, smoothing / (classes - 1))
+        labels[::7] = np.random.default_rng(1).dirichlet(np.ones(classes), len(labels[::7]))
+    return {"logits": logits, "labels": labels}
 
 
-@pytest.mark.parametrize("smoothing", [0.1, 1e-3])
-def test_softmax_of_a_distribution_to_60_digits(smoothing):
-    # The entries of a soft gradient may cancel: they are right relative to their row.
-    logits = _rows(0.0)
-    labels = np.full(logits.shape, smoothing / 5, np.float32)
-    labels[:, 0] = 1 - smoothing
-    for gamma in GAMMAS:
-
-        def loss(z, y, gamma=gamma):
-            return focal_jax.softmax_focal_loss(z, y, gamma=gamma)
-
-        losses, gradients, label_gradients = _value_and_gradients(loss, logits, labels)
-        rows = [truth.softmax(z, y, gamma) for z, y in zip(logits, labels)]
-        assert truth.relative_error(losses, [row[0] for row in rows], TINY) < 1e-5
-        for got, row in zip(np.asarray(gradients, np.float64), rows):
-            want = row[1].astype(np.float64)
-            np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
-        want = np.concatenate([row[2] for row in rows])
-        assert truth.relative_error(label_gradients, want, TINY) < 1e-5
+def _arguments(row: Row, dtype):
+    """Return the positions at which the digits are counted."""
+    wide = dtype == np.float64
+    if row.softmax:
+        arguments = _softmax(row, _rows(300, [0]) if wide else _rows(60, [0, 1e4, -1e4]))
+    else:
+        arguments = _elementwise(row, WIDE if wide else LOGITS)
+    return {
+        k: np.asarray(x, None if k == "labels" and row.integer else dtype)
+        for k, x in arguments.items()
+    }
 
 
-def test_float64_to_60_digits(x64):
-    logits = np.linspace(-300, 300, 41)
-    labels = np.ones_like(logits)
-    rows = np.stack([logits, np.zeros_like(logits), np.ones_like(logits)], 1)
-    one_hot = np.eye(3)[np.zeros(len(rows), int)]
-    tiny = float(jnp.finfo(jnp.float64).tiny)
-    for gamma in GAMMAS:
-        got = _value_and_gradients(
-            lambda z, g=gamma: focal_jax.sigmoid_focal_loss(z, labels, gamma=g), logits
-        )
-        for a, b in zip(got, truth.sigmoid(logits, labels, gamma)[:2]):
-            assert a.dtype == jnp.float64
-            assert truth.relative_error(a, b, tiny) < 1e-13
-        want = [truth.softmax(z, y, gamma) for z, y in zip(rows, one_hot)]
-        for function, y in (
-            (focal_jax.softmax_focal_loss, one_hot),
-            (focal_jax.softmax_focal_loss_with_integer_labels, np.zeros(len(rows), int)),
-        ):
-            got = _value_and_gradients(lambda z, f=function, y=y, g=gamma: f(z, y, gamma=g), rows)
-            for a, b in zip(got, zip(*want)):
-                assert truth.relative_error(a, np.array(b, dtype=object), tiny) < 1e-13
+def _settings(row: Row, complete):
+    """Return what the options are set to: each exponent to all its values.
+
+    What a loss can do without is left out every other time, unless they are to be complete.
+    """
+    out = []
+    for i in range(len(EXPONENTS)):
+        numbers = {}
+        for j, (name, option) in enumerate(row.options.items()):
+            if option.exponent:
+                numbers[name] = EXPONENTS[(i + j) % len(EXPONENTS)]
+            elif option.default is not None or complete or i % 2 == 0:
+                numbers[name] = option.low + 0.25
+        out.append(numbers)
+    return out
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-def test_the_plain_formula(loss):
+@functools.cache
+def _truth(row: Row, dtype, setting, hard=None):
+    """Return the losses and the derivatives of every position, all labels at `hard` if given."""
+    arguments = _arguments(row, dtype)
+    n, classes = len(arguments["labels"]), arguments[row.first].shape[-1]
+    if hard is not None:
+        arguments["labels"] = np.full_like(arguments["labels"], hard)
+    if row.linear:
+        arguments["kernel"] = np.broadcast_to(arguments["kernel"], (n, classes, classes))
+    for name, value in setting:
+        shape = (n, classes) if row.options[name].per_class else (n,)
+        arguments[name] = np.full(shape, value, dtype)
+    return truth.evaluate(row.loss, arguments)
+
+
+def _scale(row: Row, name, dtype, setting, want):
+    """Return what an error is relative to where terms cancel by nature, None elsewhere."""
+    if name == row.first and row.labels == "distribution":
+        # The entries of a gradient are differences of the slopes of all the classes.
+        return np.abs(want).max(-1, keepdims=True)
+    if name == row.first and row.labels == "soft":
+        # Between the gradients of the two sides, weighted by the label, there is a zero.
+        negative, positive = (_truth(row, dtype, setting, y)[1]["logits"] for y in (0, 1))
+        y = np.array([truth.exact(y) for y in _arguments(row, dtype)["labels"]])
+        return (y * np.abs(positive) + (1 - y) * np.abs(negative)) / 10
+    if name == "labels" and not row.softmax:
+        # A weight that is itself a function of the label may outweigh the rest.
+        without = [(k, v) for k, v in setting if row.options[k].default is not None]
+        return np.abs(_truth(row, dtype, tuple(without))[1]["labels"]) / 10
+    return None
+
+
+def _check(row, dtype, setting, losses, slopes, limit):
+    values, want = _truth(row, dtype, setting)
+    tiny = float(jnp.finfo(dtype).tiny)
+    assert losses.dtype == dtype
+    assert truth.worst_error(losses, values, tiny) < limit, ("loss", setting)
+    # Where the loss underflows so does its product with a logarithm.
+    tiny = np.where(np.abs(values) < tiny, 100, 1) * tiny
+    for name, got in slopes.items():
+        scale, least = _scale(row, name, dtype, setting, want[name]), tiny
+        if name == "kernel":  # the products of a feature and a slope, which may underflow
+            least = tiny[:, None] * np.maximum(1, np.abs(_arguments(row, dtype)["features"]))
+        assert truth.worst_error(got, want[name], least, scale) < limit, (name, setting)
+
+
+def _value_and_slopes(row, own, shared):
+    """Return the losses, and their sum's derivatives in what has an entry a position."""
+    losses, transpose = jax.vjp(lambda own: row.eager(**own, **shared), own)
+    return losses, transpose(jnp.ones_like(losses))[0]
+
+
+def _to_60_digits(row, dtype, limit):
+    inside, integer = row.split(_arguments(row, dtype))
+    shared = integer | {k: inside.pop(k) for k in ("kernel",) if k in inside}
+
+    # Python numbers, and every structure that goes with them, in one program.
+    settings = _settings(row, complete=False)
+
+    @jax.jit
+    def static(own):
+        return [_value_and_slopes(row, own, shared | setting) for setting in settings]
+
+    for setting, (losses, slopes) in zip(settings, static(inside)):
+        _check(row, dtype, tuple(setting.items()), losses, slopes, limit)
+
+    # Arrays, each position with its own: the derivatives in what positions share have no sum.
+    n, classes = len(inside[row.first]), inside[row.first].shape[-1]
+
+    @jax.jit
+    def batch(own, shared):
+        return _value_and_slopes(row, own, shared | integer)
+
+    @jax.jit
+    @jax.vmap
+    def one(own, integer):
+        losses, slopes = _value_and_slopes(row, own, integer)
+        return losses, slopes
+
+    for setting in _settings(row, complete=True):
+        options = {
+            k: np.full((classes,) if row.options[k].per_class else (n,), v, dtype)
+            for k, v in setting.items()
+        }
+        per_class = {k: v for k, v in options.items() if row.options[k].per_class}
+        own = inside | {k: v for k, v in options.items() if k not in per_class}
+        together = {k: v for k, v in shared.items() if k == "kernel"} | per_class
+        _check(row, dtype, tuple(setting.items()), *batch(own, together), limit)
+        if together:
+            repeated = {k: np.repeat(v[None], n, 0) for k, v in together.items()}
+            _check(row, dtype, tuple(setting.items()), *one(own | repeated, integer), limit)
+
+
+@pytest.mark.parametrize("row", LOSSES, ids=str)
+def test_float32_to_60_digits(row):
+    _to_60_digits(row, np.float32, 1e-5)
+
+
+@pytest.mark.parametrize("row", LOSSES, ids=str)
+def test_float64_to_60_digits(row, x64):
+    _to_60_digits(row, np.float64, 1e-12)
+
+
+@pytest.mark.parametrize("row", LOSSES, ids=str)
+def test_the_plain_formula(row):
     # Where the textbook formula does not lose digits, the two agree.
-    for shape, axis in (((7,), -1), ((3, 4), 0), ((2, 3, 4, 5), 1)):
-        logits, labels = loss.inputs(1, shape, axis, scale=1.0)
-        for gamma in GAMMAS:
-            options = {"gamma": gamma, "alpha": 0.3, **loss.axis(axis)}
-            got = loss.ours(logits, labels, **options)
-            assert got.shape == loss.positions(shape, axis)
-            assert_close(got, loss.reference(logits, labels, **options), 1e-5)
+    for shape in ((7,), (3, 4), (2, 3, 4, 5)):
+        axes = row.axes(len(shape))
+        axis = axes[len(axes) // 2]
+        arguments = row.all(1, shape, axis, scale=1.0)
+        got = row.ours(**arguments)
+        assert got.shape == row.positions(shape, axis)
+        assert_close(got, row.plain(**arguments), 1e-5)
 
 
 # ------------------------------------------------------------ peers' published figures

@@ -1,78 +1,176 @@
-"""The losses and their gradients to 60 digits, from the definitions, by mpmath."""
+"""The losses and their derivatives to 60 digits: the reference's own formulas, by mpmath.
+
+The formulas are evaluated on numbers that carry their derivatives along, so that there is no
+other line for any loss, and no step of a difference quotient.
+"""
+
+import operator
 
 import mpmath
 import numpy as np
 
-mpmath.mp.dps = 60
-_ZERO, _ONE = mpmath.mpf(0), mpmath.mpf(1)
+from focal_jax.reference import FORMULAS, Operations
+
+DIGITS = 60
 
 
-def _exact(x):
-    return [mpmath.mpf(float(v)) for v in x]
+class Number:
+    """A value to many digits, and its derivatives in everything that it was made of."""
+
+    __slots__ = ("slopes", "value")
+
+    def __init__(self, value, slopes=0):
+        self.value = value
+        self.slopes = slopes  # an array of mpmath's numbers, or 0
+
+    def __add__(self, other):
+        other = _number(other)
+        return Number(self.value + other.value, self.slopes + other.slopes)
+
+    def __mul__(self, other):
+        other = _number(other)
+        slopes = self.slopes * other.value + other.slopes * self.value
+        return Number(self.value * other.value, slopes)
+
+    def __pow__(self, other):
+        other = _number(other)
+        value = self.value**other.value
+        by_power = other.slopes * mpmath.log(self.value)
+        return Number(value, (self.slopes * (other.value / self.value) + by_power) * value)
+
+    def __neg__(self):
+        return Number(-self.value, -self.slopes)
+
+    def __sub__(self, other):
+        return self + -_number(other)
+
+    def __rsub__(self, other):
+        return -self + other
+
+    def __truediv__(self, other):
+        return self * _number(other) ** -1
+
+    def __rtruediv__(self, other):
+        return self**-1 * other
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __abs__(self):
+        return -self if self.value < 0 else self
 
 
-def _power(q, gamma):
-    return _ONE if gamma == 0 else q**gamma
+def _compare(relation):
+    return lambda self, other: relation(self.value, _number(other).value)
 
 
-def sigmoid(logits, labels, gamma, alpha=None):
-    """Return losses and the gradients in logits and labels, one per element."""
-    out = []
-    for z, y in zip(_exact(logits), _exact(labels)):
-        g = mpmath.mpf(float(gamma))
-        p, not_p = 1 / (1 + mpmath.exp(-z)), 1 / (1 + mpmath.exp(z))
-        q = y * not_p + (1 - y) * p
-        n = y * mpmath.log1p(mpmath.exp(-z)) + (1 - y) * mpmath.log1p(mpmath.exp(z))
-        a, slope = (
-            (_ONE, _ZERO)
-            if alpha is None
-            else (
-                alpha * y + (1 - mpmath.mpf(alpha)) * (1 - y),
-                2 * mpmath.mpf(alpha) - 1,
-            )
-        )
-        dq, dn = (1 - 2 * y) * p * not_p, (1 - y) * p - y * not_p
-        loss = a * _power(q, g) * n
-        dz = a * _power(q, g) * (dn + g * n / q * dq)
-        dy = a * _power(q, g) * (-z + g * n / q * (not_p - p)) + slope * _power(q, g) * n
-        out.append((loss, dz, dy))
-    return np.array(out, dtype=object).T
+for _relation in (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne):
+    setattr(Number, f"__{_relation.__name__}__", _compare(_relation))
 
 
-def softmax(logits, labels, gamma):
-    """Return the loss of one position and its gradients in logits and labels.
+def _number(x) -> Number:
+    return x if isinstance(x, Number) else Number(exact(x))
 
-    `logits` and `labels` have shape [C]; a one-hot `labels` is the integer loss.
+
+def exact(x):
+    return x if isinstance(x, mpmath.mpf) else mpmath.mpf(float(x))
+
+
+def _elementwise(value, slope):
+    """Return a function of arrays of numbers, from a function and its derivative."""
+
+    def of_number(x):
+        x = _number(x)
+        return Number(value(x.value), x.slopes * slope(x.value))
+
+    return np.frompyfunc(of_number, 1, 1)
+
+
+def _sigmoid(x):
+    return 1 / (1 + mpmath.exp(-x))
+
+
+OPERATIONS = Operations(
+    exp=_elementwise(mpmath.exp, mpmath.exp),
+    sigmoid=_elementwise(_sigmoid, lambda x: _sigmoid(x) * _sigmoid(-x)),
+    log_sigmoid=_elementwise(lambda x: -mpmath.log1p(mpmath.exp(-x)), lambda x: _sigmoid(-x)),
+)
+_log = _elementwise(mpmath.log, lambda x: 1 / x)
+
+
+def _numbers(arrays, positions):
+    """Return arrays of numbers, each a variable of its own within its position."""
+    own = {name: int(np.prod(x.shape[positions:])) for name, x in arrays.items()}
+    total, first = sum(own.values()), 0
+    out, places = {}, {}
+    for name, x in arrays.items():
+        units = [[int(i == first + k) for i in range(total)] for k in range(own[name])]
+        units = [np.array(unit, dtype=object) for unit in units]
+        flat = [Number(exact(v), units[i % own[name]]) for i, v in enumerate(x.ravel())]
+        out[name] = np.array([*flat, None], dtype=object)[:-1].reshape(x.shape)
+        places[name] = slice(first, first + own[name])
+        first += own[name]
+    return out, places
+
+
+def evaluate(loss, arrays):
+    """Return the losses of one row of positions, and the derivatives of each of them.
+
+    `loss` is the catalogue's entry; `arrays` has all arguments by their names, each with the
+    positions for its first axis and then, if it has one, the class axis (for a kernel two).
+    An option that is absent or None is not used. Derivatives have the shapes of the arguments.
     """
-    z, y = _exact(logits), _exact(labels)
-    g = mpmath.mpf(float(gamma))
-    top = max(z)
-    e = [mpmath.exp(v - top) for v in z]
-    total = mpmath.fsum(e)
-    p = [v / total for v in e]
-    rest = [mpmath.fsum(e[:c] + e[c + 1 :]) for c in range(len(e))]
-    q = [v / total for v in rest]
-    n = [mpmath.log1p(v / w) for v, w in zip(rest, e)]
-    per_class = [_power(b, g) * c for b, c in zip(q, n)]
-    steep = [v * _power(b, g) * (1 + g * a * c / b) for v, a, b, c in zip(y, p, q, n)]
-    loss = mpmath.fsum(v * w for v, w in zip(y, per_class))
-    grad = [p[j] * mpmath.fsum(steep[:j] + steep[j + 1 :]) - steep[j] * q[j] for j in range(len(z))]
-    return loss, np.array(grad, dtype=object), np.array(per_class, dtype=object)
+    floats = {k: np.asarray(x) for k, x in arrays.items() if x is not None}
+    integers = None if loss.differentiable_labels else floats.pop("labels").astype(int)
+    first = floats["features" if loss.kind == "linear" else "logits"]
+    (n,) = {len(x) for x in floats.values()}
+    # `1 - p` loses as many digits as p is close to 1.
+    spread = np.ptp(first, -1).max() if loss.softmax else np.abs(first).max()
+    with mpmath.workdps(DIGITS + int(spread)):
+        x, places = _numbers(floats, 1)
+        options = [x.get(name) for name in loss.options]
+        formula = FORMULAS[loss.name]
+        if loss.kind == "elementwise":
+            losses = formula(OPERATIONS, x["logits"], x["labels"], *options)
+        else:
+            z = x["logits"] if loss.kind != "linear" else _product(**x)
+            log_p = z - _log(OPERATIONS.exp(z).sum(-1, keepdims=True))
+            if loss.kind == "distribution":
+                losses = (x["labels"] * formula(OPERATIONS, log_p, *_along(options))).sum(-1)
+            else:
+                own = np.arange(n), integers
+                chosen = [o if o is None or o.ndim == 1 else o[own] for o in options]
+                losses = formula(OPERATIONS, log_p[own], *chosen)
+        slopes = np.array([number.slopes for number in losses], dtype=object)
+        values = np.array([number.value for number in losses], dtype=object)
+        return values, {k: slopes[:, places[k]].reshape(v.shape) for k, v in floats.items()}
 
 
-def relative_error(got, want, tiny):
+def _product(features, kernel, bias=0, **_):
+    return (features[..., None] * kernel).sum(-2) + bias
+
+
+def _along(options):
+    """Return options that lie along the class axis, whether they have it or not."""
+    return [o if o is None or o.ndim > 1 else o[:, None] for o in options]
+
+
+def worst_error(got, want, tiny, scale=None):
     """Return the largest error relative to the truth; below `tiny` the truth counts as 0.
 
-    A truth that the dtype cannot hold as a normal number may come out as anything
-    between 0 and itself.
+    A truth that the dtype cannot hold as a normal number may come out as anything between 0
+    and itself. With a `scale` the error is relative to that where it is larger.
     """
-    got = np.asarray(got, dtype=np.float64).ravel()
-    want = np.asarray(want, dtype=object).ravel()
+    got = np.asarray(got, dtype=np.float64)
+    want = np.asarray(want, dtype=object)
     assert got.shape == want.shape
+    assert np.all(np.isfinite(got))
+    scale = np.abs(want) if scale is None else np.broadcast_to(scale, want.shape)
+    tiny = np.reshape(tiny, np.shape(tiny) + (1,) * (want.ndim - np.ndim(tiny)))
     worst = 0.0
-    for a, b in zip(got, want):
-        if abs(b) < tiny:
-            assert 0 <= abs(a) <= 1.01 * tiny, (a, b)
+    for a, b, s, t in zip(*(x.ravel() for x in np.broadcast_arrays(got, want, scale, tiny))):
+        s = max(s, abs(b))
+        if s < t:
+            assert 0 <= abs(a) <= 1.01 * t, (a, b)
         else:
-            worst = max(worst, abs(float((mpmath.mpf(float(a)) - b) / b)))
+            worst = max(worst, float(abs(mpmath.mpf(float(a)) - b) / s))
     return worst

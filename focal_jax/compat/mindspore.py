@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
+from focal_jax import _checks, _inputs
 from focal_jax._modules import static_option
-from focal_jax._reduction import number, reduce_loss
-from focal_jax._softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
+from focal_jax._reduction import reduce_loss
+from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_soft import softmax_focal_loss
 from focal_jax.compat._labels import class_indices
 
 __all__ = ["FocalLoss"]
@@ -25,7 +25,7 @@ def _loss_per_class(predict: Array, target: Array, **options) -> Array:
 
     The loss is linear in the target, so its slope there is the loss of a whole label.
     """
-    target = target.astype(_arrays.compute_dtype(predict))
+    target = target.astype(_inputs.compute_dtype(predict))
     loss = jax.grad(lambda target: jnp.sum(softmax_focal_loss(predict, target, **options)))
     return target * loss(target)
 
@@ -90,16 +90,14 @@ class FocalLoss:
           ValueError: for a target of another shape, or what
             `focal_jax.softmax_focal_loss` refuses.
         """
-        predict = jnp.asarray(predict)
-        # Not yet an array of JAX's, which would narrow class indices of 64 bits.
-        target = target if isinstance(target, Array) else np.asarray(target)
-        _checks.floating("predict", predict)
+        predict = _inputs.floating("predict", predict)
+        target = _checks.array("target", target)
         if predict.ndim < 2:
             raise _checks.InputError(f"predict: got shape {predict.shape}, wanted [N, C, ...]")
         samples, classes, *positions = predict.shape
         weight = self.weight
         if weight is not None:
-            weight = number("weight", weight, predict.dtype)
+            weight = _inputs.option("weight", weight, predict.dtype)
             _checks.shape("weight", weight, (classes,), "one weight per class")
         options = {"alpha": weight, "gamma": self.gamma, "axis": 1}
         if target.shape == (samples, 1, *positions):
@@ -107,7 +105,6 @@ class FocalLoss:
             losses = softmax_focal_loss_with_integer_labels(predict, labels, **options)
             count = samples
         else:
-            target = jnp.asarray(target)
             _checks.shape("target", target, predict.shape, "one-hot; or indices, [N, 1, ...]")
             _checks.real("target", target)
             loss = _loss_per_class if self.reduction == "none" else softmax_focal_loss

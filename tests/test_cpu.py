@@ -10,7 +10,7 @@ import pytest
 from helpers import LOSSES, SIGMOID, SOFTMAX, assert_close, ids
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from focal_jax._island import island
+from focal_jax._cpu import compiled_apart
 
 SHAPE = (4000, 20)
 
@@ -123,5 +123,5 @@ def test_the_result_is_the_functions(shapes, waits):
         return function(*args)
 
     for order in (jax.value_and_grad, jax.hessian):
-        got, want = (jax.jit(order(partial(total, f)))(*arrays) for f in (island, plainly))
+        got, want = (jax.jit(order(partial(total, f)))(*arrays) for f in (compiled_apart, plainly))
         assert_close(got, want, 1e-6)

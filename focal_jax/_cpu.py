@@ -1,4 +1,8 @@
-"""A way to keep XLA's CPU backend from habits that make a loss several times slower."""
+"""The one room that knows of XLA's CPU backend, and keeps it from slow habits.
+
+Everything in here is about speed: `compiled_apart(f, *args)` is `f(*args)`. On other devices,
+and where a JAX no longer has the inner names that are used, it is just that.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,44 +11,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.custom_batching import custom_vmap
 
 
-def _bool(name: str, lowering: Callable[..., Any]) -> Primitive:
-    """Return a primitive for a bool of which tracing knows nothing yet; run eagerly it is False.
+def _one_device_primitive() -> Any:
+    """Return a primitive that is True where each array of the program is whole on one device.
 
-    For all the examples of a `vmap` it is one and the same.
+    Tracing knows nothing of that yet; it is known when the program is lowered. Run eagerly
+    it is False. None where JAX has moved the names of which it is made.
     """
-    primitive = Primitive(name)
-    primitive.def_impl(lambda *_: np.bool_(False))
-    primitive.def_abstract_eval(lambda *_: ShapedArray((), np.dtype(bool)))
-    mlir.register_lowering(primitive, lowering)
-    batching.primitive_batchers[primitive] = lambda args, _: (primitive.bind(*args), None)
+    try:
+        from jax.core import ShapedArray
+        from jax.extend.core import Primitive
+        from jax.interpreters import batching, mlir
+
+        def lower(ctx):
+            axes: Any = getattr(ctx.module_context, "axis_context", None)
+            if hasattr(axes, "manual_axes"):  # in shard_map
+                one = set(axes.manual_axes) == set(axes.mesh.axis_names)
+            else:
+                one = getattr(axes, "num_devices", None) == 1
+            return [mlir.ir_constant(np.bool_(one))]
+
+        primitive = Primitive("one_device")
+        primitive.def_impl(lambda: np.bool_(False))
+        primitive.def_abstract_eval(lambda: ShapedArray((), np.dtype(bool)))
+        mlir.register_lowering(primitive, lower)
+        batching.primitive_batchers[primitive] = lambda *_: (primitive.bind(), None)
+    except (ImportError, AttributeError):
+        return None
     return primitive
 
 
-def _lower_one_device(ctx: mlir.LoweringRuleContext) -> list[Any]:
-    axes = ctx.module_context.axis_context
-    if isinstance(axes, mlir.SPMDAxisContext):  # in shard_map
-        one = set(axes.manual_axes) == set(axes.mesh.axis_names)
-    else:
-        one = getattr(axes, "num_devices", 1) == 1
-    return [mlir.ir_constant(np.bool_(one))]
+_ONE_DEVICE = _one_device_primitive()
 
 
+@custom_vmap
 def _never(*after: Array) -> Array:
+    """Return False, which nobody knows before the program runs and has computed `after`."""
     false = lax.optimization_barrier(jnp.array(False))
     for x in after:
-        false = false & jnp.isnan(x.reshape(-1)[0])
+        if x.size:
+            false = false & jnp.isnan(x.reshape(-1)[0])
     return false
 
 
-# True where each array of the program is whole on one device. Known when it is lowered.
-_one_device_p = _bool("one_device", _lower_one_device)
-# False, but only once the program runs and has computed the array that is its operand, if any.
-_never_p = _bool("never", mlir.lower_fun(_never, multiple_results=False))
+@_never.def_vmap
+def _(size, batched, *after):
+    # One condition for all the examples: each its own would make a select of the conditional.
+    del size, batched
+    return _never(*after), False
 
 
 def _explicit(arrays: list[Array]) -> bool:
@@ -57,10 +73,10 @@ def _alike(arrays: list[Array]) -> bool:
     return {x.shape for x in arrays if x.size != 1} == {arrays[0].shape}
 
 
-def island(function: Callable[..., Array], *args: Any, after: Array | None = None) -> Array:
+def compiled_apart(function: Callable[..., Array], *args: Any, after: Array | None = None) -> Array:
     """Return `function(*args)`, on CPU compiled as a computation of its own.
 
-    `function` works element by element, on arrays of any one rank that broadcast to the
+    `function` works element by element, on trees of arrays of one rank that broadcast to the
     first; the result has the shape of the first. With `after` it may take that array's
     memory for the result, unless others still need it.
 
@@ -79,14 +95,14 @@ def island(function: Callable[..., Array], *args: Any, after: Array | None = Non
     gather them; there what has an `after` is not set apart.
     """
     first, *_ = args
-    if not first.size:
+    if not first.size or _ONE_DEVICE is None:
         return function(*args)
     function = jax.jit(function, inline=True)  # traced once, not in each of the places below
     dtype = jax.eval_shape(function, *args).dtype
 
     def apart(function, *after):
         def conditional(*args):
-            never = _never_p.bind(*after)
+            never = _never(*after)
             return lax.cond(never, lambda first, *_: first.astype(dtype), function, *args)
 
         return conditional
@@ -102,6 +118,6 @@ def island(function: Callable[..., Array], *args: Any, after: Array | None = Non
     def cpu(*args):
         if _explicit(arrays):
             return spread(*args)
-        return lax.cond(_one_device_p.bind(), whole, spread, *args)
+        return lax.cond(_ONE_DEVICE.bind(), whole, spread, *args)
 
     return lax.platform_dependent(*args, cpu=cpu, default=function)

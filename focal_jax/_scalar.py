@@ -21,10 +21,29 @@ class Terms(NamedTuple):
     q: Array  # sigmoid(-x)
     n: Array  # -log p = softplus(-x)
     log_q: Array  # -softplus(x), bounded below so that 0 * log q is 0
-    ratio: Array  # n / q, which tends to 1 as q tends to 0
+    n_over_q: Array  # which tends to 1 as q tends to 0
 
 
-# artanh(x) / x in powers of x**2, for x up to 1/3: its series for float64; for float32 the
+class Logit(NamedTuple):
+    """A logit, and what everything else about its sigmoid is made of."""
+
+    z: Array
+    size: Array  # |z|
+    e: Array  # exp(-|z|)
+
+
+def logit(z: Array, *, again: bool) -> Logit:
+    """Return a logit for the forward pass, or once more, `again`, for the backward pass.
+
+    The same numbers in other words. An accelerator's compiler takes the same words for one
+    intermediate with two users, and writes it out to memory, which costs more than all the
+    arithmetic; of these it makes one kernel that reads the logits once.
+    """
+    size = -jnp.minimum(z, -z) if again else jnp.abs(z)
+    return Logit(z, size, jnp.exp(-size))
+
+
+# artanh(x) / x in powers of x**2, for |x| up to 1/3: its series for float64; for float32 the
 # polynomial that agrees with it at five Chebyshev nodes, to 4e-9, where the series needs seven.
 _ARTANH = {
     4: (1.000000004, 0.333331608, 0.200122976, 0.139825789, 0.140788891),
@@ -32,12 +51,12 @@ _ARTANH = {
 }
 
 
-def _log1p(e: Array) -> Array:
-    """Return log(1 + e) for e in [0, 1], as 2 artanh(e / (2 + e)).
+def log1p(e: Array) -> Array:
+    """Return log(1 + e) for e in [-1/2, 1], as 2 artanh(e / (2 + e)).
 
-    Sums and products only: a fused loop of them costs XLA's CPU backend a third of what
-    its own log1p does. Written with the reciprocal, which is fused where a quotient of
-    two arrays is written out to memory.
+    Sums and products only, which every compiler makes a loop of that is faster than its own
+    log1p. Written with the reciprocal, which is fused where a quotient of two arrays is
+    written out to memory.
     """
     twice = e * (2 / (2 + e))
     square = twice * twice
@@ -47,58 +66,69 @@ def _log1p(e: Array) -> Array:
     return twice * series
 
 
-def halves(x: Array, e: Array) -> tuple[Array, Array, Array]:
-    """Return sigmoid(x), sigmoid(-x) and log(1 + e), given `e = exp(-|x|)`."""
-    right = x >= 0
-    inverse = 1 / (1 + e)
-    near, far = inverse, e * inverse
-    return jnp.where(right, near, far), jnp.where(right, far, near), _log1p(e)
+def halves(x: Logit) -> tuple[Array, Array, Array]:
+    """Return sigmoid(z), sigmoid(-z) and log(1 + exp(-|z|))."""
+    right = x.z >= 0
+    inverse = 1 / (1 + x.e)
+    near, far = inverse, x.e * inverse
+    return jnp.where(right, near, far), jnp.where(right, far, near), log1p(x.e)
 
 
-def _log_q(x: Array, log1p: Array) -> Array:
-    return jnp.maximum(-(log1p + jnp.where(x >= 0, x, 0)), least_log(x))
+def _log_q(x: Array, log1p_e: Array) -> Array:
+    return jnp.maximum(-(log1p_e + jnp.where(x >= 0, x, 0)), least_log(x))
 
 
-def _ratio(n: Array, q: Array) -> Array:
+def _n_over_q(n: Array, q: Array) -> Array:
     return jnp.where(q == 0, 1, divide(n, q))
 
 
-def _terms(x: Array, e: Array) -> Terms:
-    """Return the terms of the margin `x`, given `e = exp(-|x|)`."""
-    p, q, log1p = halves(x, e)
-    n = log1p + jnp.where(x >= 0, 0, -x)
-    return Terms(p, q, n, _log_q(x, log1p), _ratio(n, q))
+def _terms(x: Logit) -> Terms:
+    p, q, log1p_e = halves(x)
+    n = log1p_e + jnp.where(x.z >= 0, 0, -x.z)
+    return Terms(p, q, n, _log_q(x.z, log1p_e), _n_over_q(n, q))
 
 
-def _along(t: Terms, dx: Array) -> Terms:
+def _tangents(t: Terms, dx: Array) -> Terms:
     # Autodiff of the formulas above would be wrong at x = 0, where |x| has a kink that
     # cancels only on paper, and would divide by q**2, which underflows long before the
     # derivatives do. Each rule here is bounded, and so is its own derivative.
     dp = t.p * t.q * dx
-    return Terms(dp, -dp, -t.q * dx, -t.p * dx, (t.p * bounded(t.ratio) - 1) * dx)
+    return Terms(dp, -dp, -t.q * dx, -t.p * dx, (t.p * bounded(t.n_over_q) - 1) * dx)
 
 
 @jax.custom_jvp
-def sigmoid_terms(x: Array) -> Terms:
+def sigmoid_terms(x: Logit) -> Terms:
     """Return the terms of a logit, which is the margin itself."""
-    return _terms(x, jnp.exp(-jnp.abs(x)))
+    return _terms(x)
 
 
 @sigmoid_terms.defjvp
 def _sigmoid_terms_jvp(primals, tangents):
     t = sigmoid_terms(*primals)
-    return t, _along(t, *tangents)
+    return t, _tangents(t, tangents[0].z)
 
 
-def _margin(true: Array, rest: Array) -> tuple[Array, Array]:
-    """Return the margin `x` and `exp(-|x|)`."""
-    e = jnp.exp(true)
-    return true - jnp.log(rest), jnp.minimum(e, rest) / jnp.maximum(e, rest)
+@jax.custom_jvp
+def p_minus_q(x: Logit) -> Array:
+    """Return `sigmoid(z) - sigmoid(-z)` without cancellation."""
+    return jnp.tanh(0.5 * x.z)
+
+
+@p_minus_q.defjvp
+def _p_minus_q_jvp(primals, tangents):
+    t = sigmoid_terms(*primals)
+    return p_minus_q(*primals), 2 * t.p * t.q * tangents[0].z
+
+
+def _margin(true: Array, rest: Array) -> Logit:
+    """Return the margin `x` with its `exp(-|x|)`."""
+    e, x = jnp.exp(true), true - jnp.log(rest)
+    return Logit(x, jnp.abs(x), jnp.minimum(e, rest) / jnp.maximum(e, rest))
 
 
 def _along_margin(function, primals, tangents):
     t = function(*primals)
-    return t, _along(t, tangents[0] - divide(tangents[1], primals[1]))
+    return t, _tangents(t, tangents[0] - divide(tangents[1], primals[1]))
 
 
 @jax.custom_jvp
@@ -109,7 +139,7 @@ def softmax_terms(true: Array, rest: Array) -> Terms:
     exp(logit), both less the largest logit of the position. `rest` is 0 where no other
     class is left, or where all of them underflow.
     """
-    return _terms(*_margin(true, rest))
+    return _terms(_margin(true, rest))
 
 
 softmax_terms.defjvp(partial(_along_margin, softmax_terms))
@@ -123,10 +153,10 @@ def class_terms(true: Array, rest: Array, whole: Array, log_whole: Array) -> Ter
     its logarithm are one number for all the classes, and save each a logarithm and a
     quotient of its own where `log q` is not asked for.
     """
-    x, small = _margin(true, rest)
+    margin = _margin(true, rest)
     share = 1 / whole
     p, q, n = jnp.exp(true) * share, rest * share, log_whole - true
-    return Terms(p, q, n, _log_q(x, _log1p(small)), _ratio(n, q))
+    return Terms(p, q, n, _log_q(margin.z, log1p(margin.e)), _n_over_q(n, q))
 
 
 class_terms.defjvp(partial(_along_margin, class_terms))
@@ -163,9 +193,13 @@ def bounded(x: Array) -> Array:
     return jnp.clip(x, -_large(x), _large(x))
 
 
+# The largest exponent that is taken by products: five squarings, and as many factors again.
+_MOST_FACTORS = 32
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _static_power(gamma: int | float, q: Array, log_q: Array) -> Array:
-    if (2 * gamma) % 1:
+    if (2 * gamma) % 1 or gamma > _MOST_FACTORS:
         return jnp.exp(gamma * log_q)
     whole = lax.integer_pow(q, int(gamma))
     return whole * jnp.sqrt(q) if gamma % 1 else whole
@@ -181,10 +215,10 @@ def _static_power_jvp(gamma, primals, tangents):
 def power(q: Array, log_q: Array, gamma: int | float | Array) -> Array:
     """Return `q**gamma`, which is 1 at `gamma = 0` for every q.
 
-    Halves of a whole Python number are products and a square root; the rest goes through
-    the logarithm.
+    Halves of a small whole Python number are products and a square root; the rest goes
+    through the logarithm.
     """
-    if isinstance(gamma, (int, float)):
+    if isinstance(gamma, int | float):
         return _static_power(gamma, q, log_q)
     return jnp.exp(gamma * log_q)
 
@@ -195,9 +229,9 @@ def loss(weight: Array, q: Array, log_q: Array, n: Array, gamma: int | float | A
     return weight * jnp.where(weight == 0, bounded(value), value)
 
 
-def slope(t: Terms, gamma: int | float | Array) -> Array:
+def minus_dloss_dlogp(t: Terms, gamma: int | float | Array) -> Array:
     """Return `-d(q**gamma * n)/d(log p)`, free of the pole that `1/q` seems to have."""
-    return power(t.q, t.log_q, gamma) * (1 + gamma * (t.p * bounded(t.ratio)))
+    return power(t.q, t.log_q, gamma) * (1 + gamma * (t.p * bounded(t.n_over_q)))
 
 
 def unweighted(t: Terms, gamma: int | float | Array) -> Array:

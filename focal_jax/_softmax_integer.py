@@ -1,0 +1,146 @@
+"""The softmax head for integer labels: one class index for each position."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from focal_jax import _checks, _inputs, _position
+from focal_jax._class_sums import class_sums
+from focal_jax._varying import not_varying
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _losses(loss, axis, class_axis_name, logits, labels, alpha, options, where):
+    """Return the losses, with a class axis of one."""
+    first, size = 0, logits.shape[axis]
+    classes = size
+    if class_axis_name is not None:
+        first = size * lax.axis_index(class_axis_name)
+        classes *= lax.axis_size(class_axis_name)
+    # A label that is not one of these classes is one beyond them: -1 would be the last.
+    place = jnp.where((labels >= first) & (labels < first + size), labels - first, size)
+    top, true, rest = class_sums(axis, logits, place, where, class_axis_name)
+    weight, impossible = _position.label_weight(alpha, labels, classes)
+    return loss(true - top, rest, (weight, *options), where, impossible)
+
+
+def integer_head(
+    loss: Callable[..., Array],
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None,
+    axis: int,
+    ignore_label: int | None,
+    where: ArrayLike | None,
+    class_axis_name: str | tuple[str, ...] | None,
+    **options: Any,
+) -> Array:
+    """Return the losses of a `position` loss, whose first option is the weight of the label.
+
+    The other options come by name, in the order in which the loss takes them. What every
+    argument means is said in `softmax_focal_loss_with_integer_labels`.
+    """
+    logits = _inputs.floating("logits", logits)
+    axis = _checks.axis(axis, logits.ndim)
+    labels = _inputs.int32_labels(labels, logits.shape, axis)
+    slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
+    dtype = _inputs.compute_dtype(logits)
+    alpha = _inputs.class_weights(alpha, slices * logits.shape[axis], dtype)
+    prepared = _inputs.options(options, labels.shape, dtype, axis)
+    mask = _inputs.aligned_mask(where, labels.shape, axis)
+    if class_axis_name is not None:
+        same = {"labels": labels, "alpha": alpha, "where": mask} | dict(zip(options, prepared))
+        for name, x in same.items():
+            not_varying(name, x, class_axis_name)
+    labels = jnp.expand_dims(labels, axis)
+    mask = _inputs.not_ignored(labels, ignore_label, mask)
+    losses = _losses(loss, axis, class_axis_name, logits, labels, alpha, prepared, mask)
+    return jnp.squeeze(losses, axis)
+
+
+def softmax_focal_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    axis: int = -1,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    r"""Compute the focal loss of a softmax against one class index per position.
+
+    With `p_t` the softmax probability of the position's own class, each loss is
+
+        alpha_t * (1 - p_t)**gamma * (-log p_t)
+
+    Args:
+      logits: `[..., C, ...]`, floating: unnormalized log-probabilities. -inf switches a
+        class off: probability 0, gradient 0.
+      labels: of the logits' shape without the class axis, any integer dtype: class
+        indices. One outside `[0, C)` that is not `ignore_label` gives a NaN loss and a
+        NaN gradient at its position only.
+      alpha: None, a scalar, or `[C]`, one weight per class, picked by the label.
+      gamma: focusing exponent, 0 or more. A Python number or an array that broadcasts to
+        the losses.
+      axis: the class axis.
+      ignore_label: positions with this label have loss 0 and gradient 0, whatever their
+        logits hold.
+      where: bool, broadcasts to the losses: likewise where it is False.
+      class_axis_name: one name or several of mapped axes (`shard_map`, `pmap`, `vmap`)
+        that the classes are spread over: the logits then hold this device's slice of them,
+        all slices equally long and in the order of the devices. Labels count through all
+        the classes and alpha has a weight for each; they, gamma and `where` are the same
+        on every device of these axes, and so are the losses. What the devices exchange is
+        a few numbers a position: the largest logit, the true one and the sum.
+
+    Returns:
+      The losses, of the labels' shape, not reduced. float32 for 16-bit logits (which are
+      computed in float32), else of the logits' dtype.
+
+    Raises:
+      ValueError: for logits that are not floating, labels that are not integers or have
+        another shape, an axis out of range, an alpha of the wrong length, a gamma or
+        `where` that does not broadcast to the losses, a `where` that is not bool, a
+        negative Python `gamma`; for arguments that vary over `class_axis_name` and should
+        not, where `shard_map` keeps account of that (`check_vma=True`).
+      NameError: for a `class_axis_name` that is not bound here.
+
+    Differentiation: reverse mode in logits, alpha and gamma, any number of times, and
+      forward over reverse. Forward mode alone is refused by `jax.custom_vjp`;
+      `focal_jax.reference.softmax_focal_loss_with_integer_labels` has it. A gradient taken
+      inside `pmap`, or inside `shard_map` with `check_vma=False`, is that of the sum of
+      what all the devices return, as JAX has it for every collective: with
+      `class_axis_name`, divide it by the number of slices.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import softmax_focal_loss_with_integer_labels
+      >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [5.0, 1.0, 0.0]])
+      >>> labels = jnp.array([0, 1, -1])
+      >>> losses = softmax_focal_loss_with_integer_labels(logits, labels, ignore_label=-1)
+      >>> [round(x, 4) for x in losses.tolist()]
+      [0.0109, 0.4883, 0.0]
+
+    References:
+      Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
+      Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
+    """
+    return integer_head(
+        _position.focal,
+        logits,
+        labels,
+        alpha=alpha,
+        axis=axis,
+        ignore_label=ignore_label,
+        where=where,
+        class_axis_name=class_axis_name,
+        gamma=_inputs.exponent("gamma", gamma),
+    )
