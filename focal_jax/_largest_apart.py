@@ -37,7 +37,7 @@ class Row(NamedTuple):
     apart: Apart  # of exp(logit - top)
 
 
-def _no_tangent(x: Array) -> np.ndarray:
+def _no_tangent(x: Array) -> Any:
     return np.zeros(x.shape, jax.dtypes.float0)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _checks
+from focal_jax import _checks, _inputs
 from focal_jax._reduction import reduce_loss
 from focal_jax._sigmoid import sigmoid_focal_loss
 from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
@@ -41,14 +41,15 @@ def static_option(name: str, value: Any) -> None:
     if isinstance(value, jax.core.Tracer):
         return
     match name:
-        case "alpha" | "ignore_label" if value is None:
+        case "alpha" if value is None:
             return
         case "normalization":
             losses = jax.ShapeDtypeStruct((1,), jnp.float32)
             jax.eval_shape(lambda x: reduce_loss(x, normalization=value), losses)
-        case "axis" | "ignore_label":
-            if not isinstance(value, numbers.Integral):
-                raise _checks.InputError(f"{name}: got {value!r}, wanted an integer")
+        case "ignore_label":
+            _checks.ignore_label(value)
+        case "axis" if not isinstance(value, numbers.Integral):
+            raise _checks.InputError(f"{name}: got {value!r}, wanted an integer")
         case "gamma" if isinstance(value, numbers.Real):
             _checks.static_exponent(name, value)
         case "gamma" | "alpha" | "loss_weight" if not isinstance(value, numbers.Real):

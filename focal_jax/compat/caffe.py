@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _checks, _inputs
+from focal_jax import _checks
 from focal_jax._modules import static_option
 from focal_jax._reduction import reduce_loss
 from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
@@ -232,7 +231,7 @@ class FocalLossLayer:
           ValueError: for another number of labels, or logits, an axis or a gamma that
             `focal_jax.softmax_focal_loss_with_integer_labels` refuses.
         """
-        logits, labels = jnp.asarray(logits), class_indices("labels", labels)
+        logits, labels = _checks.array("logits", logits), class_indices("labels", labels)
         axis = _checks.axis(self.axis, logits.ndim)
         positions = logits.shape[:axis] + logits.shape[axis + 1 :]
         if labels.size != math.prod(positions):
@@ -241,7 +240,7 @@ class FocalLossLayer:
                 f"{math.prod(positions)} of shape {positions}: one for each position of logits "
                 f"of shape {logits.shape} with the class axis {self.axis}"
             )
-        labels = _inputs.int32_labels(labels.reshape(positions), positions)
+        labels = labels.reshape(positions)
         losses = softmax_focal_loss_with_integer_labels(
             logits,
             labels,

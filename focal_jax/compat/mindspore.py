@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -91,10 +90,8 @@ class FocalLoss:
           ValueError: for a target of another shape, or what
             `focal_jax.softmax_focal_loss` refuses.
         """
-        predict = jnp.asarray(predict)
-        # Not yet an array of JAX's, which would narrow class indices of 64 bits.
-        target = target if isinstance(target, Array) else np.asarray(target)
-        _checks.floating("predict", predict)
+        predict = _inputs.floating("predict", predict)
+        target = _checks.array("target", target)
         if predict.ndim < 2:
             raise _checks.InputError(f"predict: got shape {predict.shape}, wanted [N, C, ...]")
         samples, classes, *positions = predict.shape
@@ -108,7 +105,6 @@ class FocalLoss:
             losses = softmax_focal_loss_with_integer_labels(predict, labels, **options)
             count = samples
         else:
-            target = jnp.asarray(target)
             _checks.shape("target", target, predict.shape, "one-hot; or indices, [N, 1, ...]")
             _checks.real("target", target)
             loss = _loss_per_class if self.reduction == "none" else softmax_focal_loss

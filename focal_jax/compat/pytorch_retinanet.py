@@ -57,8 +57,8 @@ class FocalLoss:
         Raises:
           ValueError: for shapes or dtypes that do not fit.
         """
-        p, anchors = jnp.asarray(classifications), jnp.asarray(anchors)
-        _checks.floating("classifications", p)
+        p = _inputs.floating("classifications", classifications)
+        anchors = _checks.array("anchors", anchors)
         _checks.shape("anchors", anchors, (1, *p.shape[1:2], 4), "the same anchors for all images")
         # In 16 bits 1 - 1e-4 is 1, and the clamp would be none.
         p = p.astype(_inputs.compute_dtype(p))
