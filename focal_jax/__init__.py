@@ -1,30 +1,42 @@
 """Focal losses for JAX: hand-derived gradients, right to the last digits."""
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING
 
-from focal_jax import reference as reference
-from focal_jax._compare import compare_gradients as compare_gradients
-from focal_jax._linear import (
-    linear_softmax_focal_loss_with_integer_labels as linear_softmax_focal_loss_with_integer_labels,
-)
-from focal_jax._reduction import reduce_loss as reduce_loss
-from focal_jax._sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
-from focal_jax._softmax_integer import (
-    softmax_focal_loss_with_integer_labels as softmax_focal_loss_with_integer_labels,
-)
-from focal_jax._softmax_soft import softmax_focal_loss as softmax_focal_loss
+from focal_jax import reference
+from focal_jax._compare import compare_gradients
+from focal_jax._linear import linear_softmax_focal_loss_with_integer_labels
+from focal_jax._reduction import reduce_loss
+from focal_jax._sigmoid import sigmoid_focal_loss
+from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_soft import softmax_focal_loss
 from focal_jax._version import __version__ as __version__
 
+__all__ = [
+    "compare_gradients",
+    "compat",
+    "detection",
+    "linear_softmax_focal_loss_with_integer_labels",
+    "linen",
+    "nnx",
+    "reduce_loss",
+    "reference",
+    "sigmoid_focal_loss",
+    "softmax_focal_loss",
+    "softmax_focal_loss_with_integer_labels",
+    "training",
+]
+
 # Loaded when first used: they import Flax, optax or protobuf, which the losses do without.
-_SUBMODULES = ("compat", "detection", "linen", "nnx", "training")
+if TYPE_CHECKING:
+    from focal_jax import compat, detection, linen, nnx, training
+else:
 
-
-def __getattr__(name: str) -> ModuleType:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"focal_jax.{name}")
-    raise AttributeError(f"module 'focal_jax' has no attribute {name!r}")
+    def __getattr__(name):
+        if name in __all__:
+            return importlib.import_module(f"focal_jax.{name}")
+        raise AttributeError(f"module 'focal_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES})
+    return __all__

@@ -36,11 +36,12 @@ def _shown(x: Any) -> str:
     return text if len(text) <= 40 else type(x).__name__
 
 
-def array(name: str, x: Any, wanted: str = "an array of numbers") -> Array:
+def array(name: str, x: Any, wanted: str = "an array of numbers", *, integers: Any = None) -> Array:
     """Return `x` as an array of numbers.
 
     Integers of 64 bits that come from NumPy or Python saturate at those of 32 where JAX
-    has no wider ones: JAX itself would let 2**32 + 1 wrap round to 1, another class.
+    has no wider ones: JAX itself would let 2**32 + 1 wrap round to 1, another class. With
+    `integers`, a floating dtype, they become that instead.
     """
     if not isinstance(x, Array) and hasattr(x, "__jax_array__"):  # such as a parameter of nnx
         x = x.__jax_array__()
@@ -51,7 +52,11 @@ def array(name: str, x: Any, wanted: str = "an array of numbers") -> Array:
             raise InputError(f"{name}: got {_shown(x)}, wanted {wanted}") from None
         if x.dtype.kind in "OSUMm":
             raise InputError(f"{name}: got {_shown(x.tolist())}, wanted {wanted}")
-        if x.dtype.kind in "iu" and x.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
+        if x.dtype.kind in "iu" and integers is not None:
+            x = x.astype(integers)
+        elif (
+            x.dtype.kind in "iu" and x.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64")
+        ):
             x = x.clip(max(np.iinfo(x.dtype).min, INT32.min), INT32.max).astype(np.int32)
     elif not isinstance(x, list | tuple | Array):
         raise InputError(f"{name}: got {type(x).__name__}, wanted {wanted}")
@@ -122,7 +127,7 @@ def class_weights(alpha: Array, classes: int) -> None:
         )
 
 
-def normalization(value: str, losses: Array) -> None:
+def normalization(value: str | None, losses: Array) -> None:
     """`value` names a divisor that the losses have."""
     if value not in NORMALIZATIONS:
         raise InputError(
@@ -162,8 +167,8 @@ def ignore_label(value: Any) -> int | None:
 
 def static_exponent(name: str, value: numbers.Real) -> None:
     """A Python exponent is a finite number, zero or more, and so in float32 too."""
-    if not 0 <= float(value) <= jnp.finfo(jnp.float32).max:
-        raise InputError(f"{name}: got {value}, wanted a finite number >= 0")
+    if not 0 <= value <= float(jnp.finfo(jnp.float32).max):  # type: ignore[operator]
+        raise InputError(f"{name}: got {_shown(value)}, wanted a finite number >= 0")
 
 
 def static_gamma(value: numbers.Real) -> None:

@@ -19,13 +19,23 @@ FUNCTIONS = [loss.name for loss in LOSSES] + ["reduce_loss"]
 SECTIONS = ["Args:", "Returns:", "Raises:", "Differentiation:", "Example:", "References:"]
 
 
+def _name(path):
+    """Return the name of a module within the package, "" for the package itself."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts).removesuffix("__init__").removesuffix(".")
+
+
+MODULES = {_name(path): path for path in ROOT.rglob("*.py")}
+
+
 def _imports(path):
     """Return the package's own modules that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "focal_jax":
             parts = node.module.split(".")[1:]
-            found |= {".".join(parts)} if parts else {alias.name for alias in node.names}
+            of_package = [".".join([*parts, alias.name]) for alias in node.names]
+            found |= {name if name in MODULES else ".".join(parts) for name in of_package}
         if isinstance(node, ast.Import):
             found |= {
                 a.name.partition(".")[2] for a in node.names if a.name.startswith("focal_jax")
@@ -33,7 +43,7 @@ def _imports(path):
     return found
 
 
-GRAPH = {path.stem: _imports(path) for path in ROOT.glob("*.py")}
+GRAPH = {name: _imports(path) for name, path in MODULES.items()}
 
 
 def test_imports_never_turn_back():
