@@ -178,7 +178,7 @@ def retinanet_loss(
     focal = partial(sigmoid_focal_loss, alpha=alpha, gamma=gamma)
     jax.eval_shape(lambda z: focal(z, z > 0), class_logits)  # alpha and gamma, before any work
 
-    sound = _sound(annotations, classes)[:, None, None]
+    sound = _sound(annotations, classes)[:, None]
     (anchors,) = rows_of_four(anchors=anchors)
     anchors, annotations = comparable(*lax.stop_gradient((anchors, annotations)))
     # A row of padding more, so that there is one to look up.
@@ -198,7 +198,7 @@ def retinanet_loss(
     error = box_regression.astype(dtype) - wanted.astype(dtype)
     smooth_l1 = _smooth_l1(_arrays.keep(error, positive), beta)
 
-    positives, whole = jnp.sum(positive, (1, 2), keepdims=True, dtype=jnp.int32), 1 / max(1, images)
+    positives, whole = jnp.sum(positive, 1, dtype=jnp.int32), 1 / max(1, images)
     if normalization == "batch":
         positives, whole = jnp.sum(positives), 1
         if axis_name is not None:
@@ -206,8 +206,9 @@ def retinanet_loss(
 
     def reduced(losses, each):
         # Every loss has its share of one sum of them all. The images' own sums would be a
-        # second pass over the logits on a GPU, which forms one sum beside the gradient.
+        # second pass over the logits on a GPU, which adds up an anchor's losses beside the
+        # gradient; and shares before that sum would keep a CPU from its vector instructions.
         share = whole / jnp.maximum(each * positives.astype(losses.dtype), 1)
-        return jnp.sum(losses * jnp.where(sound, share, jnp.nan))
+        return jnp.sum(jnp.sum(losses, 2) * jnp.where(sound, share, jnp.nan))
 
     return RetinaNetLoss(reduced(losses, 1), reduced(smooth_l1, 4))
