@@ -5,9 +5,11 @@ from types import ModuleType
 
 from focal_jax import reference as reference
 from focal_jax._compare import compare_gradients as compare_gradients
+from focal_jax._gaussian import gaussian_focal_loss as gaussian_focal_loss
 from focal_jax._linear import (
     linear_softmax_focal_loss_with_integer_labels as linear_softmax_focal_loss_with_integer_labels,
 )
+from focal_jax._quality import quality_focal_loss as quality_focal_loss
 from focal_jax._reduction import reduce_loss as reduce_loss
 from focal_jax._sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
 from focal_jax._softmax_integer import (

@@ -89,4 +89,11 @@ LOSSES = (
         ("integer",),
         {"alpha": _CLASS_WEIGHT, "gamma": _GAMMA},
     ),
+    Loss("quality_focal_loss", "elementwise", ("hard", "soft"), {"beta": _GAMMA}),
+    Loss(
+        "gaussian_focal_loss",
+        "elementwise",
+        ("hard", "soft"),
+        {"alpha": _GAMMA, "beta": _GAMMA._replace(default=4.0)},
+    ),
 )

@@ -169,3 +169,10 @@ def static_exponent(name: str, value: numbers.Real) -> None:
 def static_gamma(value: numbers.Real) -> None:
     """A Python `gamma` is a finite number, zero or more."""
     static_exponent("gamma", value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return `value`, which is True or False of Python's own."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}: got {_shown(value)}, wanted True or False")
+    return value

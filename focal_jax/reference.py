@@ -29,20 +29,40 @@ class Operations(NamedTuple):
     """What a formula needs beyond arithmetic and powers."""
 
     exp: Callable[[Any], Any]
+    log: Callable[[Any], Any]
     sigmoid: Callable[[Any], Any]
     log_sigmoid: Callable[[Any], Any]
+    where: Callable[[Any, Any, Any], Any]
+    held: Callable[[Any], Any]  # the value, as a constant: without derivatives
 
 
-_JAX = Operations(jnp.exp, jax.nn.sigmoid, jax.nn.log_sigmoid)
+_JAX = Operations(
+    jnp.exp, jnp.log, jax.nn.sigmoid, jax.nn.log_sigmoid, jnp.where, lax.stop_gradient
+)
+
+
+def _cross_entropy(ops: Operations, z, y):
+    return -(y * ops.log_sigmoid(z) + (1 - y) * ops.log_sigmoid(-z))
 
 
 def _sigmoid_focal(ops: Operations, z, y, alpha, gamma):
     """Return the loss of the logit `z` and the label `y`."""
     p = ops.sigmoid(z)
     p_t = p * y + (1 - p) * (1 - y)
-    cross_entropy = -(y * ops.log_sigmoid(z) + (1 - y) * ops.log_sigmoid(-z))
-    loss = (1 - p_t) ** gamma * cross_entropy
+    loss = (1 - p_t) ** gamma * _cross_entropy(ops, z, y)
     return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
+
+
+def _quality(ops: Operations, z, y, beta):
+    return abs(y - ops.sigmoid(z)) ** beta * _cross_entropy(ops, z, y)
+
+
+def _gaussian(ops: Operations, z, y, alpha, beta):
+    peak = y == 1
+    weight = (1 - ops.where(peak, 0, y)) ** beta
+    positive = -((1 - ops.sigmoid(z)) ** alpha) * ops.log_sigmoid(z)
+    negative = -weight * ops.sigmoid(z) ** alpha * ops.log_sigmoid(-z)
+    return ops.where(peak, positive, negative)
 
 
 def _softmax_focal(ops: Operations, log_p, alpha, gamma):
@@ -53,13 +73,15 @@ def _softmax_focal(ops: Operations, log_p, alpha, gamma):
 
 # By the name of the loss. What a formula is given: of an elementwise loss the logit and the
 # label, of the others the logarithm of the class's probability; then the options in the
-# order of the catalogue, None where there is none. The loss of a distribution is the sum of
-# that over the classes, each weighted by its label.
+# order of the catalogue, None where there is none, and its masks and flags by name. The loss
+# of a distribution is the sum of that over the classes, each weighted by its label.
 FORMULAS: dict[str, Callable[..., Any]] = {
     "sigmoid_focal_loss": _sigmoid_focal,
     "softmax_focal_loss": _softmax_focal,
     "softmax_focal_loss_with_integer_labels": _softmax_focal,
     "linear_softmax_focal_loss_with_integer_labels": _softmax_focal,
+    "quality_focal_loss": _quality,
+    "gaussian_focal_loss": _gaussian,
 }
 
 
@@ -72,10 +94,10 @@ def _float(name: str, x: ArrayLike) -> Array:
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def _mask(where: ArrayLike | None, losses: tuple[int, ...]) -> Array:
-    where = _checks.array("where", True if where is None else where)
-    _checks.boolean("where", where)
-    _checks.broadcastable("where", where, losses, "the losses")
+def _mask(where: ArrayLike | None, losses: tuple[int, ...], name: str = "where") -> Array:
+    where = _checks.array(name, True if where is None else where)
+    _checks.boolean(name, where)
+    _checks.broadcastable(name, where, losses, "the losses")
     return jnp.broadcast_to(where, losses)
 
 
@@ -93,6 +115,33 @@ def _exponent(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> float 
         _checks.static_exponent(name, x)
         return float(x)
     return _real(name, x, where, dtype)
+
+
+def _elementwise(
+    formula: Callable[..., Array],
+    logits: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    options: dict[str, ArrayLike | None],
+    exponents: tuple[str, ...] = (),
+    **keywords: Any,
+) -> Array:
+    """Return the losses of one logit each, NaN where the label is none, 0 where masked.
+
+    The options come by name, in the order in which the formula takes them; `exponents` names
+    those that are. The keywords are the formula's.
+    """
+    z = _float("logits", logits)
+    where = _mask(where, z.shape)
+    y = _real("labels", labels, where, z.dtype)
+    z = jnp.where(where, z, 0)
+
+    def prepared(name, x):
+        read = _exponent if name in exponents else _real
+        return None if x is None else read(name, x, where, z.dtype)
+
+    losses = formula(_JAX, z, y, *(prepared(*option) for option in options.items()), **keywords)
+    return jnp.where(where, _loud(losses, (y >= 0) & (y <= 1)), 0)
 
 
 def _class_weights(alpha: ArrayLike, dtype: jnp.dtype, classes: int) -> Array:
@@ -137,14 +186,32 @@ def sigmoid_focal_loss(
 
     Differentiation: every mode of JAX, forward mode alone included.
     """
-    z = _float("logits", logits)
-    where = _mask(where, z.shape)
-    y = _real("labels", labels, where, z.dtype)
-    z = jnp.where(where, z, 0)
-    if alpha is not None:
-        alpha = _real("alpha", alpha, where, z.dtype)
-    losses = _sigmoid_focal(_JAX, z, y, alpha, _exponent("gamma", gamma, where, z.dtype))
-    return jnp.where(where, _loud(losses, (y >= 0) & (y <= 1)), 0)
+    options = {"alpha": alpha, "gamma": gamma}
+    return _elementwise(_sigmoid_focal, logits, labels, where, options, exponents=("gamma",))
+
+
+def quality_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    beta: ArrayLike = 2.0,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.quality_focal_loss` from its formula."""
+    return _elementwise(_quality, logits, labels, where, {"beta": beta}, exponents=("beta",))
+
+
+def gaussian_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike = 2.0,
+    beta: ArrayLike = 4.0,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.gaussian_focal_loss` from its formula."""
+    options = {"alpha": alpha, "beta": beta}
+    return _elementwise(_gaussian, logits, labels, where, options, exponents=("alpha", "beta"))
 
 
 def softmax_focal_loss(
