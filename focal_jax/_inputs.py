@@ -92,7 +92,7 @@ def options(
     """
 
     def prepared(name, leaf):
-        if getattr(leaf, "dtype", None) != bool:
+        if not (isinstance(leaf, Array) and leaf.dtype == jnp.bool_):
             leaf = option(name, leaf, dtype)
         _checks.broadcastable(name, leaf, losses, "the losses")
         return aligned(leaf, losses, axis)

@@ -254,8 +254,10 @@ def _power_of_size(signed: bool, x: Array, log_size: Array, gamma: Exponent) -> 
     if isinstance(g, int | float) and g >= 0:
         value = power(size, log_size, g)
     else:
-        # Negative in the derivatives only, where it is to stay finite at 0.
-        value = jnp.exp(jnp.minimum(g * log_size, -0.9 * math.log(jnp.finfo(x.dtype).tiny)))
+        # Negative in derivatives only, which are to stay finite: at the pole they are 0.
+        bound = -0.9 * math.log(jnp.finfo(x.dtype).tiny)
+        pole = (size == 0) & (g < 0)
+        value = jnp.where(pole, 0, jnp.exp(jnp.minimum(g * log_size, bound)))
     return jnp.sign(x) * value if signed else value
 
 

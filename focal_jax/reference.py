@@ -65,6 +65,45 @@ def _gaussian(ops: Operations, z, y, alpha, beta):
     return ops.where(peak, positive, negative)
 
 
+def _is_positive(y, positive):
+    return y > 0 if positive is None else positive
+
+
+def _varifocal(ops: Operations, z, y, alpha, gamma, positive=None, stop_weight_gradient=False):
+    score = ops.held(ops.sigmoid(z)) if stop_weight_gradient else ops.sigmoid(z)
+    negative = alpha * score**gamma * _cross_entropy(ops, z, 0)
+    return ops.where(_is_positive(y, positive), y * _cross_entropy(ops, z, y), negative)
+
+
+def _matchability(ops: Operations, z, y, gamma, alpha, positive=None):
+    weight = ops.held(ops.sigmoid(z)) ** gamma
+    weight = weight if alpha is None else alpha * weight
+    target = y**gamma
+    return ops.where(_is_positive(y, positive), 1, weight) * _cross_entropy(ops, z, target)
+
+
+def _asymmetric(
+    ops: Operations, z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient=False
+):
+    weight = ops.held if stop_weight_gradient else lambda x: x
+    s = ops.sigmoid(z)
+    m = ops.where(s > margin, s - margin, 0)
+    positive = -(weight(1 - s) ** gamma_positive) * ops.log_sigmoid(z)
+    negative = -(weight(m) ** gamma_negative) * ops.log(1 - m)
+    return y * positive + (1 - y) * negative
+
+
+def _star(ops: Operations, z, y, gamma, beta):
+    return -ops.log_sigmoid(gamma * ((2 * y - 1) * z) + beta) / gamma
+
+
+def _sigmoid_poly(ops: Operations, z, y, epsilon, alpha, gamma):
+    p = ops.sigmoid(z)
+    p_t = p * y + (1 - p) * (1 - y)
+    loss = (1 - p_t) ** gamma * _cross_entropy(ops, z, y) + epsilon * (1 - p_t) ** (gamma + 1)
+    return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
+
+
 def _softmax_focal(ops: Operations, log_p, alpha, gamma):
     """Return the loss of a class with the logarithmic probability `log_p`."""
     loss = (1 - ops.exp(log_p)) ** gamma * -log_p
@@ -82,6 +121,11 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "linear_softmax_focal_loss_with_integer_labels": _softmax_focal,
     "quality_focal_loss": _quality,
     "gaussian_focal_loss": _gaussian,
+    "varifocal_loss": _varifocal,
+    "matchability_aware_loss": _matchability,
+    "asymmetric_loss": _asymmetric,
+    "sigmoid_focal_loss_star": _star,
+    "sigmoid_poly_focal_loss": _sigmoid_poly,
 }
 
 
@@ -124,12 +168,13 @@ def _elementwise(
     where: ArrayLike | None,
     options: dict[str, ArrayLike | None],
     exponents: tuple[str, ...] = (),
-    **keywords: Any,
+    positive: ArrayLike | None = None,
+    **flags: bool,
 ) -> Array:
     """Return the losses of one logit each, NaN where the label is none, 0 where masked.
 
     The options come by name, in the order in which the formula takes them; `exponents` names
-    those that are. The keywords are the formula's.
+    those that are. The flags are the formula's.
     """
     z = _float("logits", logits)
     where = _mask(where, z.shape)
@@ -140,7 +185,9 @@ def _elementwise(
         read = _exponent if name in exponents else _real
         return None if x is None else read(name, x, where, z.dtype)
 
-    losses = formula(_JAX, z, y, *(prepared(*option) for option in options.items()), **keywords)
+    if positive is not None:
+        flags["positive"] = _mask(positive, z.shape, "positive")
+    losses = formula(_JAX, z, y, *(prepared(*option) for option in options.items()), **flags)
     return jnp.where(where, _loud(losses, (y >= 0) & (y <= 1)), 0)
 
 
@@ -212,6 +259,102 @@ def gaussian_focal_loss(
     """Compute `focal_jax.gaussian_focal_loss` from its formula."""
     options = {"alpha": alpha, "beta": beta}
     return _elementwise(_gaussian, logits, labels, where, options, exponents=("alpha", "beta"))
+
+
+def varifocal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike = 0.75,
+    gamma: ArrayLike = 2.0,
+    positive: ArrayLike | None = None,
+    stop_weight_gradient: bool = False,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.varifocal_loss` from its formula."""
+    return _elementwise(
+        _varifocal,
+        logits,
+        labels,
+        where,
+        {"alpha": alpha, "gamma": gamma},
+        exponents=("gamma",),
+        positive=positive,
+        stop_weight_gradient=_checks.flag("stop_weight_gradient", stop_weight_gradient),
+    )
+
+
+def matchability_aware_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma: ArrayLike = 1.5,
+    alpha: ArrayLike | None = None,
+    positive: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.matchability_aware_loss` from its formula."""
+    return _elementwise(
+        _matchability,
+        logits,
+        labels,
+        where,
+        {"gamma": gamma, "alpha": alpha},
+        exponents=("gamma",),
+        positive=positive,
+    )
+
+
+def asymmetric_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma_positive: ArrayLike = 0.0,
+    gamma_negative: ArrayLike = 4.0,
+    margin: ArrayLike = 0.05,
+    stop_weight_gradient: bool = False,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.asymmetric_loss` from its formula."""
+    if isinstance(margin, numbers.Real):
+        _checks.static_margin("margin", margin)
+    return _elementwise(
+        _asymmetric,
+        logits,
+        labels,
+        where,
+        {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative, "margin": margin},
+        exponents=("gamma_positive", "gamma_negative"),
+        stop_weight_gradient=_checks.flag("stop_weight_gradient", stop_weight_gradient),
+    )
+
+
+def sigmoid_focal_loss_star(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma: ArrayLike = 2.0,
+    beta: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.sigmoid_focal_loss_star` from its formula."""
+    if isinstance(gamma, numbers.Real):
+        _checks.static_stretch("gamma", gamma)
+    return _elementwise(_star, logits, labels, where, {"gamma": gamma, "beta": beta})
+
+
+def sigmoid_poly_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    epsilon: ArrayLike = 1.0,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.sigmoid_poly_focal_loss` from its formula."""
+    options = {"epsilon": epsilon, "alpha": alpha, "gamma": gamma}
+    return _elementwise(_sigmoid_poly, logits, labels, where, options, exponents=("gamma",))
 
 
 def softmax_focal_loss(

@@ -63,7 +63,9 @@ def test_finite_differences_to_second_order(row, x64):
 
     @jax.jit
     def function(inside, rest):
-        static = [row.eager(**rest, **fixed, **dict.fromkeys(row.exponents, g)) for g in (0, 0.5, 2)]
+        static = [
+            row.eager(**rest, **fixed, **dict.fromkeys(row.exponents, g)) for g in (0, 0.5, 2)
+        ]
         return [row.eager(**inside, **fixed), *static]
 
     check_grads(function, (inside, rest), order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
