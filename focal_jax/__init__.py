@@ -6,6 +6,9 @@ from types import ModuleType
 from focal_jax import reference as reference
 from focal_jax._asymmetric import asymmetric_loss as asymmetric_loss
 from focal_jax._compare import compare_gradients as compare_gradients
+from focal_jax._dual import (
+    dual_focal_loss_with_integer_labels as dual_focal_loss_with_integer_labels,
+)
 from focal_jax._gaussian import gaussian_focal_loss as gaussian_focal_loss
 from focal_jax._linear import (
     linear_softmax_focal_loss_with_integer_labels as linear_softmax_focal_loss_with_integer_labels,

@@ -141,4 +141,26 @@ LOSSES = (
             "gamma": _GAMMA,
         },
     ),
+    Loss(
+        "softmax_poly_focal_loss_with_integer_labels",
+        "position",
+        ("integer",),
+        {
+            "alpha": _CLASS_WEIGHT,
+            "epsilon": Option(0.0, math.inf, default=1.0),
+            "gamma": _GAMMA,
+        },
+    ),
+    Loss(
+        "softmax_probability_weighted_loss_with_integer_labels",
+        "position",
+        ("integer",),
+        {"alpha": _CLASS_WEIGHT},
+    ),
+    Loss(
+        "dual_focal_loss_with_integer_labels",
+        "position",
+        ("integer",),
+        {"alpha": _CLASS_WEIGHT, "gamma": _GAMMA._replace(default=5.0)},
+    ),
 )

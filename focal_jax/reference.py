@@ -11,6 +11,7 @@ Each formula takes the functions that it needs from a namespace, so that the tes
 the very same lines to 60 digits.
 """
 
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -104,10 +105,28 @@ def _sigmoid_poly(ops: Operations, z, y, epsilon, alpha, gamma):
     return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
 
 
+def _weighted(alpha, loss):
+    return loss if alpha is None else alpha * loss
+
+
 def _softmax_focal(ops: Operations, log_p, alpha, gamma):
     """Return the loss of a class with the logarithmic probability `log_p`."""
-    loss = (1 - ops.exp(log_p)) ** gamma * -log_p
-    return loss if alpha is None else alpha * loss
+    return _weighted(alpha, (1 - ops.exp(log_p)) ** gamma * -log_p)
+
+
+def _softmax_poly(ops: Operations, log_p, alpha, epsilon, gamma):
+    q = 1 - ops.exp(log_p)
+    return _weighted(alpha, q**gamma * -log_p + epsilon * q ** (gamma + 1))
+
+
+def _probability_weighted(ops: Operations, log_p, alpha):
+    return _weighted(alpha, ops.held(ops.exp(log_p)) * -log_p)
+
+
+def _dual(ops: Operations, log_p, alpha, gamma, row):
+    """Return the loss of a class in a row of logarithmic probabilities, the last axis."""
+    below = ops.where(row < log_p[..., None], row, -math.inf).max(-1)
+    return _weighted(alpha, (1 - ops.exp(log_p) + ops.exp(below)) ** gamma * -log_p)
 
 
 # By the name of the loss. What a formula is given: of an elementwise loss the logit and the
@@ -126,7 +145,13 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "asymmetric_loss": _asymmetric,
     "sigmoid_focal_loss_star": _star,
     "sigmoid_poly_focal_loss": _sigmoid_poly,
+    "softmax_poly_focal_loss_with_integer_labels": _softmax_poly,
+    "softmax_probability_weighted_loss_with_integer_labels": _probability_weighted,
+    "dual_focal_loss_with_integer_labels": _dual,
 }
+
+# Losses whose formula also takes the logarithmic probabilities of all the classes, as `row`.
+OF_A_ROW = frozenset({"dual_focal_loss_with_integer_labels"})
 
 
 # ---------------------------------------------------------------- arguments
@@ -414,6 +439,28 @@ def softmax_focal_loss_with_integer_labels(
 
     Differentiation: every mode of JAX, forward mode alone included.
     """
+    options = {"gamma": gamma}
+    return _integer(
+        _softmax_focal, logits, labels, alpha, axis, ignore_label, where, class_axis_name, options
+    )
+
+
+def _integer(
+    formula: Callable[..., Array],
+    logits: ArrayLike,
+    labels: ArrayLike,
+    alpha: ArrayLike | None,
+    axis: int,
+    ignore_label: int | None,
+    where: ArrayLike | None,
+    class_axis_name: str | tuple[str, ...] | None,
+    options: dict[str, ArrayLike],
+    of_a_row: bool = False,
+) -> Array:
+    """Return the losses of one class index a position.
+
+    Besides the weight of the label, the formula takes the options; gamma is an exponent.
+    """
     z = _float("logits", logits)
     axis = _checks.axis(axis, z.ndim)
     slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
@@ -422,17 +469,31 @@ def softmax_focal_loss_with_integer_labels(
     labels = _indices(labels, losses, "the logits' without the class axis")
     where = _not_ignored(labels, ignore_label, _mask(where, losses))
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
-    gamma = _exponent("gamma", gamma, where, z.dtype)
+    numbers = [
+        (_exponent if name == "gamma" else _real)(name, x, where, z.dtype)
+        for name, x in options.items()
+    ]
     known = (labels >= 0) & (labels < classes)
     index = jnp.where(known & where, labels, 0)
     if alpha is not None:
         weights = _class_weights(alpha, z.dtype, classes)
         alpha = jnp.where(where, weights[index] if weights.ndim else weights, 1)
 
+    if of_a_row and class_axis_name is not None:
+        z, class_axis_name = _gathered(z, axis, class_axis_name), None
     pick = _picked_log_softmax if class_axis_name is None else _picked_from_slices(class_axis_name)
     log_p = pick(z, jnp.expand_dims(index, axis), axis).squeeze(axis)
-    losses = _loud(_softmax_focal(_JAX, log_p, alpha, gamma), known | ~where)
+    row = {"row": jnp.moveaxis(jax.nn.log_softmax(z, axis), axis, -1)} if of_a_row else {}
+    losses = _loud(formula(_JAX, log_p, alpha, *numbers, **row), known | ~where)
     return jnp.where(where, losses, 0)
+
+
+def _gathered(z: Array, axis: int, name: str | tuple[str, ...]) -> Array:
+    """Return the logits of all the slices of a mapped axis."""
+    own = jnp.arange(lax.axis_size(name)) == lax.axis_index(name)
+    own = lax.broadcast_in_dim(own, (own.size, *z.shape), (0,))
+    slices = lax.psum(jnp.where(own, jnp.broadcast_to(z, own.shape), 0), name)
+    return jnp.concatenate(list(slices), axis)
 
 
 def _picked_log_softmax(z: Array, index: Array, axis: int) -> Array:
@@ -451,6 +512,85 @@ def _picked_from_slices(name: str | tuple[str, ...]):
         return own - top - jnp.log(total)
 
     return pick
+
+
+def softmax_poly_focal_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    epsilon: ArrayLike = 1.0,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    axis: int = -1,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    """Compute `focal_jax.softmax_poly_focal_loss_with_integer_labels` from its formula."""
+    options: dict[str, ArrayLike] = {"epsilon": epsilon, "gamma": gamma}
+    return _integer(
+        _softmax_poly,
+        logits,
+        labels,
+        alpha,
+        axis,
+        ignore_label,
+        where,
+        class_axis_name,
+        options,
+    )
+
+
+def softmax_probability_weighted_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    axis: int = -1,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    """Compute the loss of the same name in `focal_jax` from its formula."""
+    options: dict[str, ArrayLike] = {}
+    return _integer(
+        _probability_weighted,
+        logits,
+        labels,
+        alpha,
+        axis,
+        ignore_label,
+        where,
+        class_axis_name,
+        options,
+    )
+
+
+def dual_focal_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 5.0,
+    axis: int = -1,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    """Compute `focal_jax.dual_focal_loss_with_integer_labels` from its formula."""
+    options: dict[str, ArrayLike] = {"gamma": gamma}
+    return _integer(
+        _dual,
+        logits,
+        labels,
+        alpha,
+        axis,
+        ignore_label,
+        where,
+        class_axis_name,
+        options,
+        of_a_row=True,
+    )
 
 
 def linear_softmax_focal_loss_with_integer_labels(

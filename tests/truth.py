@@ -9,7 +9,7 @@ import operator
 import mpmath
 import numpy as np
 
-from focal_jax.reference import FORMULAS, Operations
+from focal_jax.reference import FORMULAS, OF_A_ROW, Operations
 
 DIGITS = 60
 
@@ -164,7 +164,8 @@ def evaluate(loss, arrays, sizes=False):
             else:
                 own = np.arange(n), integers
                 chosen = [o if o is None or o.ndim == 1 else o[own] for o in options]
-                losses = formula(OPERATIONS, log_p[own], *chosen)
+                row = {"row": log_p} if loss.name in OF_A_ROW else {}
+                losses = formula(OPERATIONS, log_p[own], *chosen, **row)
         slopes = np.array([number.slopes[int(sizes)] for number in losses], dtype=object)
         values = np.array([number.value for number in losses], dtype=object)
         return values, {k: slopes[:, places[k]].reshape(v.shape) for k, v in floats.items()}
