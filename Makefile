@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# XLA's compilers for GPUs and TPUs, apart: a gigabyte or two that nothing else needs.
+COMPILERS := .venv-accelerators
 WORKERS ?= 2
 
-.PHONY: demo ablation test lint types bench clean
+.PHONY: demo ablation test lint types bench accelerators clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.retinanet_digits $(ARGS)
@@ -26,11 +28,26 @@ types: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
 
+accelerators: $(COMPILERS)/.compilers
+	$(COMPILERS)/bin/python -m benchmarks.accelerators $(ARGS)
+
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Beside the JAX that the tests have. A compiler that this platform has no wheel of is left out,
+# and the benchmark says so.
+$(COMPILERS)/.compilers: $(READY)
+	$(MAKE) --no-print-directory VENV=$(COMPILERS) $(COMPILERS)/.ready
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	for wheels in "jax[tpu]==$$version" \
+	  "jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-nvvm nvidia-cuda-nvcc"; do \
+	  $(COMPILERS)/bin/python -m pip install --quiet "jax==$$version" $$wheels \
+	    || echo "not to be had here: $$wheels"; \
+	done
 	touch $@
 
 clean:

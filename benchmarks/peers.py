@@ -17,11 +17,28 @@ import focal_jax
 from benchmarks.measure import MODES, VALUE, Program, compile_program
 from benchmarks.workloads import Workload
 
-# PLAIN is `focal_jax.reference`: XLA removes its checks of labels and masks that are not used,
-# and makes the same program of it as of the bare formula.
+# PLAIN is the formula as one writes it down, in the logits' dtype and without any mask.
 OURS, PLAIN, LINEAR = "focal_jax", "plain", "focal_jax linear"
 
 # ---------------------------------------------------------------- JAX
+
+
+def _plain_sigmoid(logits: Array, labels: Array, gamma: float) -> Array:
+    p = jax.nn.sigmoid(logits)
+    p_t = labels * p + (1 - labels) * (1 - p)
+    log_p_t = labels * jax.nn.log_sigmoid(logits) + (1 - labels) * jax.nn.log_sigmoid(-logits)
+    return -((1 - p_t) ** gamma) * log_p_t
+
+
+def _plain_softmax(logits: Array, labels: Array, gamma: float, axis: int) -> Array:
+    log_p = jax.nn.log_softmax(logits, axis)
+    log_p_t = jnp.take_along_axis(log_p, jnp.expand_dims(labels, axis), axis)
+    return -((1 - jnp.exp(log_p_t)) ** gamma) * log_p_t
+
+
+def _plain_soft(logits: Array, labels: Array, gamma: float, axis: int) -> Array:
+    log_p = jax.nn.log_softmax(logits, axis)
+    return -jnp.sum(labels * (1 - jnp.exp(log_p)) ** gamma * log_p, axis)
 
 
 def _one_hot_softmax(logits: Array, labels: Array, gamma: float, axis: int) -> Array:
@@ -44,15 +61,16 @@ def losses(workload: Workload) -> dict[str, Callable[[Array, Array], Array]]:
     if workload.head == "sigmoid":
         return {
             OURS: partial(focal_jax.sigmoid_focal_loss, gamma=gamma),
-            PLAIN: partial(focal_jax.reference.sigmoid_focal_loss, gamma=gamma),
+            PLAIN: partial(_plain_sigmoid, gamma=gamma),
             "optax": partial(optax.losses.sigmoid_focal_loss, gamma=gamma),
         }
-    name = "softmax_focal_loss"
-    if workload.head == "softmax":
-        name += "_with_integer_labels"
+    ours, plain = {
+        "softmax": (focal_jax.softmax_focal_loss_with_integer_labels, _plain_softmax),
+        "soft": (focal_jax.softmax_focal_loss, _plain_soft),
+    }[workload.head]
     return {
-        OURS: partial(getattr(focal_jax, name), gamma=gamma, axis=axis),
-        PLAIN: partial(getattr(focal_jax.reference, name), gamma=gamma, axis=axis),
+        OURS: partial(ours, gamma=gamma, axis=axis),
+        PLAIN: partial(plain, gamma=gamma, axis=axis),
         "one-hot": partial(_one_hot_softmax, gamma=gamma, axis=axis),
     }
 
@@ -163,19 +181,21 @@ def torch_programs(workload: Workload, logits: np.ndarray, labels: np.ndarray) -
 # ---------------------------------------------------------------- the linear head
 
 
-def linear_programs(features: Array, kernel: Array, labels: Array) -> list[Program]:
-    """Compile the loss of `features @ kernel`: by way of the logits, and without them."""
+def linear_losses(gamma: float = 2.0) -> dict[str, Callable[[Array, Array, Array], Array]]:
+    """Return the losses of `features @ kernel`: by way of the logits, and without them."""
 
     def of_logits(loss):
         return lambda features, kernel, labels: loss(features @ kernel, labels)
 
-    loss = losses(Workload("linear", "softmax", (*labels.shape, kernel.shape[1])))
-    heads = {name: of_logits(loss[name]) for name in (OURS, PLAIN)}
-    linear = getattr(focal_jax, "linear_softmax_focal_loss_with_integer_labels", None)
-    if linear is not None:
-        heads[LINEAR] = linear
+    loss = losses(Workload("linear", "softmax", (), gamma=gamma))
+    linear = partial(focal_jax.linear_softmax_focal_loss_with_integer_labels, gamma=gamma)
+    return {name: of_logits(loss[name]) for name in (OURS, PLAIN)} | {LINEAR: linear}
+
+
+def linear_programs(features: Array, kernel: Array, labels: Array) -> list[Program]:
+    """Compile the vocabulary heads."""
     return [
         compile_program(name, mode, in_mode(mode, head, (0, 1)), features, kernel, labels)
-        for name, head in heads.items()
+        for name, head in linear_losses().items()
         for mode in MODES
     ]

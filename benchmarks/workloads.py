@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,6 +38,14 @@ class Workload:
         true = np.expand_dims(labels, self.axis)
         np.put_along_axis(smoothed, true, 0.9 + 0.1 / classes, self.axis)
         return logits, smoothed
+
+    def shapes(self, dtype: str) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of the inputs."""
+        logits = jax.ShapeDtypeStruct(self.shape, dtype)
+        if self.head == "softmax":
+            positions = np.delete(self.shape, self.axis).tolist()
+            return logits, jax.ShapeDtypeStruct(positions, "int32")
+        return logits, logits
 
     def quick(self) -> "Workload":
         """Return a tiny workload of the same kind."""

@@ -235,6 +235,16 @@ def _compare(json_file: str | None = None, plot: Path | None = None, **question:
         _save(_comparison_figure(report), plot)
 
 
+def _figure_file(name: str) -> Path:
+    """Return the path, whose suffix says which format; without one another file is written."""
+    path = Path(name)
+    if not path.suffix.strip("."):
+        raise argparse.ArgumentTypeError(
+            f"got {name!r}, wanted a name that ends as a format does, such as {path.name}.png"
+        )
+    return path
+
+
 def _plot(out: Path) -> None:
     _save(_paper_figure(), out)
 
@@ -266,11 +276,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write JSON to FILE, or in place of the table to the standard output",
     )
-    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw the result")
+    compare.add_argument("--plot", type=_figure_file, metavar="FILE", help="draw the result")
 
     plot = commands.add_parser("plot", help="draw the loss and its gradient against p_t")
     plot.set_defaults(run=_plot)
-    plot.add_argument("--out", type=Path, metavar="FILE", default=Path("focal_loss.png"))
+    plot.add_argument("--out", type=_figure_file, metavar="FILE", default="focal_loss.png")
     return parser
 
 

@@ -36,11 +36,12 @@ def _shown(x: Any) -> str:
     return text if len(text) <= 40 else type(x).__name__
 
 
-def array(name: str, x: Any, wanted: str = "an array of numbers") -> Array:
+def array(name: str, x: Any, wanted: str = "an array of numbers", *, integers: Any = None) -> Array:
     """Return `x` as an array of numbers.
 
     Integers of 64 bits that come from NumPy or Python saturate at those of 32 where JAX
-    has no wider ones: JAX itself would let 2**32 + 1 wrap round to 1, another class.
+    has no wider ones: JAX itself would let 2**32 + 1 wrap round to 1, another class. With
+    `integers`, a floating dtype, they become that instead.
     """
     if not isinstance(x, Array) and hasattr(x, "__jax_array__"):  # such as a parameter of nnx
         x = x.__jax_array__()
@@ -51,7 +52,11 @@ def array(name: str, x: Any, wanted: str = "an array of numbers") -> Array:
             raise InputError(f"{name}: got {_shown(x)}, wanted {wanted}") from None
         if x.dtype.kind in "OSUMm":
             raise InputError(f"{name}: got {_shown(x.tolist())}, wanted {wanted}")
-        if x.dtype.kind in "iu" and x.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
+        if x.dtype.kind in "iu" and integers is not None:
+            x = x.astype(integers)
+        elif (
+            x.dtype.kind in "iu" and x.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64")
+        ):
             x = x.clip(max(np.iinfo(x.dtype).min, INT32.min), INT32.max).astype(np.int32)
     elif not isinstance(x, list | tuple | Array):
         raise InputError(f"{name}: got {type(x).__name__}, wanted {wanted}")
@@ -122,7 +127,7 @@ def class_weights(alpha: Array, classes: int) -> None:
         )
 
 
-def normalization(value: str, losses: Array) -> None:
+def normalization(value: str | None, losses: Array) -> None:
     """`value` names a divisor that the losses have."""
     if value not in NORMALIZATIONS:
         raise InputError(

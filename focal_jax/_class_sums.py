@@ -40,6 +40,7 @@ def kept(logits: Array, where: Array | None) -> Array:
 def picked(z: Array, place: Array, axis: int) -> Array:
     """Return the entry of the class at `place`, or 0 where that is none of the classes."""
     if z.shape[axis] and jax.typeof(z).sharding.spec[axis] is None:
+        place = jnp.where(place < 0, z.shape[axis], place)  # -1 would be the last
         return jnp.take_along_axis(z, place, axis, mode="fill", fill_value=0)
     # No gather reaches across the devices of an explicit mesh axis, or into no class at all.
     return jnp.sum(jnp.where(classes_along(z, axis) == place, z, 0), axis, keepdims=True)
@@ -99,16 +100,12 @@ def _in_one_pass(axis: int, gradient: bool, logits: Array, place: Array, where) 
     return ClassSums(*(jnp.expand_dims(x, axis) for x in sums))
 
 
-_ON_CPU, _ELSEWHERE = _in_passes, _in_one_pass
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def plain_class_sums(
     axis: int, gradient: bool, logits: Array, place: Array, where: Array | None
 ) -> ClassSums:
     """Return the class sums, for use inside of rules: differentiable in both modes."""
-    forms = (partial(form, axis, gradient) for form in (_ON_CPU, _ELSEWHERE))
-    on_cpu, elsewhere = forms
+    on_cpu, elsewhere = (partial(form, axis, gradient) for form in (_in_passes, _in_one_pass))
     return lax.platform_dependent(logits, place, where, cpu=on_cpu, default=elsewhere)
 
 

@@ -5,6 +5,7 @@ Measurement only: tables and figures are `focal_jax.__main__`'s.
 
 import contextlib
 import dataclasses
+import importlib
 import math
 import numbers
 import statistics
@@ -18,12 +19,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from focal_jax import _checks, reference
-from focal_jax._sigmoid import sigmoid_focal_loss
-from focal_jax._softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
+from focal_jax import _catalogue, _checks, reference
 
-_LOSSES = (sigmoid_focal_loss, softmax_focal_loss, softmax_focal_loss_with_integer_labels)
-HEADS = tuple(loss.__name__ for loss in _LOSSES)
+# The losses of given logits whose truth is the formula below.
+_LOSSES = {
+    loss.name: loss
+    for loss in _catalogue.LOSSES
+    if loss.kind != "linear" and set(loss.options) == {"alpha", "gamma"}
+}
+HEADS = tuple(_LOSSES)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # From a uniform number in [-1, 1) to the margin, the true logit less the log-sum-exp of
@@ -95,11 +99,12 @@ def _true_gradient(logits: Array, label: Array, weight: Array, gamma: Array) -> 
     return weight * jnp.exp(log_slope) * jnp.where(true, -jnp.exp(log_q), jnp.exp(log_p))
 
 
-def _truth(loss: Callable, logits: np.ndarray, labels: np.ndarray, axis: int, alpha, gamma: float):
+def _truth(
+    loss: _catalogue.Loss, logits: np.ndarray, labels: np.ndarray, axis: int, alpha, gamma: float
+):
     """Return the gradient of the summed losses in float64, on the CPU: a TPU has none."""
-    sigmoid = loss is sigmoid_focal_loss
     logits = logits.astype(np.float64)
-    if sigmoid:  # the softmax of [0, z], whose second logit is the one that is asked for
+    if not loss.softmax:  # the softmax of [0, z], whose second logit is the one that is asked for
         logits = np.stack([np.zeros_like(logits), logits], -1)
         weights = np.ones(2) if alpha is None else np.array([1 - alpha, alpha])
     else:
@@ -107,15 +112,15 @@ def _truth(loss: Callable, logits: np.ndarray, labels: np.ndarray, axis: int, al
         weights = np.broadcast_to(np.float64(1 if alpha is None else alpha), logits.shape[-1])
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         gradient = np.asarray(_true_gradient(logits, labels, weights[labels], gamma))
-    return gradient[..., 1] if sigmoid else np.moveaxis(gradient, -1, axis)
+    return np.moveaxis(gradient, -1, axis) if loss.softmax else gradient[..., 1]
 
 
 # ---------------------------------------------------------------- what is measured
 
 
-def _draw(loss: Callable, shape: tuple[int, ...], axis: int, margins: Callable, rng):
+def _draw(loss: _catalogue.Loss, shape: tuple[int, ...], axis: int, margins: Callable, rng):
     """Return logits of the margins asked for, in float64, and their integer labels."""
-    if loss is sigmoid_focal_loss:
+    if not loss.softmax:
         labels = rng.integers(2, size=shape)
         margin = margins(rng.uniform(-1, 1, shape))
         return np.where(labels == 1, margin, -margin), labels
@@ -174,9 +179,14 @@ def _seconds(calls: Sequence[Callable], cases: Sequence[tuple], repeats: int) ->
 # ---------------------------------------------------------------- the public function
 
 
-def _loss(head: str | Callable) -> Callable:
-    for loss in _LOSSES:
-        if head in (loss, loss.__name__):
+def _function(name: str) -> Callable:
+    # The package's own front door, which imports this module.
+    return getattr(importlib.import_module("focal_jax"), name)
+
+
+def _loss(head: str | Callable) -> _catalogue.Loss:
+    for name, loss in _LOSSES.items():
+        if head == name or head is _function(name):
             return loss
     raise _checks.InputError(f"head: got {head!r}, wanted one of {HEADS}, or the function itself")
 
@@ -277,7 +287,7 @@ def compare_gradients(
         raise _checks.InputError(f"gamma: got {gamma!r}, wanted a Python number")
     # What is left to check of alpha and gamma, the losses do when they are compiled.
     options: dict = {"alpha": weights, "gamma": gamma}
-    if loss is not sigmoid_focal_loss:
+    if loss.softmax:
         options["axis"] = axis = _checks.axis(axis, len(shape))
         _integer("shape along the class axis", shape[axis], 2)
     elif isinstance(weights, tuple):
@@ -289,12 +299,12 @@ def compare_gradients(
         cases = []
         for logits, labels in draws:
             given = jnp.asarray(labels, jnp.int32)
-            if loss is softmax_focal_loss:
+            if loss.kind == "distribution":
                 given = jax.nn.one_hot(given, shape[axis], dtype=dtype, axis=axis)
             cases.append((jnp.asarray(logits, dtype), given))
         calls = [
             _compile(implementation, options, *cases[0])
-            for implementation in (loss, getattr(reference, loss.__name__))
+            for implementation in (_function(loss.name), getattr(reference, loss.name))
         ]
         truths = [
             _truth(loss, np.asarray(logits), labels, axis, weights, gamma)
@@ -313,7 +323,7 @@ def compare_gradients(
         for by_regime, taken, call in zip(errors, seconds, calls)
     )
     return GradientComparison(
-        head=loss.__name__,
+        head=loss.name,
         shape=shape,
         axis=axis,
         gamma=float(gamma),

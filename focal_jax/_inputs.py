@@ -2,6 +2,8 @@
 
 import dataclasses
 import numbers
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -55,11 +57,11 @@ def floating(name: str, x: ArrayLike) -> Array:
     return x
 
 
-def option(name: str, x: ArrayLike, dtype: jnp.dtype) -> Array:
+def option(name: str, x: ArrayLike | Sequence[float], dtype: jnp.dtype) -> Array:
     """Return a numeric option as a floating array: its own dtype, or `dtype` if it has none."""
     if isinstance(x, numbers.Real):
-        return jnp.asarray(x, dtype)
-    x = _checks.array(name, x, "a number or an array of numbers")
+        return jnp.asarray(float(x), dtype)
+    x = _checks.array(name, x, "a number or an array of numbers", integers=dtype)
     _checks.real(name, x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
 
@@ -97,10 +99,9 @@ def options(
         _checks.broadcastable(name, leaf, losses, "the losses")
         return aligned(leaf, losses, axis)
 
-    return tuple(
-        jax.tree.map(lambda leaf, name=name: prepared(name, leaf), tree)
-        for name, tree in given.items()
-    )
+    # A list of numbers is an array to be, and not a tree.
+    mapped = partial(jax.tree.map, is_leaf=lambda x: isinstance(x, list | tuple))
+    return tuple(mapped(partial(prepared, name), tree) for name, tree in given.items())
 
 
 def class_weights(alpha: ArrayLike | None, classes: int, dtype: jnp.dtype) -> Array:

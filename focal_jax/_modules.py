@@ -1,6 +1,10 @@
 """The options and the call that the linen and the nnx modules share; no Flax in here."""
 
 import dataclasses
+import importlib
+import inspect
+import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax.core
@@ -9,10 +13,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
+from focal_jax import _checks, _inputs
 from focal_jax._reduction import reduce_loss
 from focal_jax._sigmoid import sigmoid_focal_loss
-from focal_jax._softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_soft import softmax_focal_loss
 
 
 def _constant(option: Any) -> Any:
@@ -31,38 +36,138 @@ def _tuples(x: Any) -> Any:
     return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
-def _positions(where: ArrayLike | None, labels: ArrayLike, ignore_label: int | None):
-    """Return the mask of the positions that count: inside `where` and not ignored."""
-    if ignore_label is None:
-        return where
-    labels = jnp.asarray(labels)
-    mask = None if where is None else _arrays.aligned(jnp.asarray(where), labels.shape)
-    return _arrays.not_ignored(_arrays.int32_labels(labels, labels.shape), ignore_label, mask)
+def static_option(name: str, value: Any) -> None:
+    """Refuse an option that no input could make good; a traced one is left to the loss."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    match name:
+        case "alpha" if value is None:
+            return
+        case "normalization":
+            losses = jax.ShapeDtypeStruct((1,), jnp.float32)
+            jax.eval_shape(lambda x: reduce_loss(x, normalization=value), losses)
+        case "ignore_label":
+            _checks.ignore_label(value)
+        case "axis" if not isinstance(value, numbers.Integral):
+            raise _checks.InputError(f"{name}: got {value!r}, wanted an integer")
+        case "gamma" if isinstance(value, numbers.Real):
+            _checks.static_exponent(name, value)
+        case "gamma" | "alpha" | "loss_weight" if not isinstance(value, numbers.Real):
+            shape = _inputs.option(name, value, jnp.dtype(jnp.float32)).shape
+            if name == "loss_weight" and shape:
+                raise _checks.InputError(f"{name}: got shape {shape}, wanted one weight, a scalar")
+
+
+def _function(loss: Any) -> Callable[..., Any]:
+    """Return a loss that is given by name or by itself."""
+    if callable(loss):
+        return loss
+    # By name, since the package itself stands above its rooms and imports them.
+    package = importlib.import_module("focal_jax")
+    known = [name for name in package.__all__ if "_loss" in name and name != "reduce_loss"]
+    if loss not in known:
+        raise _checks.InputError(f"loss: got {loss!r}, wanted a function or one of {known}")
+    return getattr(package, loss)
 
 
 # The identity stays an nnx module's hash, the fields become a linen module's; each
 # framework has its own repr.
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
-class _FocalLoss:
-    alpha: ArrayLike | None = None
-    gamma: ArrayLike = 2.0
+class _ReducedLoss:
+    """The options of the reduction, and the call of a loss and of the reduction after it."""
+
     normalization: str | ArrayLike = "valid"
     loss_weight: ArrayLike = 1.0
     axis_name: str | tuple[str, ...] | None = None
 
     def __setattr__(self, name: str, value: Any):
         # Before nnx sees it: an attribute that has once held an array remains state.
-        super().__setattr__(name, _constant(value))
+        value = _constant(value)
+        static_option(name, value)
+        super().__setattr__(name, value)
 
-    def _options(self, gamma: ArrayLike | None) -> dict[str, Any]:
-        return {"alpha": self.alpha, "gamma": self.gamma if gamma is None else gamma}
-
-    def _reduced(self, losses: Array, where: ArrayLike | None) -> Array:
-        weight = _arrays.option("loss_weight", self.loss_weight, losses.dtype)
+    def _reduced(
+        self,
+        loss: Callable[..., Array],
+        arrays: tuple[ArrayLike, ...],
+        weights: ArrayLike | None,
+        options: dict[str, Any],
+    ) -> Array:
+        """Return the weighted, reduced loss; the reduction counts as the loss does."""
+        signature = inspect.signature(loss)
+        counting: dict[str, Any] = {"axis_name": self.axis_name, "where": options.get("where")}
+        if "axis_name" in signature.parameters:
+            # Such a loss has summed over the positions and the devices itself.
+            counting, options = {}, {"axis_name": self.axis_name} | options
+        elif options.get("ignore_label") is not None:
+            labels = signature.bind(*arrays, **options).arguments["labels"]
+            counting |= {"labels": labels, "ignore_label": options["ignore_label"]}
+        losses = loss(*arrays, **options)
+        reduced = reduce_loss(losses, normalization=self.normalization, weights=weights, **counting)
+        weight = _inputs.option("loss_weight", self.loss_weight, reduced.dtype)
         _checks.shape("loss_weight", weight, (), "one weight for the reduced loss")
-        return weight.astype(losses.dtype) * reduce_loss(
-            losses, normalization=self.normalization, where=where, axis_name=self.axis_name
-        )
+        return weight.astype(reduced.dtype) * reduced
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class Reduced(_ReducedLoss):
+    """Any loss, reduced."""
+
+    loss: Callable[..., Array]
+    # Pairs of a name and a value, which hash and compare as a whole.
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __setattr__(self, name: str, value: Any):
+        if name == "loss":
+            value = _function(value)
+        if name == "options":
+            value = tuple(sorted((option, _constant(x)) for option, x in dict(value).items()))
+            self._check(dict(value))
+        super().__setattr__(name, value)
+
+    def _check(self, options: dict[str, Any]) -> None:
+        """Refuse options that the loss does not have, or that are not what it takes."""
+        parameters = inspect.signature(self.loss).parameters
+        known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+        for name, value in options.items():
+            if name not in known and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                raise _checks.InputError(
+                    f"{name}: got an option that the loss does not have, wanted one of {known}"
+                )
+            static_option(name, value)
+
+    def __call__(
+        self, *arrays: ArrayLike, weights: ArrayLike | None = None, **options: Any
+    ) -> Array:
+        """Return `loss_weight * reduce_loss(loss(*arrays, **options))`.
+
+        Args:
+          *arrays: what the loss takes: logits and labels, or features, kernel and labels.
+          weights: how much each position counts, as `focal_jax.reduce_loss` has it.
+          **options: take the place of the module's own for this call, such as a `where` or
+            a schedule's `gamma`; may be traced.
+
+        Returns:
+          A scalar: float32 for 16-bit logits, else of the logits' dtype.
+
+        Raises:
+          ValueError: as the loss and `focal_jax.reduce_loss` do, and for an option that the
+            loss does not have.
+
+        Differentiation: as the loss.
+        """
+        self._check(options)
+        return self._reduced(self.loss, arrays, weights, dict(self.options) | options)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class _FocalLoss(_ReducedLoss):
+    alpha: ArrayLike | None = None
+    gamma: ArrayLike = 2.0
+
+    def _options(self, gamma: ArrayLike | None, where: ArrayLike | None) -> dict[str, Any]:
+        gamma = self.gamma if gamma is None else gamma
+        return {"alpha": self.alpha, "gamma": gamma, "where": where}
 
 
 class SigmoidFocalLoss(_FocalLoss):
@@ -74,6 +179,7 @@ class SigmoidFocalLoss(_FocalLoss):
         labels: ArrayLike,
         *,
         where: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         gamma: ArrayLike | None = None,
     ) -> Array:
         """Return `loss_weight * reduce_loss(sigmoid_focal_loss(logits, labels))`.
@@ -82,6 +188,7 @@ class SigmoidFocalLoss(_FocalLoss):
           logits: `[...]`, floating.
           labels: real or bool in `[0, 1]`, broadcasts to the logits.
           where: bool, broadcasts to the losses: the positions that count.
+          weights: how much each position counts, as `focal_jax.reduce_loss` has it.
           gamma: takes the place of the field for this call; may be traced, as a schedule's
             value is.
 
@@ -89,14 +196,12 @@ class SigmoidFocalLoss(_FocalLoss):
           A scalar: float32 for 16-bit logits, else of the logits' dtype.
 
         Raises:
-          ValueError: as `focal_jax.sigmoid_focal_loss` and `focal_jax.reduce_loss` do, and
-            for a `loss_weight` that is not a scalar.
+          ValueError: as `focal_jax.sigmoid_focal_loss` and `focal_jax.reduce_loss` do.
 
         Differentiation: as `focal_jax.sigmoid_focal_loss`.
         """
-        return self._reduced(
-            sigmoid_focal_loss(logits, labels, where=where, **self._options(gamma)), where
-        )
+        options = self._options(gamma, where)
+        return self._reduced(sigmoid_focal_loss, (logits, labels), weights, options)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -112,6 +217,7 @@ class SoftmaxFocalLoss(_FocalLoss):
         labels: ArrayLike,
         *,
         where: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
         gamma: ArrayLike | None = None,
     ) -> Array:
         """Return `loss_weight * reduce_loss(losses)` of the softmax focal losses.
@@ -123,6 +229,7 @@ class SoftmaxFocalLoss(_FocalLoss):
             logits' shape, a distribution for `focal_jax.softmax_focal_loss`.
           where: bool, broadcasts to the losses: the positions that count. Those with
             `ignore_label` never do.
+          weights: how much each position counts, as `focal_jax.reduce_loss` has it.
           gamma: takes the place of the field for this call; may be traced, as a schedule's
             value is.
 
@@ -131,27 +238,28 @@ class SoftmaxFocalLoss(_FocalLoss):
 
         Raises:
           ValueError: as the two losses and `focal_jax.reduce_loss` do, for labels that are
-            neither integers nor floating, for a distribution where there is an
-            `ignore_label` (it has none to ignore), and for a `loss_weight` that is not a
-            scalar.
+            neither integers nor floating, and for a distribution where there is an
+            `ignore_label` (it has none to ignore).
 
         Differentiation: as the two losses.
         """
-        labels = jnp.asarray(labels)
-        options = self._options(gamma) | {"axis": self.axis, "where": where}
-        if jnp.issubdtype(labels.dtype, jnp.integer):
-            losses = softmax_focal_loss_with_integer_labels(
-                logits, labels, ignore_label=self.ignore_label, **options
-            )
-            return self._reduced(losses, _positions(where, labels, self.ignore_label))
-        if not jnp.issubdtype(labels.dtype, jnp.floating):
+        # Not made an array of JAX's here: that would narrow labels of 64 bits.
+        labels = labels if hasattr(labels, "dtype") else jnp.asarray(labels)
+        dtype = jnp.result_type(labels)
+        options = self._options(gamma, where) | {"axis": self.axis}
+        if jnp.issubdtype(dtype, jnp.integer):
+            loss = softmax_focal_loss_with_integer_labels
+            options["ignore_label"] = self.ignore_label
+        elif not jnp.issubdtype(dtype, jnp.floating):
             raise _checks.InputError(
-                f"labels: got dtype {labels.dtype}, wanted integers, class indices, or a "
-                "floating dtype, a distribution over the classes"
+                f"labels: got dtype {dtype}, wanted integers, class indices, or a floating "
+                "dtype, a distribution over the classes"
             )
-        if self.ignore_label is not None:
+        elif self.ignore_label is not None:
             raise _checks.InputError(
-                f"labels: got dtype {labels.dtype}, a distribution over the classes, wanted "
+                f"labels: got dtype {dtype}, a distribution over the classes, wanted "
                 f"integers: ignore_label is {self.ignore_label}; `where` masks either kind"
             )
-        return self._reduced(softmax_focal_loss(logits, labels, **options), where)
+        else:
+            loss = softmax_focal_loss
+        return self._reduced(loss, (logits, labels), weights, options)

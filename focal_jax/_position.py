@@ -7,7 +7,6 @@ up the numbers of several devices.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -54,19 +53,23 @@ def position(
         *primals, where, impossible = args
         true, rest, options = _inputs.Kept(args[0].dtype, where)(tuple(primals))
         minus_dlogp, *of_options = slopes(_scalar.softmax_terms(true, rest), *options)
-        # log p = true - log(exp(true) + rest), so d log p/d rest is -1 over the sum, and
-        # d log p/d true is rest over the sum.
-        of_rest = minus_dlogp / (jnp.exp(true) + rest)
 
-        def cotangent(slope, primal):
-            slope = _inputs.finished(slope, impossible, where)
-            return _inputs.cotangent_of(primal, _inputs.times(ct, slope))
+        def times(slope):
+            return _inputs.times(ct, _inputs.finished(slope, impossible, where))
 
         def of_tree(slope, tree):
-            return jax.tree.map(partial(cotangent, slope), tree)
+            return jax.tree.map(lambda leaf: _inputs.cotangent_of(leaf, times(slope)), tree)
 
-        by_true, by_rest = map(cotangent, (-rest * of_rest, of_rest), primals[:2])
-        return by_true, by_rest, tuple(map(of_tree, of_options, primals[2])), None, None
+        # log p = true - log(exp(true) + rest), so d log p/d rest is -1 over the sum, and
+        # d log p/d true is rest over the sum.
+        of_rest = times(minus_dlogp / (jnp.exp(true) + rest))
+        by_options = tuple(map(of_tree, of_options, primals[2]))
+        return (
+            *map(_inputs.cotangent_of, primals, (-rest * of_rest, of_rest)),
+            by_options,
+            None,
+            None,
+        )
 
     core = jax.custom_vjp(primal)
     core.defvjp(forward, backward)

@@ -300,7 +300,13 @@ def loss(weight: Array, q: Array, log_q: Array, n: Array, gamma: int | float | A
 
 
 def minus_dloss_dlogp(t: Terms, gamma: int | float | Array) -> Array:
-    """Return `-d(q**gamma * n)/d(log p)`, free of the pole that `1/q` seems to have."""
+    """Return `-d(q**gamma * n)/d(log p)`, free of the pole that `1/q` seems to have.
+
+    From an exponent of 1 on, that is known beforehand, a factor of q cancels the pole and saves
+    the quotient.
+    """
+    if isinstance(gamma, int | float) and gamma >= 1:
+        return power(t.q, t.log_q, gamma - 1) * (t.q + gamma * (t.p * bounded(t.n)))
     return power(t.q, t.log_q, gamma) * (1 + gamma * (t.p * bounded(t.n_over_q)))
 
 

@@ -17,13 +17,10 @@ from focal_jax._varying import not_varying
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _losses(loss, of_row, axis, class_axis_name, logits, labels, alpha, options, where):
     """Return the losses, with a class axis of one."""
-    first, size = 0, logits.shape[axis]
-    classes = size
+    place, classes = labels, logits.shape[axis]
     if class_axis_name is not None:
-        first = size * lax.axis_index(class_axis_name)
+        place = labels - classes * lax.axis_index(class_axis_name)
         classes *= lax.axis_size(class_axis_name)
-    # A label that is not one of these classes is one beyond them: -1 would be the last.
-    place = jnp.where((labels >= first) & (labels < first + size), labels - first, size)
     top, true, rest = class_sums(axis, logits, place, where, class_axis_name)
     weight, impossible = _position.label_weight(alpha, labels, classes)
     if of_row is not None:

@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax import _checks, _inputs, _scalar
-from focal_jax._class_sums import classes_along, kept, picked, plain_class_sums, without
+from focal_jax._class_sums import classes_along, kept
 from focal_jax._cpu import compiled_apart
+from focal_jax._largest_apart import Apart, Row, in_one_pass, in_passes, largest_apart, row
 from focal_jax._varying import aligned_varying
 
 
@@ -24,19 +25,6 @@ class _Args(NamedTuple):
     where: Array | None
 
 
-class _Row(NamedTuple):
-    """What the classes of a position share, each with a class axis of one.
-
-    The class with the largest logit stands apart: only its own share may be all but the
-    whole, so that only there "all less this one" would cancel.
-    """
-
-    largest: Array  # the class with the largest logit
-    top: Array  # that logit
-    own: Array  # exp(logit - top) of it: 1, but it has a derivative
-    rest: Array  # the sum of exp(logit - top) over the others
-
-
 class _Slopes(NamedTuple):
     """The derivatives of each class's term of the sum that is the loss."""
 
@@ -46,65 +34,43 @@ class _Slopes(NamedTuple):
     gamma: Array
 
 
-def _largest(v: Array, axis: int) -> Array:
-    """Return the place of the largest entry, with a class axis of one."""
-    if not v.shape[axis]:
-        return jnp.zeros_like(jnp.sum(v, axis, keepdims=True), jnp.int32)
-    return jnp.argmax(v, axis, keepdims=True).astype(jnp.int32)
+def _less_top(z: Array, top: Array, *, again: bool) -> Array:
+    """Return a logit less the largest one, or once more, `again`, for the gradient.
 
-
-def _row(axis: int, args: _Args) -> _Row:
-    largest = _largest(kept(args.logits, args.where), axis)
-    sums = plain_class_sums(axis, False, args.logits, largest, args.where)
-    top = jax.lax.stop_gradient(sums.top)
-    return _Row(largest, top, jnp.exp(sums.true - top), sums.rest)
-
-
-def _sum_without(v: Array, place: Array, axis: int) -> Array:
-    """Return the sum of `v` over the classes but the one at `place`."""
-    classes = classes_along(v, axis)
-    if axis == v.ndim - 1:  # XLA's CPU backend adds up the last axis in passing: no select
-        v = v * jnp.minimum(jnp.abs(classes - place), 1).astype(v.dtype)
-    else:
-        v = compiled_apart(without, v, classes, place)
-    return jnp.sum(v, axis, keepdims=True)
-
-
-def _others_of(v: Array, at: Array, own: Array, rest: Array) -> Array:
-    """Return for each class the sum of `v` over the others, without cancellation.
-
-    `at` marks the class that stands apart, whose `v` is `own`; the others add up to `rest`.
+    The same number in other words: an accelerator's compiler takes the same words for one
+    intermediate with two users, and writes it out to memory. So each of the two passes over
+    the classes reads the logits, and writes nothing but its result.
     """
-    return jnp.where(at, rest, (rest - v) + own)
+    return (jnp.minimum(z, top) if again else z) - top
 
 
-def _each_class(logits: Array, where, classes: Array, row: _Row) -> tuple[Array, Array]:
+def _each_class(args: _Args, classes: Array, row: Row, again: bool) -> tuple[Array, Array]:
     """Return of each class logit - top, and the sum of exp of that over the others."""
-    z = kept(logits, where) - row.top
-    return z, _others_of(jnp.exp(z), classes == row.largest, row.own, row.rest)
+    z = _less_top(kept(args.logits, args.where), row.top, again=again)
+    return z, row.apart.others_of(jnp.exp(z), classes)
 
 
-def _parts(args: _Args, classes: Array, row: _Row):
+def _parts(args: _Args, classes: Array, row: Row, again: bool):
     """Return the terms of each class, where labels are impossible, labels, alpha and gamma."""
-    z, z_others = _each_class(args.logits, args.where, classes, row)
+    z, z_others = _each_class(args, classes, row, again)
     # Never log(1 + rest): `own` is 1, and would round a small rest away.
-    log_whole = jnp.log1p((row.own - 1) + row.rest)
-    t = _scalar.class_terms(z, z_others, row.own + row.rest, log_whole)
+    log_whole = jnp.log1p((row.apart.own - 1) + row.apart.rest)
+    t = _scalar.class_terms(z, z_others, row.apart.own + row.apart.rest, log_whole)
     y, alpha, gamma = _inputs.Kept(t.p.dtype, args.where)((args.labels, args.alpha, args.gamma))
     impossible = ~(y >= 0)
     return t, impossible, jnp.where(impossible, 0, y), alpha, gamma.value
 
 
-def _summands(*args) -> Array:
+def _summands(args: _Args, classes: Array, row: Row) -> Array:
     """Return the terms of the sum that is the loss; NaN for a label that is no weight."""
-    t, impossible, y, alpha, gamma = _parts(*args)
+    t, impossible, y, alpha, gamma = _parts(args, classes, row, again=False)
     term = _scalar.loss(alpha * y, t.q, t.log_q, t.n, gamma)
     return jnp.where(impossible, jnp.nan, term)
 
 
-@partial(jax.jit, inline=True)
-def _slopes(*args) -> _Slopes:
-    t, _, y, alpha, gamma = _parts(*args)
+@partial(jax.jit, static_argnames="again", inline=True)
+def _slopes(args: _Args, classes: Array, row: Row, *, again: bool) -> _Slopes:
+    t, _, y, alpha, gamma = _parts(args, classes, row, again)
     unweighted = _scalar.unweighted(t, gamma)
     return _Slopes(
         minus_dlogp=alpha * y * _scalar.minus_dloss_dlogp(t, gamma),
@@ -114,60 +80,88 @@ def _slopes(*args) -> _Slopes:
     )
 
 
-def _through_softmax(logits, where, classes, row, minus_dlogp, largest, own, rest):
+def _through_softmax(args: _Args, classes: Array, row: Row, minus_dlogp: Array, apart: Apart):
     """Return the gradient of the logits, of the slopes in -log p of all the classes.
 
-    `own` is the slope of largest size, at the class `largest`; the others add up to `rest`.
+    With G_c for these slopes, and `apart` of them: p_j sum_{c != j} G_c - G_j q_j.
     """
-    z, z_others = _each_class(logits, where, classes, row)
-    others = _others_of(minus_dlogp, classes == largest, own, rest)
-    return (jnp.exp(z) * others - z_others * minus_dlogp) * (1 / (row.own + row.rest))
+    z, z_others = _each_class(args, classes, row, again=True)
+    others = apart.others_of(minus_dlogp, classes)
+    whole = row.apart.own + row.apart.rest
+    return (jnp.exp(z) * others - z_others * minus_dlogp) * (1 / whole)
 
 
-def _losses(axis: int, args: _Args) -> tuple[Array, _Row]:
-    row = _row(axis, args)
-    # The first of what is set apart gives the shape: the logits, flattened as they come.
-    summands = compiled_apart(
-        lambda logits, rest, *more: _summands(_Args(logits, *rest), *more),
-        args.logits,
-        args[1:],
-        classes_along(args.logits, axis),
-        row,
+def _by_logits_first(function):
+    """Return a function of `_Args` as one whose first argument gives the shape of the result."""
+    return lambda logits, args, *more: function(args._replace(logits=logits), *more)
+
+
+def _sum_on_cpu(axis: int, args: _Args, classes: Array, row: Row) -> tuple[Apart, Array]:
+    """Return the losses. The slopes are left to the backward pass, which writes them out."""
+    others = args._replace(logits=None)
+    summands = compiled_apart(_by_logits_first(_summands), args.logits, others, classes, row)
+    losses = jnp.sum(summands, axis, keepdims=True)
+    return jax.tree.map(jnp.zeros_like, row.apart), losses
+
+
+def _sums_elsewhere(axis: int, args: _Args, classes: Array, row: Row) -> tuple[Apart, Array]:
+    """Return the losses and what the gradient needs of the slopes, of one reduction."""
+    slopes = _slopes(args, classes, row, again=False).minus_dlogp
+    return largest_apart(in_one_pass, axis, slopes, _summands(args, classes, row))
+
+
+def _gradient_on_cpu(axis, args: _Args, classes, row: Row, apart: Apart, losses: Array) -> Array:
+    """Return the gradient of the logits. The slopes are written out once, for two passes."""
+    del apart
+    others = args._replace(logits=None)
+
+    def minus_dlogp(args, *more):
+        return _slopes(args, *more, again=False).minus_dlogp
+
+    # Their memory is that of the losses' summands, which are done with.
+    slopes = compiled_apart(
+        _by_logits_first(minus_dlogp), args.logits, others, classes, row, after=losses
     )
-    return _inputs.keep(jnp.sum(summands, axis, keepdims=True), args.where), row
+    apart, _ = largest_apart(in_passes, axis, slopes)
+    through = _by_logits_first(_through_softmax)
+    return compiled_apart(through, args.logits, others, classes, row, slopes, apart)
+
+
+def _gradient_elsewhere(axis, args: _Args, classes, row: Row, apart: Apart, losses) -> Array:
+    """Return the same. The slopes are computed once more, and never written out."""
+    del axis, losses
+    slopes = _slopes(args, classes, row, again=True).minus_dlogp
+    return _through_softmax(args, classes, row, slopes, apart)
+
+
+def _row(axis: int, args: _Args) -> Row:
+    of_row = row(axis, args.logits, args.where)
+    return of_row._replace(top=lax.stop_gradient(of_row.top))
 
 
 @partial(jax.jit, static_argnums=0)
 def _primal(axis, *args):
-    return _losses(axis, _Args(*args))[0]
+    args = _Args(*args)
+    _, losses = _sum_on_cpu(axis, args, classes_along(args.logits, axis), _row(axis, args))
+    return _inputs.keep(losses, args.where)
 
 
 @partial(jax.jit, static_argnums=0)
 def _forward(axis, *args):
-    losses, row = _losses(axis, _Args(*args))
-    return losses, (_Args(*args), row, losses)
+    args = _Args(*args)
+    of_row, classes = _row(axis, args), classes_along(args.logits, axis)
+    on_cpu, elsewhere = (partial(form, axis) for form in (_sum_on_cpu, _sums_elsewhere))
+    apart, losses = lax.platform_dependent(args, classes, of_row, cpu=on_cpu, default=elsewhere)
+    return _inputs.keep(losses, args.where), (args, of_row, apart, losses)
 
 
 @partial(jax.jit, static_argnums=0)
 def _backward(axis, residuals, ct):
-    args, row, losses = residuals
+    args, of_row, apart, losses = residuals
     classes = classes_along(args.logits, axis)
-
-    # G_c = -d loss/d log p_c; the chain through the softmax is p_j sum_{c != j} G_c - G_j q_j.
-    minus_dlogp = compiled_apart(
-        lambda logits, rest, *more: _slopes(_Args(logits, *rest), *more).minus_dlogp,
-        args.logits,
-        args[1:],
-        classes,
-        row,
-        after=losses,
-    )
-    largest = _largest(jnp.abs(minus_dlogp), axis)
-    own, rest = picked(minus_dlogp, largest, axis), _sum_without(minus_dlogp, largest, axis)
-    dz = compiled_apart(
-        _through_softmax, args.logits, args.where, classes, row, minus_dlogp, largest, own, rest
-    )
-    slopes = _slopes(args, classes, row)
+    on_cpu, elsewhere = (partial(f, axis) for f in (_gradient_on_cpu, _gradient_elsewhere))
+    dz = lax.platform_dependent(args, classes, of_row, apart, losses, cpu=on_cpu, default=elsewhere)
+    slopes = _slopes(args, classes, of_row, again=True)
 
     def cotangent(slope, primal):
         # One impossible label makes its whole position NaN, as it does the loss.

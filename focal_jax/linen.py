@@ -1,10 +1,70 @@
 """Focal losses as Flax linen modules: the options are fields, the result is reduced."""
 
+from collections.abc import Callable
+from typing import Any
+
 from flax import linen as nn
+from jax import Array
+from jax.typing import ArrayLike
 
 from focal_jax import _modules
 
-__all__ = ["SigmoidFocalLoss", "SoftmaxFocalLoss"]
+__all__ = ["Reduced", "SigmoidFocalLoss", "SoftmaxFocalLoss"]
+
+
+class _Reduced(_modules.Reduced, nn.Module):
+    # linen makes the constructor of a class that has none, which is the one to call below.
+    pass
+
+
+class Reduced(_Reduced):
+    """Any loss of this package, reduced, a linen module without parameters.
+
+    `loss` is the name of the loss or the function; what else is given are options of that
+    loss, but for `normalization` and `axis_name`, which are those of
+    `focal_jax.reduce_loss`, and `loss_weight`, by which the result is multiplied. A mask or
+    an `ignore_label` counts for the loss and for its divisor. The options are constants,
+    never parameters: an array is held as a tuple, so that the module hashes and compares;
+    one that is traced is used as it is. A loss that takes an `axis_name` of its own is
+    given that of the module.
+
+    Raises:
+      ValueError: for an unknown loss, an option that it does not have, and one that no
+        input could make good.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax.linen import Reduced
+      >>> loss = Reduced("softmax_focal_loss_with_integer_labels", gamma=1.0, ignore_label=-1)
+      >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [5.0, 1.0, 0.0]])
+      >>> f"{loss(logits, jnp.array([0, 1, -1])):.4f}"
+      '0.3917'
+    """
+
+    def __init__(
+        self,
+        loss: str | Callable[..., Array],
+        *,
+        normalization: str | ArrayLike = "valid",
+        loss_weight: ArrayLike = 1.0,
+        axis_name: str | tuple[str, ...] | None = None,
+        options: tuple[tuple[str, Any], ...] = (),
+        **more: Any,
+    ):
+        """Hold the options; a clone, which linen makes, gets them as one field."""
+        # `parent` and `name` are linen's fields of every module.
+        own = {name: more.pop(name) for name in ("parent", "name") if name in more}
+        super().__init__(
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            normalization=normalization,
+            loss_weight=loss_weight,
+            axis_name=axis_name,
+            options=(*options, *more.items()),
+            **own,
+        )
+
+    # linen wraps the methods that a class itself defines, not the ones it inherits.
+    __call__ = _modules.Reduced.__call__
 
 
 class SigmoidFocalLoss(_modules.SigmoidFocalLoss, nn.Module):
@@ -23,7 +83,6 @@ class SigmoidFocalLoss(_modules.SigmoidFocalLoss, nn.Module):
       '0.0217'
     """
 
-    # linen wraps the methods that a class itself defines, not the ones it inherits.
     __call__ = _modules.SigmoidFocalLoss.__call__
 
 

@@ -213,7 +213,8 @@ def _elementwise(
     if positive is not None:
         flags["positive"] = _mask(positive, z.shape, "positive")
     losses = formula(_JAX, z, y, *(prepared(*option) for option in options.items()), **flags)
-    return jnp.where(where, _loud(losses, (y >= 0) & (y <= 1)), 0)
+    losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
+    return jnp.where(where, losses, 0)
 
 
 def _class_weights(alpha: ArrayLike, dtype: jnp.dtype, classes: int) -> Array:
@@ -234,11 +235,6 @@ def _indices(labels: ArrayLike, losses: tuple[int, ...], why: str) -> Array:
 def _not_ignored(labels: Array, ignore_label: int | None, where: Array) -> Array:
     ignore_label = _checks.ignore_label(ignore_label)
     return where if ignore_label is None else where & (labels != ignore_label)
-
-
-def _loud(losses: Array, possible: Array) -> Array:
-    """Return the losses, NaN where the label is impossible, and so every derivative."""
-    return jnp.where(possible, losses, jnp.nan * losses)
 
 
 # ---------------------------------------------------------------- the losses
@@ -418,7 +414,8 @@ def softmax_focal_loss(
     weightless = (y == 0) | (alpha == 0) if alpha is not None else y == 0
     log_p = jnp.where(weightless & (log_p == -jnp.inf), 0, log_p)
     losses = jnp.sum(y * _softmax_focal(_JAX, log_p, alpha, gamma), axis)
-    return jnp.where(where, _loud(losses, jnp.min(y, axis, initial=0) >= 0), 0)
+    losses = jnp.where(jnp.min(y, axis, initial=0) < 0, jnp.nan, losses)
+    return jnp.where(where, losses, 0)
 
 
 def softmax_focal_loss_with_integer_labels(
@@ -484,8 +481,8 @@ def _integer(
     pick = _picked_log_softmax if class_axis_name is None else _picked_from_slices(class_axis_name)
     log_p = pick(z, jnp.expand_dims(index, axis), axis).squeeze(axis)
     row = {"row": jnp.moveaxis(jax.nn.log_softmax(z, axis), axis, -1)} if of_a_row else {}
-    losses = _loud(formula(_JAX, log_p, alpha, *numbers, **row), known | ~where)
-    return jnp.where(where, losses, 0)
+    losses = formula(_JAX, log_p, alpha, *numbers, **row)
+    return jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
 
 
 def _gathered(z: Array, axis: int, name: str | tuple[str, ...]) -> Array:

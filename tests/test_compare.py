@@ -245,6 +245,8 @@ def test_bad_arguments(head, options, message):
         (["compare", "--axis", "5"], "axis: got 5"),
         (["compare", "--alpha", ".5", ".5"], "alpha: got shape (2,)"),
         ([*QUICK, "--json", "/nowhere/report.json"], "/nowhere/report.json"),
+        ([*QUICK, "--plot", "figure"], "--plot: got 'figure', wanted a name that ends as a format"),
+        (["plot", "--out", "a.b/figure."], "--out: got 'a.b/figure.', wanted a name that ends"),
         (["plot", "--out", "figure.nonsense"], "figure.nonsense: Format 'nonsense'"),
         (["plot", "--out", "/nowhere/figure.png"], "/nowhere/figure.png"),
     ],

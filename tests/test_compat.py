@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from focal_jax import compat, softmax_focal_loss_with_integer_labels
+from focal_jax import softmax_focal_loss_with_integer_labels
 from focal_jax.compat import mindspore, pytorch_retinanet
 from focal_jax.compat.caffe import FocalLossLayer
 
@@ -172,10 +172,26 @@ def test_caffe_bad_input(message, layer, inputs):
         FocalLossLayer(**layer)(*inputs)
 
 
-@pytest.mark.parametrize("unknown", ["VALID", "mean", None])
-def test_caffe_unknown_normalization(unknown):
-    with pytest.raises(ValueError, match="normalization: got"):
-        FocalLossLayer(normalization=unknown)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("normalization", value) for value in ("VALID", "mean", None)]
+    + [("gamma", -1.0), ("gamma", None), ("alpha", "0.25"), ("axis", 1.0), ("ignore_label", "x")]
+    + [("loss_weight", None)],
+)
+def test_caffe_refuses_a_bad_option_when_made(option, value):
+    with pytest.raises(ValueError, match=rf"\b{option}: got"):
+        FocalLossLayer(**{option: value})
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.float64, np.float16])
+def test_caffe_labels_of_64_bits_are_no_other_class(scores, dtype):
+    logits, labels = scores
+    wide = labels.astype(dtype)
+    layer = FocalLossLayer(ignore_label=255)
+    np.testing.assert_array_equal(layer(logits, wide), layer(logits, labels))
+    if wide.dtype.itemsize == 8:
+        wide[0, 0, 0] = 2**32 + 1  # 1, where it is cut to 32 bits
+        assert jnp.isnan(layer(logits, wide))
 
 
 # ---------------------------------------------------------------- Caffe's prototxt
@@ -203,15 +219,16 @@ layer {
 }
 layer {
   name: "softmax_loss" type: "SoftmaxWithLoss" bottom: "score" bottom: "label" top: "other"
-  loss_param { ignore_label: 3 normalization: FULL } loss_weight: 0.5
+  loss_param { ignore_label: 3 normalization: FULL odd: "x" } loss_weight: 0.5
+  focal_loss_param { gama: 1 extra { deep: [{ a: 1 }] } }
 }
 layer {
   name: "focal" type: "FocalLoss" bottom: "score" bottom: "label" top: "loss" top: "prob"
   propagate_down: true propagate_down: false
   loss_weight: 2 loss_weight: 0
-  focal_loss_param { type: LINEAR alpha: 0.3 gamma: 1.5 beta: 1 extra { deep: [{ a: 1 }] } }
-  softmax_param { axis: -1 engine: CAFFE }
-  loss_param { ignore_label: -1 normalization: BATCH_SIZE normalize: true odd: "x" }
+  focal_loss_param { type: ORIGIN alpha: 0.3 gamma: 1.5 beta: 1 }
+  softmax_param { axis: -1 engine: CAFFE } include { phase: TRAIN }
+  loss_param { ignore_label: -1 normalization: BATCH_SIZE normalize: true }
 }
 """
 
@@ -294,6 +311,33 @@ def test_prototxt_of_several_layers():
 def test_prototxt_errors_help(message, text, name):
     with pytest.raises(ValueError, match=message):
         FocalLossLayer.from_prototxt(text, name)
+
+
+@pytest.mark.parametrize(
+    ("message", "body"),
+    [
+        ("1:[0-9]+ .*'gama' in focal_loss_param, wanted gamma", "focal_loss_param { gama: 5 }"),
+        ("'Gamma' in focal_loss_param, wanted gamma", "focal_loss_param < alpha: 1 Gamma: 5 >"),
+        ("'x' in focal_loss_param, wanted one of .*'alpha'", "focal_loss_param: { x { y: 1 } }"),
+        ("2:1 .*'axes' in softmax_param, wanted axis", "softmax_param {\naxes: 2 }"),
+        ("'ignore_lable' in loss_param, wanted ignore_label", "loss_param { ignore_lable: 0 }"),
+        ("'normalisation' in loss_param", "loss_param { normalisation: FULL }"),
+        ("'focal_loss_parm' in the FocalLoss layer, wanted focal_loss_param", "focal_loss_parm {}"),
+        ("'loss_weights' in the FocalLoss layer, wanted loss_weight", "loss_weights: 2"),
+        ("type LINEAR, wanted ORIGIN", "focal_loss_param { type: LINEAR gamma: 2 beta: 1 }"),
+    ],
+)
+def test_prototxt_unknown_fields_of_the_layer(message, body):
+    alone = focal(body)
+    inside = alone.removeprefix("layer {").removesuffix("}")
+    # Other layers before and after it may hold what they like, the same fields too.
+    other = 'layer { name: "x" ' + body + ' other_param: [{ a: 1 }, { b: "{" }] }'
+    listed = "layer [{ name: 'y' " + body.replace("\n", " ") + " }, {" + inside + "}]"
+    for text in (alone, inside, alone + other, listed):
+        with pytest.raises(ValueError, match=message if text == alone else message[-20:]):
+            FocalLossLayer.from_prototxt(text)
+    plain = other + focal("focal_loss_param { gamma: 3 }") + other
+    assert FocalLossLayer.from_prototxt(plain) == FocalLossLayer(gamma=3.0)
 
 
 any_layer = st.builds(
@@ -381,6 +425,13 @@ def test_mindspore_floating_indices_and_impossible_ones(volumes):
     assert jnp.isnan(loss_of(logits, wrong)).tolist() == [False, True]
 
 
+def test_mindspore_indices_of_64_bits_are_no_other_class(volumes):
+    logits, labels = volumes
+    wide = np.asarray(labels).astype(np.int64)
+    wide[1, 0, 0, 0] = 2**32
+    assert jnp.isnan(mindspore.FocalLoss(reduction="none")(logits, wide)).tolist() == [False, True]
+
+
 def test_mindspore_nothing_to_reduce():
     for reduction, shape in {"mean": (), "sum": (), "none": (0,)}.items():
         loss = mindspore.FocalLoss(reduction=reduction)(jnp.zeros((0, 3)), np.zeros((0, 1), int))
@@ -399,14 +450,19 @@ def test_mindspore_nothing_to_reduce():
         (r"\btarget: got", None, (jnp.zeros((2, 3, 4)), np.zeros((2, 1, 5), int))),
         (r"\btarget: got", None, (jnp.zeros((2, 3)), np.zeros((2, 1), bool))),
         (r"\btarget: got", None, (jnp.zeros((2, 3)), np.zeros((2, 3), complex))),
-        (r"\balpha: got", jnp.ones(2), (jnp.zeros((2, 3)), np.zeros((2, 1), int))),
+        (r"\bweight: got", jnp.ones(2), (jnp.zeros((2, 3)), np.zeros((2, 1), int))),
     ],
 )
 def test_mindspore_bad_input(message, weight, inputs):
     with pytest.raises(ValueError, match=message):
         mindspore.FocalLoss(weight)(*inputs)
+
+
+def test_mindspore_refuses_a_bad_option_when_made():
     with pytest.raises(ValueError, match="reduction: got 'max'"):
         mindspore.FocalLoss(reduction="max")
+    with pytest.raises(ValueError, match="gamma: got -1"):
+        mindspore.FocalLoss(gamma=-1)
 
 
 # ---------------------------------------------------------------- pytorch-retinanet
@@ -464,6 +520,24 @@ def test_pytorch_retinanet_clamps():
     assert losses[1] == 0
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_pytorch_retinanet_clamps_16_bits_as_well(dtype):
+    row = [0.0, 2e-5, 3e-4, 0.5, 0.9951171875, 1.0]  # the last but one in both dtypes
+    p = jnp.asarray([[row, row]], dtype)
+    anchors = jnp.array([[[0.0, 0, 8, 8], [20, 20, 28, 28]]])
+    annotations = jnp.array([[[0.0, 0, 8, 8, 0]]])
+    arguments = jnp.zeros((1, 2, 4)), anchors, annotations
+    losses, gradient, _ = jax.jit(pytorch_losses)(p, *arguments)
+    exact, exact_gradient, _ = jax.jit(pytorch_losses)(p.astype(jnp.float32), *arguments)
+    np.testing.assert_array_equal(losses, exact)
+    assert gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient, exact_gradient.astype(dtype))
+    assert np.isfinite(losses[0]).all()
+    np.testing.assert_array_equal(
+        gradient[0, 1].astype(bool), [False, False, True, True, True, False]
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -493,9 +567,3 @@ def test_only_caffe_loads_protobuf():
         "assert 'google.protobuf' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
-
-
-def test_unknown_systems():
-    assert {"caffe", "mindspore", "pytorch_retinanet"} < set(dir(compat))
-    with pytest.raises(AttributeError, match="tensorflow"):
-        _ = compat.tensorflow

@@ -1,5 +1,7 @@
 """The linen and the nnx modules: one set of properties for both, then what each adds."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -145,16 +147,194 @@ def test_dtypes(room, dtype, name, x64):
         ({}, jnp.zeros((2, 3), int), "labels: got shape"),
         ({"ignore_label": -1}, jnp.zeros((2, 3)), "labels: .* ignore_label"),
         ({"alpha": jnp.ones(4)}, jnp.zeros(2, int), "alpha: got shape"),
-        ({"gamma": -1}, jnp.zeros(2, int), "gamma: got -1"),
-        ({"gamma": jnp.array(-1.0)}, jnp.zeros(2, int), "gamma: got -1"),
         ({"axis": 2}, jnp.zeros(2, int), "axis: got 2"),
-        ({"normalization": "mean"}, jnp.zeros(2, int), "normalization: got 'mean'"),
-        ({"loss_weight": jnp.ones(2)}, jnp.zeros(2, int), "loss_weight: got shape"),
     ],
 )
 def test_errors_name_the_argument(room, options, labels, message):
+    module = room.SoftmaxFocalLoss(**options)
     with pytest.raises(InputError, match=message):
-        room.SoftmaxFocalLoss(**options)(jnp.zeros((2, 3)), labels)
+        module(jnp.zeros((2, 3)), labels)
+
+
+BAD = [
+    ({"gamma": -1}, "gamma: got -1"),
+    ({"gamma": jnp.array(-1.0)}, "gamma: got -1"),
+    ({"gamma": "2"}, "gamma: got '2'"),
+    ({"gamma": None}, "gamma: got None"),
+    ({"alpha": {"positive": 1}}, "alpha: got {'positive': 1}"),
+    ({"normalization": "median"}, "normalization: got 'median'"),
+    ({"normalization": None}, "normalization: got None"),
+    ({"normalization": (1, 2)}, r"normalization: got shape \(2,\)"),
+    ({"loss_weight": jnp.ones(2)}, r"loss_weight: got shape \(2,\)"),
+    ({"loss_weight": "1"}, "loss_weight: got '1'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_a_bad_option_is_refused_when_the_module_is_made(room, options, message):
+    for make in (
+        room.SoftmaxFocalLoss,
+        room.SigmoidFocalLoss,
+        functools.partial(room.Reduced, "sigmoid_focal_loss"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis": 1.0}, "axis: got 1.0"),
+        ({"ignore_label": 0.5}, "ignore_label: got 0.5"),
+        ({"ignore_label": "void"}, "ignore_label: got 'void'"),
+    ],
+)
+def test_a_bad_option_of_softmax_is_refused_when_the_module_is_made(room, options, message):
+    for make in (
+        room.SoftmaxFocalLoss,
+        functools.partial(room.Reduced, "softmax_focal_loss_with_integer_labels"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make(**options)
+
+
+@pytest.mark.parametrize("normalization", ["valid", "batch_size"])
+def test_weights_reach_the_reduction(room, data, normalization):
+    logits, labels = data
+    weights = jax.random.uniform(jax.random.key(2), labels.shape)
+    module = room.SoftmaxFocalLoss(normalization=normalization, ignore_label=1)
+    losses = focal_jax.softmax_focal_loss_with_integer_labels(logits, labels, ignore_label=1)
+    divisor = np.sum(weights, where=np.asarray(labels) != 1) if normalization == "valid" else 4
+    np.testing.assert_allclose(
+        module(logits, labels, weights=weights), jnp.sum(weights * losses) / divisor, rtol=1e-6
+    )
+    weights = weights[..., None]
+    losses = focal_jax.sigmoid_focal_loss(logits, logits > 0)
+    np.testing.assert_allclose(
+        room.SigmoidFocalLoss(normalization="sum")(logits, logits > 0, weights=weights),
+        jnp.sum(weights * losses),
+        rtol=1e-6,
+    )
+
+
+# ------------------------------------------------------------------------------- any loss
+
+
+def test_reduced_is_the_named_modules(room, data):
+    logits, labels = data
+    where = jnp.arange(5) > 0
+    shared = {"gamma": 1.5, "normalization": "valid", "loss_weight": 3.0}
+    softmax = {"alpha": ALPHA, "ignore_label": 2, "axis": 1}
+    chex.assert_trees_all_equal(
+        room.Reduced("softmax_focal_loss_with_integer_labels", **shared, **softmax)(
+            jnp.moveaxis(logits, -1, 1), labels, where=where
+        ),
+        room.SoftmaxFocalLoss(**shared, **softmax)(
+            jnp.moveaxis(logits, -1, 1), labels, where=where
+        ),
+    )
+    chex.assert_trees_all_equal(
+        room.Reduced(focal_jax.sigmoid_focal_loss, **shared)(logits, logits > 0),
+        room.SigmoidFocalLoss(**shared)(logits, logits > 0),
+    )
+
+
+def test_reduced_counts_as_the_linear_loss_does(room, data):
+    features, labels = data
+    kernel = jax.random.normal(jax.random.key(3), (3, 7))
+    where, weights = jnp.arange(5) > 0, jnp.arange(4.0)[:, None]
+    module = room.Reduced(
+        focal_jax.linear_softmax_focal_loss_with_integer_labels, ignore_label=0, chunk_size=4
+    )
+    losses = focal_jax.softmax_focal_loss_with_integer_labels(features @ kernel, labels)
+    counts = np.asarray(weights) * (np.asarray(where) & (np.asarray(labels) != 0))
+    np.testing.assert_allclose(
+        module(features, kernel, labels, where=where, weights=weights),
+        (counts * np.asarray(losses)).sum() / counts.sum(),
+        rtol=1e-5,
+    )
+
+
+def test_a_call_s_options_take_the_place_of_the_module_s(room, data):
+    logits = data[0]
+    module = room.Reduced("sigmoid_focal_loss", gamma=5.0, alpha=0.25)
+    scheduled = jax.jit(lambda gamma: module(logits, logits > 0, gamma=gamma, alpha=None))
+    for gamma in (0.0, 1.5):
+        expected = room.SigmoidFocalLoss(gamma=gamma)(logits, logits > 0)
+        np.testing.assert_allclose(scheduled(gamma), expected, rtol=1e-5)
+
+
+def test_reduced_differentiates_a_traced_option(room, data):
+    def through_module(alpha):
+        module = room.Reduced("softmax_focal_loss_with_integer_labels", alpha=alpha)
+        return module(*data)
+
+    chex.assert_trees_all_close(
+        jax.jit(jax.value_and_grad(through_module))(ALPHA),
+        jax.value_and_grad(lambda alpha: room.SoftmaxFocalLoss(alpha=alpha)(*data))(ALPHA),
+        rtol=1e-5,
+    )
+
+
+def test_reduced_over_mapped_axes(room, data):
+    logits, labels = data
+    options = {"loss": "softmax_focal_loss_with_integer_labels", "ignore_label": 0}
+    losses = jax.vmap(room.Reduced(**options, axis_name="batch"), axis_name="batch")(*data)
+    np.testing.assert_allclose(losses.mean(), room.Reduced(**options)(logits, labels), rtol=1e-6)
+
+
+def test_a_loss_that_sums_over_the_devices_itself(room):
+    def dice(logits, labels, *, smooth=1.0, where=None, axis_name=None):
+        """Return a loss a class, summed over all positions, as a Tversky loss is."""
+        kept = jnp.where(True if where is None else where[:, None], 1.0, 0.0)
+        sums = jnp.stack([jnp.sum(kept * x, 0) for x in (logits * labels, logits + labels)])
+        both, either = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+        return 1 - (2 * both + smooth) / (either + smooth)
+
+    logits, labels, where = jnp.ones((4, 5, 3)) * 0.3, jnp.ones((4, 5, 3)), jnp.ones((4, 5), bool)
+    spread = room.Reduced(dice, smooth=0.5, axis_name="batch")
+    losses = jax.vmap(lambda *args: spread(*args[:2], where=args[2]), axis_name="batch")(
+        logits, labels, where
+    )
+    want = 1 - (2 * 6 + 0.5) / (26 + 0.5)
+    np.testing.assert_allclose(losses, np.full(4, want), rtol=1e-6)
+
+
+def test_reduced_holds_constants(room):
+    def make(alpha):
+        return room.Reduced("sigmoid_focal_loss", alpha=alpha, gamma=np.float32(1))
+
+    module = make(ALPHA)
+    assert dict(module.options)["alpha"] == tuple(ALPHA.tolist())
+    assert module.loss is focal_jax.sigmoid_focal_loss
+    if room is focal_jax.linen:
+        same = room.Reduced(focal_jax.sigmoid_focal_loss, gamma=1.0, alpha=np.asarray(ALPHA))
+        assert module == same
+        assert hash(module) == hash(same)
+        assert module.clone() == module != make(0.5)
+        assert module.init(jax.random.key(0), ALPHA, ALPHA) == {}
+    else:
+        graph, state = nnx.split(module)
+        assert jax.tree.leaves(state) == []
+        assert graph == nnx.split(make(np.asarray(ALPHA)))[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        ("focal_loss", {}, "loss: got 'focal_loss', wanted a function or one of .*'sigmoid_focal"),
+        ("reduce_loss", {}, "loss: got 'reduce_loss'"),
+        (None, {}, "loss: got None"),
+        ("sigmoid_focal_loss", {"axis": 1}, r"axis: got an option .* wanted one of \['alpha', 'ga"),
+        ("sigmoid_focal_loss", {"gama": 1}, "gama: got an option that the loss does not have"),
+    ],
+)
+def test_reduced_errors(room, loss, options, message):
+    with pytest.raises(InputError, match=message):
+        room.Reduced(loss, **options)
+    if options:
+        with pytest.raises(InputError, match=message):
+            room.Reduced(loss)(jnp.zeros(2), jnp.zeros(2), **options)
 
 
 def test_a_wrong_mask_is_named_also_beside_an_ignore_label(room):

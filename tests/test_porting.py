@@ -171,6 +171,17 @@ EXPECTED = {
     "`Matcher(0.5, 0.4, allow_low_quality_matches=True)(ops.box_iou(boxes, anchors))`": (
         low_quality_matches()
     ),
+    # PyTorch
+    "`nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0))(logits, targets)`": (
+        (np.where(targets == 1, 3, 1) * binary(logits, targets, gamma=0)).mean()
+    ),
+    "`nn.CrossEntropyLoss(ignore_index=2)(scores, labels)`": (
+        categorical(scores, one_hot, 0)[:, :2].sum() / (labels != 2).sum()
+    ),
+    "`nn.CrossEntropyLoss(weight, ignore_index=2)(scores, labels)`": (
+        (weight[:2, None, None] * categorical(scores, one_hot, 0)[:, :2]).sum()
+        / weight[labels[labels != 2]].sum()
+    ),
     # Keras
     "`CategoricalFocalCrossentropy(from_logits=True)(y_true, logits)`": (
         0.25 * categorical(logits, y_true).sum(1).mean()

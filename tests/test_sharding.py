@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import INTEGER, LOSSES, assert_close, ids
+from helpers import PROGRAMS, assert_close
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -21,109 +21,139 @@ def _mesh(kind=jax.sharding.AxisType.Auto, shape=(4, 2)):
     return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
 
 
-def _inputs(loss, shape=SHAPE):
-    logits, labels = loss.inputs(0, shape)
-    return logits, labels, jnp.float32(0.3), jnp.float32(1.5)
+def _inputs(row, shape=SHAPE):
+    """Return what has the positions and what all share, each a dictionary, and statics."""
+    arguments = row.arguments(0, shape) | row.scalars()
+    static = row.axis(-1)
+    own = {k: arguments.pop(k) for k in (row.first, "labels")}
+    return own, {k: v for k, v in arguments.items() if k not in static}
 
 
-def _reduced(loss, axis_name=None):
-    def reduced(logits, labels, alpha, gamma):
-        losses = loss.eager(logits, labels, alpha=alpha, gamma=gamma)
+def _reduced(row, axis_name=None):
+    """Return the mean loss of (differentiable, shared, the rest)."""
+
+    def reduced(own, shared, fixed):
+        losses = row.eager(**own, **shared, **fixed)
         return focal_jax.reduce_loss(losses, axis_name=axis_name)
 
     return reduced
 
 
-def _mean_over_data(loss):
-    return lambda *args: lax.pmean(_reduced(loss, "data")(*args), "data")
+def _mean_over_data(row):
+    return lambda *args: lax.pmean(_reduced(row, "data")(*args), "data")
 
 
-def _wrt(loss):
-    return (0, 1, 2, 3) if loss.soft else (0, 2, 3)
+def _arguments(row, shape=SHAPE):
+    """Return arrays by position that are differentiable, shared ones, and the labels if not."""
+    own, shared = _inputs(row, shape)
+    fixed = {"labels": own.pop("labels")} if row.integer else {}
+    return own, shared, fixed
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
+def _value_and_grad(mean):
+    return jax.value_and_grad(mean, (0, 1))
+
+
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_with_the_gradient_outside(loss, check_vma):
-    args = _inputs(loss)
-
+def test_shard_map_with_the_gradient_outside(row, check_vma):
+    args = _arguments(row)
     mapped = jax.shard_map(
-        _mean_over_data(loss),
+        _mean_over_data(row),
         mesh=_mesh(),
-        in_specs=(P("data"), P("data"), P(), P()),
+        in_specs=(P("data"), P(), P("data")),
         out_specs=P(),
         check_vma=check_vma,
     )
-    got = jax.jit(jax.value_and_grad(mapped, _wrt(loss)))(*args)
-    assert_close(got, jax.jit(jax.value_and_grad(_reduced(loss), _wrt(loss)))(*args), 1e-5)
+    got = jax.jit(_value_and_grad(mapped))(*args)
+    assert_close(got, jax.jit(_value_and_grad(_reduced(row)))(*args), 1e-5)
 
 
-def _gradient_inside(mean, wrt, names, check_vma):
+def _gradient_inside(mean, names, check_vma):
     """Return value and gradients as one device has them, for use inside the mapped function.
 
-    The first argument is spread over the devices, the others of `wrt` are on all of them.
-    Without JAX's account of what varies, a gradient is that of the sum of what all the
-    devices return.
+    The first argument is spread over the devices, the second is on all of them. Without
+    JAX's account of what varies, a gradient is that of the sum of what all the devices
+    return.
     """
 
     def local(*args):
-        value, (own, *shared) = jax.value_and_grad(mean, wrt)(*args)
+        value, (own, shared) = _value_and_grad(mean)(*args)
         if not check_vma:
-            own, shared = own / lax.axis_size(names), lax.pmean(shared, names)
-        return value, (own, *shared)
+            own = jax.tree.map(lambda x: x / lax.axis_size(names), own)
+            shared = lax.pmean(shared, names)
+        return value, (own, shared)
 
     return local
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_with_the_gradient_inside(loss, check_vma):
-    args, wrt = _inputs(loss), (0, 2, 3)
-    spec = P("data")
+def test_shard_map_with_the_gradient_inside(row, check_vma):
+    args = _arguments(row)
     mapped = jax.shard_map(
-        _gradient_inside(_mean_over_data(loss), wrt, "data", check_vma),
+        _gradient_inside(_mean_over_data(row), "data", check_vma),
         mesh=_mesh(),
-        in_specs=(spec, spec, P(), P()),
-        out_specs=(P(), (spec, P(), P())),
+        in_specs=(P("data"), P(), P("data")),
+        out_specs=(P(), (P("data"), P())),
         check_vma=check_vma,
     )
-    want = jax.jit(jax.value_and_grad(_reduced(loss), wrt))(*args)
+    want = jax.jit(_value_and_grad(_reduced(row)))(*args)
     assert_close(jax.jit(mapped)(*args), want, 1e-5)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-def test_pmap(loss):
-    logits, labels, alpha, gamma = _inputs(loss)
-    wrt = (0, 2, 3)
-    local = _gradient_inside(_mean_over_data(loss), wrt, "data", check_vma=False)
-    split = [x.reshape(8, 2, *x.shape[1:]) for x in (logits, labels)]
-    value, (by_logits, *shared) = jax.pmap(local, "data", in_axes=(0, 0, None, None))(
-        *split, alpha, gamma
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_pmap(row):
+    own, shared, fixed = _arguments(row)
+    local = _gradient_inside(_mean_over_data(row), "data", check_vma=False)
+    split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), (own, fixed))
+    value, (by_own, by_shared) = jax.pmap(local, "data", in_axes=(0, None, 0))(
+        split[0], shared, split[1]
     )
-    want = jax.jit(jax.value_and_grad(_reduced(loss), wrt))(logits, labels, alpha, gamma)
+    want = jax.jit(_value_and_grad(_reduced(row)))(own, shared, fixed)
+    by_own = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_own)
     for i in range(8):
-        got = value[i], (by_logits.reshape(SHAPE), *(x[i] for x in shared))
-        assert_close(got, want, 1e-5)
+        of_device = {k: x[i] for k, x in by_shared.items()}
+        assert_close((value[i], (by_own, of_device)), want, 1e-5)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-@pytest.mark.parametrize(
-    "spec",
-    [P("data"), P(None, "data"), P("data", "model"), P("data", None, "model")],
-    ids=["batch", "space", "both", "classes"],
-)
-def test_jit_over_a_mesh_gathers_nothing(loss, spec):
-    args = logits, labels, alpha, gamma = _inputs(loss, (16, 8, 64))
+def _placed(mesh, spec, args):
+    """Return the arguments with the positions, and the classes, spread over the mesh."""
+    own, shared, fixed = args
+
+    def place(x):
+        return jax.device_put(x, NamedSharding(mesh, P(*spec[: x.ndim])))
+
+    return *jax.tree.map(place, (own,)), shared, jax.tree.map(place, fixed)
+
+
+_SPECS = {
+    "batch": P("data"),
+    "space": P(None, "data"),
+    "both": P("data", "model"),
+    "classes": P("data", None, "model"),
+}
+# The last axis of a linear head's features is no class axis.
+_LAYOUTS = [
+    pytest.param(row, spec, id=f"{row}-{name}")
+    for row in PROGRAMS
+    for name, spec in _SPECS.items()
+    if not (row.linear and name == "classes")
+]
+
+
+@pytest.mark.parametrize(("row", "spec"), _LAYOUTS)
+def test_jit_over_a_mesh_gathers_nothing(row, spec):
+    args = _arguments(row, (16, 8, 64 if not row.linear else 16))
     mesh = _mesh()
-    logits = jax.device_put(logits, NamedSharding(mesh, spec))
-    labels = jax.device_put(labels, NamedSharding(mesh, P(*spec[: labels.ndim])))
-    function = jax.jit(jax.value_and_grad(_reduced(loss), _wrt(loss)))
-    text = function.lower(logits, labels, alpha, gamma).compile().as_text()
+    placed = _placed(mesh, spec, args)
+    function = jax.jit(_value_and_grad(_reduced(row)))
+    compiled = function.lower(*placed).compile()
     # At most a number or two of each position: where a device has its largest logit.
-    assert max(_gathered(text), default=0) <= 16 * 8
-    got = function(logits, labels, alpha, gamma)
+    assert max(_gathered(compiled.as_text()), default=0) <= 16 * 8
+    got = compiled(*placed)
     assert_close(got, function(*args), 1e-5)
-    assert got[1][0].sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+    assert got[1][0][row.first].sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
 
 
 def _sizes(text, operation):
@@ -137,22 +167,22 @@ def _gathered(text):
     return _sizes(text, "all-gather|all-to-all|collective-permute")
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
 @pytest.mark.parametrize(
-    "spec", [P("data", "model"), P("data", None, "model")], ids=["positions", "classes"]
+    ("row", "spec"),
+    [p for p in _LAYOUTS if p.values[1] in (P("data", "model"), P("data", None, "model"))],
 )
-def test_an_explicit_mesh(loss, spec):
-    logits, labels, alpha, gamma = _inputs(loss)
-    if loss.softmax:
-        alpha = jnp.linspace(0.1, 1, SHAPE[-1])
+def test_an_explicit_mesh(row, spec):
+    own, shared, fixed = _arguments(row)
+    if not row.linear:  # the weights of the classes are picked by labels that are spread
+        shared |= {k: v for k, v in row.drawn(0, SHAPE).items() if row.options[k].per_class}
     mesh = _mesh(jax.sharding.AxisType.Explicit)
-    function = jax.jit(jax.value_and_grad(_reduced(loss), _wrt(loss)))
-    want = function(logits, labels, alpha, gamma)
+    function = jax.jit(_value_and_grad(_reduced(row)))
+    want = function(own, shared, fixed)
     with jax.set_mesh(mesh):
-        logits = jax.device_put(logits, NamedSharding(mesh, spec))
-        labels = jax.device_put(labels, NamedSharding(mesh, P(*spec[: labels.ndim])))
-        got = function(logits, labels, alpha, gamma)
-        assert jax.typeof(got[1][0]).sharding.spec == jax.typeof(logits).sharding.spec
+        placed = _placed(mesh, spec, (own, shared, fixed))
+        got = function(*placed)
+        sharding = jax.typeof(placed[0][row.first]).sharding.spec
+        assert jax.typeof(got[1][0][row.first]).sharding.spec == sharding
     assert_close(jax.tree.map(np.asarray, got), want, 1e-5)
 
 
@@ -173,7 +203,7 @@ def _class_inputs():
 
 def _mean(axis_name=None, class_axis_name=None, axis=-1):
     def mean(logits, labels, alpha, gamma):
-        losses = INTEGER.eager(
+        losses = focal_jax.softmax_focal_loss_with_integer_labels(
             logits,
             labels,
             alpha=alpha,
@@ -197,7 +227,13 @@ def test_classes_spread_over_devices(inside, check_vma, names):
     mesh = _mesh(shape=(2, 4) if names == "model" else (2, 2, 2))
     spread = _mean("data", names)
 
-    local = _gradient_inside(spread, wrt, mesh.axis_names, check_vma)
+    def local(*args):
+        value, (own, *shared) = jax.value_and_grad(spread, wrt)(*args)
+        if not check_vma:
+            own = own / lax.axis_size(mesh.axis_names)
+            shared = lax.pmean(shared, mesh.axis_names)
+        return value, (own, *shared)
+
     specs = P("data", None, names), P("data"), P(), P()
     mapped = jax.shard_map(
         local if inside else spread,
@@ -213,10 +249,14 @@ def test_classes_spread_over_devices(inside, check_vma, names):
 def test_classes_spread_over_devices_by_pmap_and_vmap():
     logits, labels, alpha, gamma = _class_inputs()
     slices = jnp.stack(jnp.split(logits, 4, -1))
-    want = INTEGER.ours(logits, labels, alpha=alpha, gamma=gamma)
+    want = focal_jax.softmax_focal_loss_with_integer_labels(
+        logits, labels, alpha=alpha, gamma=gamma
+    )
     for mapped in (jax.pmap, jax.vmap):
         losses = mapped(
-            lambda z: INTEGER.eager(z, labels, alpha=alpha, gamma=gamma, class_axis_name="model"),
+            lambda z: focal_jax.softmax_focal_loss_with_integer_labels(
+                z, labels, alpha=alpha, gamma=gamma, class_axis_name="model"
+            ),
             axis_name="model",
         )(slices)
         for of_device in losses:

@@ -1,5 +1,7 @@
 """Initializer, class weights, gamma by sample, running normalizer."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -91,6 +93,155 @@ def test_class_balanced_alpha_errors(counts, beta, message):
         training.class_balanced_alpha(jnp.array(counts), beta=beta)
 
 
+@pytest.mark.parametrize("counts", [[2**32, 2**33, 5], [2**40, 2**20, 1], [2**63, 1, 0]])
+@pytest.mark.parametrize("dtype", [list, np.int64, np.uint64, np.float64])
+@pytest.mark.parametrize("function", [training.class_balanced_alpha, training.logit_adjustment])
+def test_counts_of_64_bits_do_not_wrap(counts, dtype, function):
+    counts = [min(n, 2**63 - 1) for n in counts]
+    given = counts if dtype is list else np.array(counts, dtype)
+    np.testing.assert_allclose(
+        function(given), function(jnp.asarray(counts, jnp.float32)), rtol=1e-6
+    )
+    assert np.isfinite(function(given)[:2]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("beta", [0.999, 1 - 1e-6, 1 - 1e-15])
+def test_counts_of_16_bits_near_beta_1(dtype, beta):
+    counts = jnp.array([1, 8, 1024, 0], dtype)
+    alpha = training.class_balanced_alpha(counts, beta=beta)
+    assert alpha.dtype == jnp.float32
+    np.testing.assert_allclose(alpha, exact_alpha([1, 8, 1024, 0], beta), rtol=1e-6)
+
+
+LABELS = np.array([[0, 2, 2, 255], [1, 0, 2, 255], [255, 0, 0, 3]])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("length", [None, 7, 256])
+def test_counts_of_a_bincount(jit, length):
+    labels = LABELS if length is None or length > 255 else LABELS[LABELS < 255]
+    counts = np.bincount(labels.ravel(), minlength=length or 0)
+    function = functools.partial(training.class_balanced_alpha, num_classes=6, ignore_label=255)
+    alpha = (jax.jit(function) if jit else function)(jnp.asarray(counts))
+    np.testing.assert_allclose(alpha, exact_alpha([4, 1, 3, 1, 0, 0], 0.999), rtol=1e-6)
+
+
+def test_counts_of_labels_that_do_not_exist_are_loud():
+    counts = np.bincount(LABELS.ravel())
+    for options in ({"num_classes": 4}, {"num_classes": 3, "ignore_label": 255}):
+        assert np.isnan(training.class_balanced_alpha(counts, **options)).all()
+    # Without a number of classes all counts are of classes, and -1 is none of them.
+    alpha = training.class_balanced_alpha(counts, ignore_label=-1)
+    assert alpha.shape == (256,)
+    assert alpha[255] > 0
+
+
+def test_an_ignored_class_has_no_weight():
+    alpha = training.class_balanced_alpha(np.array([90, 5, 9]), ignore_label=0)
+    np.testing.assert_allclose(alpha, exact_alpha([0, 5, 9], 0.999), rtol=1e-6)
+
+
+def test_labels_are_no_counts():
+    for function in (training.class_balanced_alpha, training.logit_adjustment):
+        with pytest.raises(InputError, match=r"counts: got shape \(3, 4\), .* jnp.bincount"):
+            function(LABELS)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2])
+def test_logit_adjustment_is_the_balanced_softmax(tau):
+    counts = np.array([500, 20, 0, 3])
+    adjustment = training.logit_adjustment(counts, tau=tau)
+    assert adjustment[2] == -np.inf
+    logits = jax.random.normal(jax.random.key(0), (5, 4))
+    labels = jnp.array([0, 1, 3, 1, 0])
+    step = jax.value_and_grad(
+        lambda z: focal_jax.softmax_focal_loss_with_integer_labels(z, labels, gamma=0).sum()
+    )
+    value, gradient = step(logits + adjustment[None])
+    # Ren et al. 2020: every class's share of the softmax is multiplied by its count.
+    weighted = (counts / 523) ** tau * np.exp(np.asarray(logits, float))
+    p = weighted / weighted.sum(1, keepdims=True)
+    np.testing.assert_allclose(value, -np.log(p[np.arange(5), labels]).sum(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, p - np.eye(4)[labels], rtol=1e-4, atol=1e-7)
+    # As the bias of a linear head it is the same.
+    features, kernel = logits[:, :3], jnp.arange(12.0).reshape(3, 4) / 10
+    np.testing.assert_allclose(
+        focal_jax.linear_softmax_focal_loss_with_integer_labels(
+            features, kernel, labels, bias=adjustment
+        ),
+        focal_jax.softmax_focal_loss_with_integer_labels(
+            features @ kernel + adjustment[None], labels
+        ),
+        rtol=1e-5,
+    )
+
+
+def test_logit_adjustment_without_tau_and_without_a_meaning():
+    np.testing.assert_array_equal(training.logit_adjustment([3, 0, 5], tau=0), np.zeros(3))
+    for counts in ([0, 0], [3, -1]):
+        assert jnp.isnan(training.logit_adjustment(counts)).any()
+
+
+def cross_entropy(logits, labels, w):
+    """Return `BCEWithLogitsLoss(pos_weight=w, reduction="none")` of PyTorch, in float64."""
+    z, y = np.asarray(logits, float), np.asarray(labels, float)
+    return w * y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z)
+
+
+@pytest.mark.parametrize("w", [0, 0.3, 1.0, np.float32(40), np.array([0.1, 3.0, 99.0])])
+def test_positive_weight_is_pytorch_s(w):
+    logits = 4 * jax.random.normal(jax.random.key(0), (50, 3))
+    labels = jax.random.bernoulli(jax.random.key(1), 0.3, (50, 3))
+    alpha, factor = training.positive_weight(w)
+    factor = jnp.broadcast_to(factor, (50, 3))
+    losses = factor * focal_jax.sigmoid_focal_loss(logits, labels, alpha=alpha, gamma=0)
+    np.testing.assert_allclose(losses, cross_entropy(logits, labels, w), rtol=1e-5)
+
+
+def test_positive_weight_is_differentiable_and_loud():
+    def through(w):
+        alpha, factor = training.positive_weight(w)
+        return (factor * focal_jax.sigmoid_focal_loss(1.5 * w / w, 1.0, alpha=alpha, gamma=0)).sum()
+
+    np.testing.assert_allclose(
+        jax.grad(through)(jnp.array([2.0, 5.0])), np.full(2, np.log1p(np.exp(-1.5))), rtol=1e-5
+    )
+    assert np.isnan(training.positive_weight(jnp.array([1.0, -1.0])).alpha).tolist() == [
+        False,
+        True,
+    ]
+    for w, message in ((-1, "w: got -1"), (float("inf"), "w: got inf"), ("2", "w: got '2'")):
+        with pytest.raises(InputError, match=message):
+            training.positive_weight(w)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (training.prior_bias_init, "prior"),
+        (lambda x: training.class_balanced_alpha([1, 2], beta=x), "beta"),
+        (lambda x: training.class_balanced_alpha([1, 2], num_classes=x), "num_classes"),
+        (lambda x: training.logit_adjustment([1, 2], tau=x), "tau"),
+        (lambda x: training.positive_count_ema(decay=x), "decay"),
+        (lambda x: training.positive_count_ema(initial=x), "initial"),
+        (training.class_balanced_alpha, "counts"),
+        (training.positive_weight, "w"),
+    ],
+)
+@pytest.mark.parametrize("wrong", ["0.5", {}, (1, (2, 3)), jax.random.key(0)], ids=str)
+def test_what_is_no_number_is_named(function, name, wrong):
+    with pytest.raises(InputError, match=f"^{name}: got"):
+        function(wrong)
+    with pytest.raises(InputError, match=f"^{name}: got"):
+        function(-1 if name in ("num_classes", "tau", "w") else wrong)
+
+
+def test_a_traced_number_that_has_to_be_static_is_named():
+    with pytest.raises(InputError, match="beta: got"):
+        jax.jit(lambda beta: training.class_balanced_alpha([1, 2], beta=beta))(0.5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_sample_dependent_gamma(dtype):
     p_t = jnp.array([0.0, 0.1, 0.1992, 0.2, 0.5, 1.0], dtype)
@@ -169,6 +320,13 @@ def test_positive_count_ema_counts_the_whole_batch():
 def test_positive_count_ema_errors(options, message):
     with pytest.raises(InputError, match=message):
         training.positive_count_ema(**options)
+
+
+@pytest.mark.parametrize("count", [2**33, np.int64(2**33), np.array(2**33)])
+def test_a_count_of_64_bits_does_not_wrap(count):
+    ema = training.positive_count_ema(decay=0.5, initial=1.0)
+    normalizer, _ = ema.update(count, ema.init())
+    np.testing.assert_allclose(normalizer, 0.5 + 2**32, rtol=1e-6)
 
 
 def test_a_count_is_one_number():

@@ -4,119 +4,132 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LOSSES, assert_close, ids
+from helpers import PROGRAMS, assert_close, gradients, total
 
 
-def _loss_and_gradient(loss, labels, **options):
-    return jax.value_and_grad(lambda z: jnp.sum(loss.ours(z, labels, **options)))
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_jit_changes_nothing(row):
+    inside, fixed = row.split(row.all(0, (5, 3)))
+    function = jax.value_and_grad(total(row.eager, **fixed))
+    assert_close(jax.jit(function)(inside), function(inside), 1e-6)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-def test_jit_changes_nothing(loss):
-    logits, labels = loss.inputs(0, (5, 3))
-    function = jax.value_and_grad(lambda z: jnp.sum(loss.eager(z, labels, gamma=1.5)))
-    assert_close(jax.jit(function)(logits), function(logits), 1e-6)
+def _rows(tree, axes):
+    """Return the elements of a tree of arrays, along the axis that each is mapped over."""
+    leaves, structure = jax.tree.flatten(tree)
+    n = leaves[0].shape[axes]
+    return [structure.unflatten([jnp.take(x, i, axes) for x in leaves]) for i in range(n)]
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-@pytest.mark.parametrize("axis", [0, 1])
-def test_vmap_is_a_loop(loss, axis):
-    logits, labels = loss.inputs(1, (4, 3, 2), -1)
-    gamma = jnp.array([0.5, 1.0, 2.0, 3.0])
-    if axis:
-        logits, labels = jnp.swapaxes(logits, 0, 1), jnp.swapaxes(labels, 0, 1)
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_vmap_is_a_loop(row):
+    # Over an axis of everything, first or last; what all share may stay unmapped.
+    inside, fixed = row.split(row.all(1, (4, 2, 3)))
+    shared = {k: inside.pop(k) for k in list(inside) if inside[k].shape[:1] != (4,)}
+    arrays = {k: fixed.pop(k) for k in ("labels",) if k in fixed}
 
-    def one(z, y, g):
-        return jax.value_and_grad(
-            lambda z, g: jnp.sum(loss.ours(z, y, alpha=0.3, gamma=g)), (0, 1)
-        )(z, g)
+    def one(inside, arrays, shared):
+        function = total(row.eager, **fixed, **arrays)
+        return jax.value_and_grad(function)(inside | shared)
 
-    got = jax.vmap(one, (axis, axis, 0))(logits, labels, gamma)
-    rows = [one(jnp.take(logits, i, axis), jnp.take(labels, i, axis), gamma[i]) for i in range(4)]
+    compiled = jax.jit(one)
+    rows = [compiled(*each, shared) for each in _rows((inside, arrays), 0)]
     want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-    assert_close(got, want, 1e-6)
+    assert_close(jax.jit(jax.vmap(one, (0, 0, None)))(inside, arrays, shared), want, 1e-6)
+    last = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), (inside, arrays))
+    assert_close(jax.jit(jax.vmap(one, (-1, -1, None)))(*last, shared), want, 1e-6)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-def test_vmap_over_one_option_alone(loss):
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_vmap_over_one_option_alone(row):
     # Residuals that are not mapped meet cotangents that are.
-    logits, labels = loss.inputs(2, (4, 3))
-    gammas = jnp.array([0.5, 2.0])
+    inside, fixed = row.split(row.arguments(2, (4, 3)))
+    options = row.scalars()
 
-    def one(g):
-        return jax.grad(lambda z, g: jnp.sum(loss.ours(z, labels, gamma=g)), (0, 1))(logits, g)
+    def one(option, name):
+        function = total(row.eager, **fixed)
+        return jax.grad(function)(inside | options | {name: option})
 
-    want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[one(g) for g in gammas])
-    assert_close(jax.vmap(one)(gammas), want, 1e-6)
-
-
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-def test_scan_and_remat(loss):
-    logits, labels = loss.inputs(3, (4, 5, 3))
-
-    def total(z):
-        def step(total, zy):
-            return total + jnp.sum(jax.checkpoint(loss.ours)(*zy)), None
-
-        return jax.lax.scan(step, jnp.float32(0), (z, labels))[0]
-
-    want = jax.value_and_grad(lambda z: jnp.sum(loss.ours(z, labels)))(logits)
-    assert_close(jax.jit(jax.value_and_grad(total))(logits), want, 1e-6)
+    for name in row.exponents:
+        values = jnp.array([0.5, 2.0])
+        compiled = jax.jit(lambda v, name=name: one(v, name))
+        want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(compiled, values))
+        assert_close(jax.jit(jax.vmap(lambda v, name=name: one(v, name)))(values), want, 1e-6)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-def test_forward_mode_alone_is_refused_and_the_reference_has_it(loss):
-    logits, labels = loss.inputs(4, (4, 3))
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_scan_and_remat(row):
+    arguments = row.all(3, (4, 5, 3))
+    inside, fixed = row.split(arguments)
+    static = row.axis(-1)
+    mapped = {k for k, x in arguments.items() if k not in static and x.shape[:1] == (4,)}
+
+    def summed(inside):
+        every = arguments | inside
+        shared = {k: v for k, v in every.items() if k not in mapped}
+
+        def step(total, own):
+            losses = jax.checkpoint(lambda own: row.eager(**own, **shared))(own)
+            return total + jnp.sum(losses), None
+
+        return jax.lax.scan(step, jnp.float32(0), {k: every[k] for k in mapped})[0]
+
+    want = gradients(row.eager, **fixed)(inside)
+    assert_close(jax.jit(jax.value_and_grad(summed))(inside), want, 1e-5)
+
+
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_forward_mode_alone_is_refused_and_the_reference_has_it(row):
+    inside, fixed = row.split(row.all(4, (4, 3)))
     with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(lambda z: loss.ours(z, labels), (logits,), (logits,))
-    tangent = jax.jvp(lambda z: jnp.sum(loss.reference(z, labels)), (logits,), (logits,))[1]
-    gradient = jax.grad(lambda z: jnp.sum(loss.ours(z, labels)))(logits)
-    assert_close(tangent, jnp.sum(gradient * logits), 1e-5)
+        jax.jvp(total(row.eager, **fixed), (inside,), (inside,))
+    plain = total(row.reference, **fixed)
+    tangent = jax.jit(lambda x: jax.jvp(plain, (x,), (x,))[1])(inside)
+    gradient = gradients(row.eager, **fixed)(inside)[1]
+    assert_close(tangent, sum(jnp.vdot(gradient[k], inside[k]) for k in inside), 1e-4)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-def test_a_closed_over_tracer_is_differentiated(loss):
-    logits, labels = loss.inputs(5, (4, 3))
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_a_closed_over_tracer_is_differentiated(row):
+    inside, fixed = row.split(row.arguments(5, (4, 3)))
 
-    def outer(gamma, alpha):
-        def inner(z):
-            return jnp.sum(loss.ours(z, labels, gamma=gamma, alpha=alpha))
+    def outer(function):
+        def penalty(options):
+            inner = total(function, **fixed, **options)
+            return sum(jnp.sum(x**2) for x in jax.tree.leaves(jax.jit(jax.grad(inner))(inside)))
 
-        return jnp.sum(jax.jit(jax.grad(inner))(logits) ** 2)
+        return jax.jit(jax.grad(penalty))(row.scalars())
 
-    def plain(gamma, alpha):
-        def inner(z):
-            return jnp.sum(loss.reference(z, labels, gamma=gamma, alpha=alpha))
-
-        return jnp.sum(jax.grad(inner)(logits) ** 2)
-
-    args = jnp.float32(1.5), jnp.float32(0.3)
-    assert_close(jax.grad(outer, (0, 1))(*args), jax.grad(plain, (0, 1))(*args), 1e-4)
+    assert_close(outer(row.eager), outer(row.reference), 1e-4)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-def test_every_axis_is_the_last_axis_moved(loss):
-    if not loss.softmax:
-        pytest.skip("no class axis")
-    logits, labels = loss.inputs(6, (2, 3, 4), -1)
-    want = _loss_and_gradient(loss, labels)(logits)
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if len(row.axes(2)) > 1], ids=str)
+def test_every_axis_is_the_last_axis_moved(row):
+    arguments = row.arguments(6, (2, 3, 4))
+    inside, fixed = row.split(arguments)
+    want = gradients(row.eager, **fixed)(inside)
     for axis in (0, 1, -2, -3):
-        moved = jnp.moveaxis(logits, -1, axis)
-        y = jnp.moveaxis(labels, -1, axis) if loss.soft else labels
-        value, gradient = _loss_and_gradient(loss, y, axis=axis)(moved)
-        assert_close((value, jnp.moveaxis(gradient, axis, -1)), want, 1e-6)
+        moved = {k: jnp.moveaxis(x, -1, axis) for k, x in inside.items()}
+        value, gradient = gradients(row.eager, **fixed | row.axis(axis))(moved)
+        back = {k: jnp.moveaxis(x, axis, -1) for k, x in gradient.items()}
+        assert_close((value, back), want, 1e-6)
         # Without a gradient the sums are taken another way.
-        assert_close(jnp.sum(loss.ours(moved, y, axis=axis)), want[0], 1e-6)
+        assert_close(jnp.sum(row.ours(**moved | fixed | row.axis(axis))), want[0], 1e-6)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=ids)
-def test_numpy_and_lists_are_taken(loss):
-    logits, labels = loss.inputs(7, (3, 2))
-    want = loss.eager(logits, labels)
-    got = loss.eager(np.asarray(logits), np.asarray(labels))
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_numpy_and_lists_are_taken(row):
+    arguments = row.arguments(7, (3, 2))
+    want = row.eager(**arguments)
+
+    def as_(convert):
+        return {k: convert(x) if hasattr(x, "dtype") else x for k, x in arguments.items()}
+
+    got = row.eager(**as_(np.asarray))
     assert isinstance(got, jax.Array)
     assert_close(got, want, 0)
-    assert_close(loss.eager(logits.tolist(), labels.tolist()), want, 1e-7)
-    for gamma in (np.float32(2), np.int64(2), 2, 2.0):
-        assert_close(loss.eager(logits, labels, gamma=gamma), want, 0)
-    assert_close(loss.ours(logits, labels, gamma=jnp.int32(2)), want, 1e-6)
+    assert_close(row.eager(**as_(lambda x: x.tolist())), want, 1e-7)
+    for two in (np.float32(2), np.int64(2), 2, 2.0, jnp.int32(2)):
+        exponents = dict.fromkeys(row.exponents, two)
+        whole = dict.fromkeys(row.exponents, 2)
+        assert_close(row.eager(**arguments, **exponents), row.eager(**arguments, **whole), 1e-6)

@@ -7,21 +7,17 @@ load when they are first named: `caffe` needs protobuf, the others nothing more.
 import importlib
 from typing import TYPE_CHECKING
 
+__all__ = ["caffe", "mindspore", "pytorch_retinanet"]
+
 if TYPE_CHECKING:
-    from focal_jax.compat import (
-        caffe as caffe,
-        mindspore as mindspore,
-        pytorch_retinanet as pytorch_retinanet,
-    )
+    from focal_jax.compat import caffe, mindspore, pytorch_retinanet
+else:
 
-_SUBMODULES = ("caffe", "mindspore", "pytorch_retinanet")
-
-
-def __getattr__(name: str):
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        if name in __all__:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_SUBMODULES])
+    return __all__

@@ -4,17 +4,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _checks
+from focal_jax import _checks, _inputs
 
 
 def class_indices(name: str, labels: ArrayLike) -> Array:
-    """Return labels as integers: floating ones, which the originals take, are truncated.
+    """Return labels as int32: floating ones, which the originals take, are truncated.
 
-    What is no number becomes a class that does not exist.
+    What int32 cannot hold becomes a class that does not exist, and so does what is no
+    number.
     """
-    labels = jnp.asarray(labels)
+    labels = _checks.array(name, labels, "class indices")
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         _checks.integer(name, labels)
-        return labels
-    nowhere = jnp.iinfo(jnp.int32).min
-    return jnp.where(jnp.isfinite(labels), labels.astype(jnp.int32), nowhere)
+        return _inputs.saturated(labels)
+    labels = labels.astype(_inputs.compute_dtype(labels))
+    int32 = _checks.INT32
+    return jnp.where(jnp.abs(labels) < int32.max, labels.astype(jnp.int32), int32.min)

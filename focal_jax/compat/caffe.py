@@ -1,27 +1,36 @@
 """The FocalLoss layer of Caffe, with its prototxt."""
 
+import difflib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
+from focal_jax import _checks
+from focal_jax._modules import static_option
 from focal_jax._reduction import reduce_loss
-from focal_jax._softmax import softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
 from focal_jax.compat._labels import class_indices
+
+__all__ = ["FocalLossLayer"]
 
 _MODES = ("FULL", "VALID", "BATCH_SIZE", "NONE")  # in the order of Caffe's numbers
 _NORMALIZATIONS = tuple(mode.lower() for mode in _MODES)
+_ENUMS = {"NormalizationMode": _MODES, "FocalLossType": ("ORIGIN", "LINEAR")}
 
 # What matters here of Caffe's schema. A net is read as a layer that holds layers: a net and
 # a layer share no field but the name, and so the text may be either.
 _SCHEMA = {
-    "FocalLossParameter": ("optional double alpha", "optional double gamma"),
+    "FocalLossParameter": (
+        "optional FocalLossType type",
+        "optional double alpha",
+        "optional double gamma",
+    ),
     "SoftmaxParameter": ("optional int32 axis",),
     "LossParameter": (
         "optional int32 ignore_label",
@@ -46,9 +55,10 @@ _SCHEMA = {
 def _layer_class() -> Any:
     """Return the message class `Layer` of the schema, in a pool of its own."""
     file = descriptor_pb2.FileDescriptorProto(name="layer.proto", package="focal_jax")
-    modes = file.enum_type.add(name="NormalizationMode")
-    for number, mode in enumerate(_MODES):
-        modes.value.add(name=mode, number=number)
+    for enum_name, values in _ENUMS.items():
+        enum = file.enum_type.add(name=enum_name)
+        for number, value in enumerate(values):
+            enum.value.add(name=value, number=number)
     for message_name, fields in _SCHEMA.items():
         message = file.message_type.add(name=message_name)
         for number, field in enumerate(fields, 1):
@@ -62,6 +72,61 @@ def _layer_class() -> Any:
 
 _Layer = _layer_class()
 
+# Fields that Caffe knows in this layer, or in its messages, and that change nothing here.
+_WITHOUT_EFFECT = {
+    "": {"phase", "param", "blobs", "include", "exclude", "transform_param"},
+    "focal_loss_param": {"beta"},  # of the type LINEAR
+    "softmax_param": {"engine"},
+    "loss_param": set(),
+}
+
+
+def _known_fields() -> dict[str, set[str]]:
+    """Return the fields that a layer of this type, and each of its messages, may have."""
+    known = {}
+    for part, others in _WITHOUT_EFFECT.items():
+        message = _Layer.DESCRIPTOR
+        message = message.fields_by_name[part].message_type if part else message
+        known[part] = others | {field.name for field in message.fields}
+    return known
+
+
+_KNOWN = _known_fields()
+
+
+def _fields(text: str) -> Iterator[tuple[int, str, str, str]]:
+    """Yield of each field in a text that is well formed: layer, message, name and place.
+
+    Layers are numbered from 1 as they come, and 0 is what stands outside of them. The parser
+    itself does not tell which unknown fields it has passed over.
+    """
+    tokens: Any = text_format.Tokenizer(text.splitlines())
+    path, last, layer = [], "", 0
+    while not tokens.AtEnd():
+        token, at = tokens.token, tokens.ParseError("")
+        tokens.NextToken()
+        if token in ("{", "<"):
+            layer += not path and last == "layer"
+            path.append(last)
+        elif token in ("}", ">"):
+            last = path.pop()
+        elif token not in ("[", ",", ":") and tokens.token in (":", "{", "<", "["):
+            last, inside = token, path[:1] == ["layer"]
+            yield layer * inside, ".".join(path[inside:]), token, f"{at.GetLine()}:{at.GetColumn()}"
+
+
+def _refuse_unknown_fields(text: str, layer: int) -> None:
+    """Refuse fields that Caffe does not know in this layer: a typo would be a default."""
+    for number, message, name, place in _fields(text):
+        if number != layer or message not in _KNOWN or name in _KNOWN[message]:
+            continue
+        known = sorted(_KNOWN[message])
+        close = difflib.get_close_matches(name, known, 1)
+        raise _checks.InputError(
+            f"text: at line:column {place} got an unknown field {name!r} in "
+            f"{message or 'the FocalLoss layer'}, wanted {close[0] if close else f'one of {known}'}"
+        )
+
 
 def _find(text: str, name: str | None) -> Any:
     """Return the one FocalLoss layer in the text that has this name, if one is given."""
@@ -72,16 +137,18 @@ def _find(text: str, name: str | None) -> Any:
             f"text: at line:column {error} Wanted a layer or a net in protobuf's text format, "
             f"with a normalization of {', '.join(_MODES)}"
         ) from error
-    layers = [layer for layer in (net, *net.layer) if layer.type == "FocalLoss"]
+    layers = [(i, x) for i, x in enumerate((net, *net.layer)) if x.type == "FocalLoss"]
     if not layers:
         raise _checks.InputError("text: got no FocalLoss layer, wanted one")
-    chosen = [layer for layer in layers if name in (None, layer.name)]
+    chosen = [(i, layer) for i, layer in layers if name in (None, layer.name)]
     if len(chosen) != 1:
         raise _checks.InputError(
             f"name: got {name!r}, wanted the name of one of the FocalLoss layers, "
-            f"{[layer.name for layer in layers]}"
+            f"{[layer.name for _, layer in layers]}"
         )
-    return chosen[0]
+    index, layer = chosen[0]
+    _refuse_unknown_fields(text, index)
+    return layer
 
 
 @dataclass(frozen=True)
@@ -102,7 +169,8 @@ class FocalLossLayer:
       return_prob: return the softmax too, the layer's second top; without a gradient.
 
     Raises:
-      ValueError: for an unknown normalization.
+      ValueError: for an unknown normalization, a negative gamma, and options that are no
+        numbers.
 
     Differentiation: that of `focal_jax.softmax_focal_loss_with_integer_labels`, in the
       logits. Where the original divides by `1 - p` or takes the logarithm of a probability
@@ -137,11 +205,13 @@ class FocalLossLayer:
     return_prob: bool = False
 
     def __post_init__(self):
-        """Refuse an unknown normalization."""
+        """Refuse options that no input could make good."""
         if self.normalization not in _NORMALIZATIONS:
             raise _checks.InputError(
                 f"normalization: got {self.normalization!r}, wanted one of {_NORMALIZATIONS}"
             )
+        for option in ("alpha", "gamma", "axis", "ignore_label", "loss_weight"):
+            static_option(option, getattr(self, option))
 
     def __call__(self, logits: ArrayLike, labels: ArrayLike) -> Array | tuple[Array, Array]:
         """Return the weighted loss; with `return_prob`, `(loss, prob)`.
@@ -161,7 +231,7 @@ class FocalLossLayer:
           ValueError: for another number of labels, or logits, an axis or a gamma that
             `focal_jax.softmax_focal_loss_with_integer_labels` refuses.
         """
-        logits, labels = jnp.asarray(logits), class_indices("labels", labels)
+        logits, labels = _checks.array("logits", logits), class_indices("labels", labels)
         axis = _checks.axis(self.axis, logits.ndim)
         positions = logits.shape[:axis] + logits.shape[axis + 1 :]
         if labels.size != math.prod(positions):
@@ -170,7 +240,7 @@ class FocalLossLayer:
                 f"{math.prod(positions)} of shape {positions}: one for each position of logits "
                 f"of shape {logits.shape} with the class axis {self.axis}"
             )
-        labels = _arrays.int32_labels(labels.reshape(positions), positions)
+        labels = labels.reshape(positions)
         losses = softmax_focal_loss_with_integer_labels(
             logits,
             labels,
@@ -183,7 +253,8 @@ class FocalLossLayer:
         loss = self.loss_weight * reduce_loss(
             losses,
             normalization=outer if self.normalization == "batch_size" else self.normalization,
-            where=None if self.ignore_label is None else labels != self.ignore_label,
+            labels=labels,
+            ignore_label=self.ignore_label,
         )
         if not self.return_prob:
             return loss
@@ -194,14 +265,14 @@ class FocalLossLayer:
         """Read the layer from a prototxt.
 
         Args:
-          text: a layer or a whole net, in protobuf's text format. Other layers and unknown
-            fields are passed over.
+          text: a layer or a whole net, in protobuf's text format. Other layers are passed
+            over, whatever they hold, and so are fields of Caffe's that change nothing here.
           name: the name of the layer, where the text has several of type FocalLoss.
 
         Raises:
           ValueError: for text that is malformed or has an unknown normalization, no
-            FocalLoss layer or several to choose from, or one that is to propagate down to
-            its labels.
+            FocalLoss layer or several to choose from, or one that has a field which Caffe
+            does not know, is of the type LINEAR, or is to propagate down to its labels.
         """
         layer = _find(text, name)
         if any(layer.propagate_down[1:]):
@@ -214,6 +285,10 @@ class FocalLossLayer:
             for part in (layer.focal_loss_param, layer.softmax_param, layer.loss_param)
             for field, value in part.ListFields()
         }
+        if _ENUMS["FocalLossType"][options.pop("type", 0)] != "ORIGIN":
+            raise _checks.InputError(
+                f"text: layer {layer.name!r} has type LINEAR, wanted ORIGIN, the focal loss itself"
+            )
         # The older of the two options counts only where the newer is absent.
         legacy = "VALID" if options.pop("normalize", True) else "BATCH_SIZE"
         mode = options.pop("normalization", _MODES.index(legacy))

@@ -8,10 +8,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
+from focal_jax import _checks, _inputs
+from focal_jax._modules import static_option
 from focal_jax._reduction import reduce_loss
-from focal_jax._softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
+from focal_jax._softmax_soft import softmax_focal_loss
 from focal_jax.compat._labels import class_indices
+
+__all__ = ["FocalLoss"]
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -21,7 +25,7 @@ def _loss_per_class(predict: Array, target: Array, **options) -> Array:
 
     The loss is linear in the target, so its slope there is the loss of a whole label.
     """
-    target = target.astype(_arrays.compute_dtype(predict))
+    target = target.astype(_inputs.compute_dtype(predict))
     loss = jax.grad(lambda target: jnp.sum(softmax_focal_loss(predict, target, **options)))
     return target * loss(target)
 
@@ -40,7 +44,7 @@ class FocalLoss:
       reduction: `"none"`, `"mean"` or `"sum"`.
 
     Raises:
-      ValueError: for an unknown reduction.
+      ValueError: for an unknown reduction or a negative gamma.
 
     Differentiation: that of `focal_jax.softmax_focal_loss`, in predict, weight and gamma.
 
@@ -63,11 +67,12 @@ class FocalLoss:
     reduction: str = "mean"
 
     def __post_init__(self):
-        """Refuse an unknown reduction."""
+        """Refuse options that no input could make good."""
         if self.reduction not in _REDUCTIONS:
             raise _checks.InputError(
                 f"reduction: got {self.reduction!r}, wanted one of {_REDUCTIONS}"
             )
+        static_option("gamma", self.gamma)
 
     def __call__(self, predict: ArrayLike, target: ArrayLike) -> Array:
         """Return the loss.
@@ -85,12 +90,16 @@ class FocalLoss:
           ValueError: for a target of another shape, or what
             `focal_jax.softmax_focal_loss` refuses.
         """
-        predict, target = jnp.asarray(predict), jnp.asarray(target)
-        _checks.floating("predict", predict)
+        predict = _inputs.floating("predict", predict)
+        target = _checks.array("target", target)
         if predict.ndim < 2:
             raise _checks.InputError(f"predict: got shape {predict.shape}, wanted [N, C, ...]")
         samples, classes, *positions = predict.shape
-        options = {"alpha": self.weight, "gamma": self.gamma, "axis": 1}
+        weight = self.weight
+        if weight is not None:
+            weight = _inputs.option("weight", weight, predict.dtype)
+            _checks.shape("weight", weight, (classes,), "one weight per class")
+        options = {"alpha": weight, "gamma": self.gamma, "axis": 1}
         if target.shape == (samples, 1, *positions):
             labels = class_indices("target", target).squeeze(1)
             losses = softmax_focal_loss_with_integer_labels(predict, labels, **options)

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _checks
+from focal_jax import _checks, _inputs
 from focal_jax.detection import retinanet_loss
+
+__all__ = ["FocalLoss"]
 
 _MARGIN = 1e-4
 
@@ -55,9 +57,11 @@ class FocalLoss:
         Raises:
           ValueError: for shapes or dtypes that do not fit.
         """
-        p, anchors = jnp.asarray(classifications), jnp.asarray(anchors)
-        _checks.floating("classifications", p)
+        p = _inputs.floating("classifications", classifications)
+        anchors = _checks.array("anchors", anchors)
         _checks.shape("anchors", anchors, (1, *p.shape[1:2], 4), "the same anchors for all images")
+        # In 16 bits 1 - 1e-4 is 1, and the clamp would be none.
+        p = p.astype(_inputs.compute_dtype(p))
         # Not jnp.clip: the gradient at the ends is whole in PyTorch, halved in JAX.
         p = jnp.where(p < _MARGIN, _MARGIN, jnp.where(p > 1 - _MARGIN, 1 - _MARGIN, p))
         loss = retinanet_loss(

@@ -1,0 +1,166 @@
+"""Sums over the classes but one, for each class, without cancellation.
+
+"All less this one" loses its digits where this one is all but the whole of the sum. That can
+only be the largest: it stands apart, and what is added up are the others. As in
+`_class_sums`, a form of one reduction for accelerators and a form of plain passes for a CPU.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from focal_jax import _checks
+from focal_jax._class_sums import classes_along, kept, others, picked, plain_class_sums, without
+from focal_jax._cpu import compiled_apart
+
+
+class Apart(NamedTuple):
+    """Of each position, with a class axis of one: the largest entry, and the others."""
+
+    place: Array  # the class whose entry has the largest size, the first of several
+    own: Array  # that entry
+    rest: Array  # the sum of the entries of the others
+
+    def others_of(self, v: Array, classes: Array) -> Array:
+        """Return for each class the sum of the entries `v` over the others."""
+        return jnp.where(classes == self.place, self.rest, (self.rest - v) + self.own)
+
+
+class Row(NamedTuple):
+    """The exponentials of a row of logits. Differentiable as if `top` were a constant."""
+
+    top: Array  # the largest logit; finite also where no class is left
+    apart: Apart  # of exp(logit - top)
+
+
+def _no_tangent(x: Array) -> Any:
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _place(v: Array, axis: int) -> Array:
+    """Return the first place of the largest entry, with a class axis of one."""
+    if not v.shape[axis]:
+        return jnp.zeros_like(jnp.sum(v, axis, keepdims=True), jnp.int32)
+    return jnp.argmax(v, axis, keepdims=True).astype(jnp.int32)
+
+
+def _reduced(axis: int, operands, of_nothing, joined):
+    """Return the reduction of trees of arrays along the class axis, which keeps a size of one."""
+    leaves, tree = jax.tree.flatten(operands)
+
+    def flat(*sides):
+        return tuple(jax.tree.leaves(joined(*(jax.tree.unflatten(tree, x) for x in sides))))
+
+    reduced = lax.reduce(leaves, jax.tree.leaves(of_nothing), flat, (axis,))
+    return jax.tree.unflatten(tree, [jnp.expand_dims(x, axis) for x in reduced])
+
+
+def _winner_first(size_a, a: Apart, size_b, b: Apart) -> tuple[Apart, Apart]:
+    """Return the one with the larger entry, and the other; of equal ones the earlier class."""
+    first = (size_a > size_b) | ((size_a == size_b) & (a.place < b.place))
+    pairs = [(jnp.where(first, x, y), jnp.where(first, y, x)) for x, y in zip(a, b)]
+    return Apart(*(x for x, _ in pairs)), Apart(*(y for _, y in pairs))
+
+
+def _places(v: Array, axis: int) -> Array:
+    return jnp.broadcast_to(classes_along(v, axis), v.shape)
+
+
+# ---------------------------------------------------------------- entries as they are
+
+
+def in_passes(axis: int, v: Array, beside: Any) -> tuple[Apart, Any]:
+    """Return the largest of the entries `v` apart, and the sums of what is `beside` them."""
+    place, classes = _place(jnp.abs(v), axis), classes_along(v, axis)
+    if axis == v.ndim - 1:
+        # XLA adds up the last axis in passing, if it meets no select on the way.
+        rest = v * jnp.minimum(jnp.abs(classes - place), 1).astype(v.dtype)
+    else:
+        rest = compiled_apart(without, v, classes, place)
+    total = partial(jnp.sum, axis=axis, keepdims=True)
+    return Apart(place, picked(v, place, axis), total(rest)), jax.tree.map(total, beside)
+
+
+def in_one_pass(axis: int, v: Array, beside: Any) -> tuple[Apart, Any]:
+    """Return the same by one reduction."""
+
+    def joined(a, b):
+        (a, beside_a), (b, beside_b) = a, b
+        winner, other = _winner_first(jnp.abs(a.own), a, jnp.abs(b.own), b)
+        rest = (winner.rest + other.rest) + other.own
+        return winner._replace(rest=rest), jax.tree.map(jnp.add, beside_a, beside_b)
+
+    zero = jnp.zeros((), v.dtype)
+    none = jax.tree.map(lambda x: jnp.zeros((), x.dtype), beside)
+    of_nothing = Apart(jnp.int32(_checks.INT32.max), zero, zero), none
+    operands = Apart(_places(v, axis), v, jnp.zeros_like(v)), beside
+    return _reduced(axis, operands, of_nothing, joined)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def largest_apart(form, axis: int, v: Array, beside: Any = ()) -> tuple[Apart, Any]:
+    """Return what the two forms return, in the one that is asked for."""
+    return form(axis, v, beside)
+
+
+@largest_apart.defjvp
+def _largest_apart_jvp(form, axis, primals, tangents):
+    apart, sums = largest_apart(form, axis, *primals)
+    dv, d_beside = tangents
+    total = partial(jnp.sum, axis=axis, keepdims=True)
+    rest = total(without(dv, classes_along(dv, axis), apart.place))
+    d_apart = Apart(_no_tangent(apart.place), picked(dv, apart.place, axis), rest)
+    return (apart, sums), (d_apart, jax.tree.map(total, d_beside))
+
+
+# ---------------------------------------------------------------- exponentials of logits
+
+
+def _row_in_passes(axis: int, logits: Array, where: Array | None) -> Row:
+    place = _place(kept(logits, where), axis)
+    sums = plain_class_sums(axis, False, logits, place, where)
+    return Row(sums.top, Apart(place, jnp.exp(sums.true - sums.top), sums.rest))
+
+
+def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
+    z = kept(logits, where)
+    least = jnp.finfo(z.dtype).min
+
+    def joined(a, b):
+        winner, other = _winner_first(a.top, a.apart, b.top, b.apart)
+        top, low = jnp.maximum(a.top, b.top), jnp.minimum(a.top, b.top)
+        rest = winner.rest + (other.rest + other.own) * jnp.exp(low - top)
+        return Row(top, winner._replace(rest=rest))
+
+    zero = jnp.zeros((), z.dtype)
+    of_nothing = Row(zero + least, Apart(jnp.int32(_checks.INT32.max), zero, zero))
+    # Of a class alone, exp(logit - top) is 1, or 0 for one that is switched off.
+    one = jnp.where(z == -jnp.inf, 0, jnp.ones_like(z))
+    operands = Row(jnp.maximum(z, least), Apart(_places(z, axis), one, jnp.zeros_like(z)))
+    return _reduced(axis, operands, of_nothing, joined)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def row(axis: int, logits: Array, where: Array | None) -> Row:
+    """Return the sums of the exponentials of a row, for use inside of rules."""
+    on_cpu, elsewhere = (partial(form, axis) for form in (_row_in_passes, _row_in_one_pass))
+    return lax.platform_dependent(logits, where, cpu=on_cpu, default=elsewhere)
+
+
+@row.defjvp
+def _row_jvp(axis, primals, tangents):
+    (logits, where), dz = primals, kept(tangents[0], primals[1])
+    top, apart = row(axis, *primals)
+    e = others(logits, classes_along(logits, axis), apart.place, lax.stop_gradient(top), where)
+    return Row(top, apart), Row(
+        jnp.zeros_like(top),
+        Apart(
+            _no_tangent(apart.place),
+            apart.own * picked(dz, apart.place, axis),
+            jnp.sum(e * dz, axis, keepdims=True),
+        ),
+    )
