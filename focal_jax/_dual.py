@@ -1,7 +1,5 @@
 """Dual focal loss: it also looks at the class that comes next below the true one."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -22,15 +20,14 @@ def _place_below(axis: int, logits: Array, true: Array, where: Array | None) -> 
     return jnp.argmax(below, axis, keepdims=True).astype(jnp.int32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _below(axis: int, logits: Array, true: Array, where: Array | None) -> Array:
+def _largest_below(axis: int, logits: Array, true: Array, where: Array | None) -> Array:
     """Return the largest logit that is less than the true one's; -inf where there is none."""
     z = picked(kept(logits, where), _place_below(axis, logits, true, where), axis)
     return jnp.where(z < true, z, -jnp.inf)
 
 
 def _below_forward(axis, *args):
-    return _below.fun(axis, *args), args
+    return _largest_below(axis, *args), args
 
 
 def _below_backward(axis, args, ct):
@@ -41,13 +38,14 @@ def _below_backward(axis, args, ct):
     return ct.astype(logits.dtype), jnp.zeros_like(true), None
 
 
+_below = jax.custom_vjp(_largest_below, nondiff_argnums=(0,))
 _below.defvjp(_below_forward, _below_backward)
 
 
 def _share_below(axis: int, class_axis_name, logits: Array, sums: ClassSums, where) -> Array:
     """Return the share that the next class below has of all the classes but the true one."""
     true = lax.stop_gradient(sums.true)
-    below = _below(axis, *aligned_varying(logits, true, where))
+    below: Array = _below(axis, *aligned_varying(logits, true, where))
     if class_axis_name is not None:
         # The largest of the slices, taken from the first device that has it.
         own = lax.stop_gradient(below)
@@ -61,8 +59,13 @@ def _share_below(axis: int, class_axis_name, logits: Array, sums: ClassSums, whe
 
 
 def _enlarged(t: Terms, share: Array) -> Terms:
-    """Return the terms with `1 - p_t + p_j` for `q`, of which `p_j = share * (1 - p_t)`."""
-    return t._replace(q=t.q * (1 + share), log_q=t.log_q + _scalar.log1p(share))
+    """Return the terms with `1 - p_t + p_j` for `q`, of which `p_j = share * (1 - p_t)`.
+
+    `p` is then minus the derivative of `q` in `log p_t`, as it is without the share.
+    """
+    factor = 1 + share
+    log_q = t.log_q + _scalar.log1p(share)
+    return Terms(t.p * factor, t.q * factor, t.n, log_q, t.n_over_q / factor)
 
 
 def _value(t: Terms, weight: Array, gamma: _inputs.Exponent, share: Array) -> Array:

@@ -13,7 +13,7 @@ the very same lines to 60 digits.
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -191,7 +191,7 @@ def _elementwise(
     logits: ArrayLike,
     labels: ArrayLike,
     where: ArrayLike | None,
-    options: dict[str, ArrayLike | None],
+    options: Mapping[str, ArrayLike | None],
     exponents: tuple[str, ...] = (),
     positive: ArrayLike | None = None,
     **flags: bool,
@@ -210,9 +210,9 @@ def _elementwise(
         read = _exponent if name in exponents else _real
         return None if x is None else read(name, x, where, z.dtype)
 
-    if positive is not None:
-        flags["positive"] = _mask(positive, z.shape, "positive")
-    losses = formula(_JAX, z, y, *(prepared(*option) for option in options.items()), **flags)
+    given = [prepared(*option) for option in options.items()]
+    masks = {} if positive is None else {"positive": _mask(positive, z.shape, "positive")}
+    losses = formula(_JAX, z, y, *given, **masks, **flags)
     losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
     return jnp.where(where, losses, 0)
 
@@ -451,7 +451,7 @@ def _integer(
     ignore_label: int | None,
     where: ArrayLike | None,
     class_axis_name: str | tuple[str, ...] | None,
-    options: dict[str, ArrayLike],
+    options: Mapping[str, ArrayLike],
     of_a_row: bool = False,
 ) -> Array:
     """Return the losses of one class index a position.
@@ -466,7 +466,7 @@ def _integer(
     labels = _indices(labels, losses, "the logits' without the class axis")
     where = _not_ignored(labels, ignore_label, _mask(where, losses))
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
-    numbers = [
+    given = [
         (_exponent if name == "gamma" else _real)(name, x, where, z.dtype)
         for name, x in options.items()
     ]
@@ -481,7 +481,7 @@ def _integer(
     pick = _picked_log_softmax if class_axis_name is None else _picked_from_slices(class_axis_name)
     log_p = pick(z, jnp.expand_dims(index, axis), axis).squeeze(axis)
     row = {"row": jnp.moveaxis(jax.nn.log_softmax(z, axis), axis, -1)} if of_a_row else {}
-    losses = formula(_JAX, log_p, alpha, *numbers, **row)
+    losses = formula(_JAX, log_p, alpha, *given, **row)
     return jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
 
 
@@ -524,7 +524,7 @@ def softmax_poly_focal_loss_with_integer_labels(
     class_axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """Compute `focal_jax.softmax_poly_focal_loss_with_integer_labels` from its formula."""
-    options: dict[str, ArrayLike] = {"epsilon": epsilon, "gamma": gamma}
+    options = {"epsilon": epsilon, "gamma": gamma}
     return _integer(
         _softmax_poly,
         logits,
@@ -549,7 +549,7 @@ def softmax_probability_weighted_loss_with_integer_labels(
     class_axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """Compute the loss of the same name in `focal_jax` from its formula."""
-    options: dict[str, ArrayLike] = {}
+    options = {}
     return _integer(
         _probability_weighted,
         logits,
@@ -575,7 +575,7 @@ def dual_focal_loss_with_integer_labels(
     class_axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """Compute `focal_jax.dual_focal_loss_with_integer_labels` from its formula."""
-    options: dict[str, ArrayLike] = {"gamma": gamma}
+    options = {"gamma": gamma}
     return _integer(
         _dual,
         logits,
