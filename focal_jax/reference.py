@@ -87,11 +87,18 @@ def _real(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> Array:
     return jnp.where(where, jnp.broadcast_to(x, where.shape).astype(dtype), 1)
 
 
-def _exponent(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> float | Array:
-    """Return an exponent at every position, a Python number as it is."""
-    if isinstance(x, numbers.Real):
-        _checks.static_exponent(name, x)
-        return float(x)
+def _exponent(name: str, x: ArrayLike) -> ArrayLike:
+    """Return an exponent, checked where it is a Python number."""
+    if not isinstance(x, numbers.Real):
+        return _checks.array(name, x)
+    _checks.static_exponent(name, x)
+    return x
+
+
+def _option(name: str, x: ArrayLike | None, where: Array, dtype: jnp.dtype) -> Any:
+    """Return an option at every position; None and Python numbers as they are."""
+    if x is None or isinstance(x, numbers.Real):
+        return x if x is None else float(x)
     return _real(name, x, where, dtype)
 
 
@@ -119,6 +126,70 @@ def _not_ignored(labels: Array, ignore_label: int | None, where: Array) -> Array
 # ---------------------------------------------------------------- the losses
 
 
+def _elementwise(
+    name: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None, **options: Any
+) -> Array:
+    """Return the losses of an elementwise formula; a label outside [0, 1] makes it NaN."""
+    z = _float("logits", logits)
+    where = _mask(where, z.shape)
+    z, y = jnp.where(where, z, 0), _real("labels", labels, where, z.dtype)
+    given = (_option(key, x, where, z.dtype) for key, x in options.items())
+    losses = FORMULAS[name](_JAX, z, y, *given)
+    losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
+    return jnp.where(where, losses, 0)
+
+
+def _picked_log_softmax(z: Array, index: Array, axis: int) -> Array:
+    return jnp.take_along_axis(jax.nn.log_softmax(z, axis), index, axis)
+
+
+def _picked_from_slices(name: str | tuple[str, ...]):
+    """Return the same for logits that are a slice of the classes of a mapped axis."""
+
+    def pick(z: Array, index: Array, axis: int) -> Array:
+        top = lax.pmax(lax.stop_gradient(jnp.max(z, axis, keepdims=True)), name)
+        total = lax.psum(jnp.sum(jnp.exp(z - top), axis, keepdims=True), name)
+        place = lax.broadcasted_iota(jnp.int32, z.shape, axis)
+        true = place + z.shape[axis] * lax.axis_index(name) == index
+        own = lax.psum(jnp.sum(jnp.where(true, z, 0), axis, keepdims=True), name)
+        return own - top - jnp.log(total)
+
+    return pick
+
+
+def _position(
+    name: str,
+    z: Array,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    *,
+    axis: int = -1,
+    ignore_label: int | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+    alpha: ArrayLike | None,
+    **options: Any,
+) -> Array:
+    """Return the losses of a position formula; an impossible label makes it NaN."""
+    axis = _checks.axis(axis, z.ndim)
+    slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
+    classes = slices * z.shape[axis]
+    positions = z.shape[:axis] + z.shape[axis + 1 :]
+    labels = _indices(labels, positions, "the logits' without the class axis")
+    where = _not_ignored(labels, ignore_label, _mask(where, positions))
+    z = jnp.where(jnp.expand_dims(where, axis), z, 0)
+    known = (labels >= 0) & (labels < classes)
+    index = jnp.where(known & where, labels, 0)
+    if alpha is not None:
+        weights = _class_weights(alpha, z.dtype, classes)
+        alpha = jnp.where(where, weights[index] if weights.ndim else weights, 1)
+    given = (_option(key, x, where, z.dtype) for key, x in options.items())
+
+    pick = _picked_log_softmax if class_axis_name is None else _picked_from_slices(class_axis_name)
+    log_p = pick(z, jnp.expand_dims(index, axis), axis).squeeze(axis)
+    losses = FORMULAS[name](_JAX, log_p, alpha, *given)
+    return jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
+
+
 def sigmoid_focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -133,15 +204,8 @@ def sigmoid_focal_loss(
 
     Differentiation: every mode of JAX, forward mode alone included.
     """
-    z = _float("logits", logits)
-    where = _mask(where, z.shape)
-    y = _real("labels", labels, where, z.dtype)
-    z = jnp.where(where, z, 0)
-    if alpha is not None:
-        alpha = _real("alpha", alpha, where, z.dtype)
-    losses = _sigmoid_focal(_JAX, z, y, alpha, _exponent("gamma", gamma, where, z.dtype))
-    losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
-    return jnp.where(where, losses, 0)
+    gamma = _exponent("gamma", gamma)
+    return _elementwise("sigmoid_focal_loss", logits, labels, where, alpha=alpha, gamma=gamma)
 
 
 def softmax_focal_loss(
@@ -167,7 +231,7 @@ def softmax_focal_loss(
     where = _mask(where, z.shape[:axis] + z.shape[axis + 1 :])
     inside = jnp.broadcast_to(jnp.expand_dims(where, axis), z.shape)
     z, y = jnp.where(inside, z, 0), jnp.where(inside, y.astype(z.dtype), 0)
-    gamma = _exponent("gamma", gamma, where, z.dtype)
+    gamma = _option("gamma", _exponent("gamma", gamma), where, z.dtype)
     if isinstance(gamma, Array):
         gamma = jnp.broadcast_to(jnp.expand_dims(gamma, axis), z.shape)
     if alpha is not None:
@@ -202,43 +266,17 @@ def softmax_focal_loss_with_integer_labels(
 
     Differentiation: every mode of JAX, forward mode alone included.
     """
-    z = _float("logits", logits)
-    axis = _checks.axis(axis, z.ndim)
-    slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
-    classes = slices * z.shape[axis]
-    losses = z.shape[:axis] + z.shape[axis + 1 :]
-    labels = _indices(labels, losses, "the logits' without the class axis")
-    where = _not_ignored(labels, ignore_label, _mask(where, losses))
-    z = jnp.where(jnp.expand_dims(where, axis), z, 0)
-    gamma = _exponent("gamma", gamma, where, z.dtype)
-    known = (labels >= 0) & (labels < classes)
-    index = jnp.where(known & where, labels, 0)
-    if alpha is not None:
-        weights = _class_weights(alpha, z.dtype, classes)
-        alpha = jnp.where(where, weights[index] if weights.ndim else weights, 1)
-
-    pick = _picked_log_softmax if class_axis_name is None else _picked_from_slices(class_axis_name)
-    log_p = pick(z, jnp.expand_dims(index, axis), axis).squeeze(axis)
-    losses = _softmax_focal(_JAX, log_p, alpha, gamma)
-    return jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
-
-
-def _picked_log_softmax(z: Array, index: Array, axis: int) -> Array:
-    return jnp.take_along_axis(jax.nn.log_softmax(z, axis), index, axis)
-
-
-def _picked_from_slices(name: str | tuple[str, ...]):
-    """Return the same for logits that are a slice of the classes of a mapped axis."""
-
-    def pick(z: Array, index: Array, axis: int) -> Array:
-        top = lax.pmax(lax.stop_gradient(jnp.max(z, axis, keepdims=True)), name)
-        total = lax.psum(jnp.sum(jnp.exp(z - top), axis, keepdims=True), name)
-        place = lax.broadcasted_iota(jnp.int32, z.shape, axis)
-        true = place + z.shape[axis] * lax.axis_index(name) == index
-        own = lax.psum(jnp.sum(jnp.where(true, z, 0), axis, keepdims=True), name)
-        return own - top - jnp.log(total)
-
-    return pick
+    return _position(
+        "softmax_focal_loss_with_integer_labels",
+        _float("logits", logits),
+        labels,
+        where,
+        axis=axis,
+        ignore_label=ignore_label,
+        class_axis_name=class_axis_name,
+        alpha=alpha,
+        gamma=_exponent("gamma", gamma),
+    )
 
 
 def linear_softmax_focal_loss_with_integer_labels(
@@ -271,9 +309,8 @@ def linear_softmax_focal_loss_with_integer_labels(
         bias = _float("bias", bias)
         _checks.shape("bias", bias, kernel.shape[1:], "one number per class")
         logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
-    return softmax_focal_loss_with_integer_labels(
-        logits, labels, alpha=alpha, gamma=gamma, where=where
-    )
+    name, gamma = "linear_softmax_focal_loss_with_integer_labels", _exponent("gamma", gamma)
+    return _position(name, logits, labels, where, alpha=alpha, gamma=gamma)
 
 
 # ---------------------------------------------------------------- the reduction
