@@ -87,10 +87,14 @@ class Row:
         """Call the reference compiled."""
         return _jitted(self, "reference")(**arguments)
 
-    def split(self, arguments):
-        """Return what the loss is differentiable in, and the rest."""
+    def split(self, arguments, *, movable=False):
+        """Return what the loss is differentiable in, and the rest.
+
+        Labels that are to be `movable` are differentiated only where they have room: not at
+        the ends of their range.
+        """
         names = {self.first, "kernel", "bias", *self.options}
-        names |= set() if self.integer else {"labels"}
+        names |= {"labels"} if self.soft or not (self.integer or movable) else set()
         floating = {
             name
             for name, x in arguments.items()
