@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from focal_jax import reference
 from focal_jax._asymmetric import asymmetric_loss
 from focal_jax._compare import compare_gradients
+from focal_jax._distribution import distribution_focal_loss
 from focal_jax._dual import dual_focal_loss_with_integer_labels
 from focal_jax._gaussian import gaussian_focal_loss
 from focal_jax._linear import linear_softmax_focal_loss_with_integer_labels
@@ -21,6 +22,7 @@ from focal_jax._sigmoid import sigmoid_focal_loss
 from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
 from focal_jax._softmax_soft import softmax_focal_loss
 from focal_jax._star import sigmoid_focal_loss_star
+from focal_jax._tversky import focal_tversky_loss
 from focal_jax._varifocal import varifocal_loss
 from focal_jax._version import __version__ as __version__
 
@@ -29,7 +31,9 @@ __all__ = [
     "compare_gradients",
     "compat",
     "detection",
+    "distribution_focal_loss",
     "dual_focal_loss_with_integer_labels",
+    "focal_tversky_loss",
     "gaussian_focal_loss",
     "linear_softmax_focal_loss_with_integer_labels",
     "linen",

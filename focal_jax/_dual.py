@@ -143,7 +143,7 @@ def dual_focal_loss_with_integer_labels(
       >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.5]])
       >>> losses = dual_focal_loss_with_integer_labels(logits, jnp.array([0, 0]), gamma=2.0)
       >>> [round(x, 4) for x in losses.tolist()]
-      [0.0245, 1.1124]
+      [0.0245, 1.1125]
 
     References:
       Tao, Dong, Xu. [Dual Focal Loss for Calibration](https://arxiv.org/abs/2305.13665). ICML

@@ -178,7 +178,7 @@ def softmax_poly_focal_loss_with_integer_labels(
       >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
       >>> losses = softmax_poly_focal_loss_with_integer_labels(logits, jnp.array([0, 1]))
       >>> [round(x, 4) for x in losses.tolist()]
-      [0.0206, 0.7846]
+      [0.0205, 0.7846]
 
     References:
       Leng, Tan, Liu, Cubuk, Shi, Cheng, Anguelov. [PolyLoss: A Polynomial Expansion

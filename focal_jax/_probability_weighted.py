@@ -73,7 +73,7 @@ def softmax_probability_weighted_loss_with_integer_labels(
       >>> labels = jnp.array([0, 1, 0])
       >>> losses = softmax_probability_weighted_loss_with_integer_labels(logits, labels)
       >>> [round(x, 4) for x in losses.tolist()]
-      [0.1887, 0.3662, 0.0006]
+      [0.1885, 0.3662, 0.0006]
 
     References:
       Wu, Zhou, Ziheng, Peng, Ye, Hu, Zhu, Qi, Yang, Yang. [On the Generalization of SFT: A

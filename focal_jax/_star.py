@@ -30,7 +30,7 @@ def _entropy_jvp(primals, tangents):
 
 def _value(x: Logit, y: Array, gamma: Array, beta: Array) -> Array:
     u = _scalar.logit(_stretched(x, y, gamma, beta), again=False)
-    return _scalar.sigmoid_terms(u).n / gamma
+    return _scalar.sigmoid_terms(u).n * (1 / gamma)
 
 
 def _slopes(x: Logit, y: Array, gamma: Array, beta: Array):

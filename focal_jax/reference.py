@@ -129,10 +129,22 @@ def _dual(ops: Operations, log_p, alpha, gamma, row):
     return _weighted(alpha, (1 - ops.exp(log_p) + ops.exp(below)) ** gamma * -log_p)
 
 
+def _distribution(ops: Operations, y, left, log_p_left, log_p_right):
+    """Return the loss of `y` between the class `left` and the next."""
+    del ops
+    return -((left + 1 - y) * log_p_left + (y - left) * log_p_right)
+
+
+def _tversky(ops: Operations, tp, fn, fp, alpha, beta, gamma, smooth):
+    del ops
+    return (1 - (tp + smooth) / (tp + alpha * fn + beta * fp + smooth)) ** gamma
+
+
 # By the name of the loss. What a formula is given: of an elementwise loss the logit and the
 # label, of the others the logarithm of the class's probability; then the options in the
 # order of the catalogue, None where there is none, and its masks and flags by name. The loss
-# of a distribution is the sum of that over the classes, each weighted by its label.
+# of a distribution is the sum of that over the classes, each weighted by its label. The last
+# two are given what they need.
 FORMULAS: dict[str, Callable[..., Any]] = {
     "sigmoid_focal_loss": _sigmoid_focal,
     "softmax_focal_loss": _softmax_focal,
@@ -148,6 +160,8 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "softmax_poly_focal_loss_with_integer_labels": _softmax_poly,
     "softmax_probability_weighted_loss_with_integer_labels": _probability_weighted,
     "dual_focal_loss_with_integer_labels": _dual,
+    "distribution_focal_loss": _distribution,
+    "focal_tversky_loss": _tversky,
 }
 
 # Losses whose formula also takes the logarithmic probabilities of all the classes, as `row`.
@@ -589,6 +603,64 @@ def dual_focal_loss_with_integer_labels(
         options,
         of_a_row=True,
     )
+
+
+def distribution_focal_loss(
+    logits: ArrayLike, labels: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
+) -> Array:
+    """Compute `focal_jax.distribution_focal_loss` from its formula."""
+    z = _float("logits", logits)
+    axis = _checks.axis(axis, z.ndim)
+    labels = _checks.array("labels", labels)
+    _checks.index_shape(labels, z.shape, axis)
+    where = _mask(where, labels.shape)
+    y, z = _real("labels", labels, where, z.dtype), jnp.where(jnp.expand_dims(where, axis), z, 0)
+    last = z.shape[axis] - 1
+    y = jnp.where(where, y, 0)
+    left = jnp.clip(jnp.floor(y), 0, max(last - 1, 0))
+    index = jnp.where(jnp.isnan(left), 0, left).astype(jnp.int32)
+    log_p = jax.nn.log_softmax(z, axis)
+
+    def at(index):
+        return jnp.take_along_axis(log_p, jnp.expand_dims(index, axis), axis).squeeze(axis)
+
+    losses = _distribution(_JAX, y, left, at(index), at(jnp.minimum(index + 1, last)))
+    losses = jnp.where((y < 0) | (y > last), jnp.nan, losses)
+    return jnp.where(where, losses, 0)
+
+
+def focal_tversky_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike = 0.7,
+    beta: ArrayLike = 0.3,
+    gamma: ArrayLike = 0.75,
+    axis: int = -1,
+    smooth: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    """Compute `focal_jax.focal_tversky_loss` from its formula."""
+    z = _float("logits", logits)
+    axis = _checks.axis(axis, z.ndim)
+    y = _checks.array("labels", labels)
+    _checks.shape("labels", y, z.shape, "one-hot, or a distribution over the classes")
+    where = jnp.expand_dims(_mask(where, z.shape[:axis] + z.shape[axis + 1 :]), axis)
+    where = jnp.broadcast_to(where, z.shape)
+    z, y = jnp.where(where, z, 0), jnp.where(where, y.astype(z.dtype), 0)
+    p = jnp.where(where, jax.nn.softmax(z, axis), 0)
+    y = jnp.where((y < 0) | (y > 1), jnp.nan, y)
+    positions = tuple(i for i in range(z.ndim) if i != axis)
+    counts = [x.sum(positions) for x in (y * p, y * (1 - p), (1 - y) * p)]
+    counts = counts if axis_name is None else lax.psum(counts, axis_name)
+    every = jnp.ones(z.shape[axis], bool)
+    alpha, beta, smooth = (
+        _real(name, x, every, z.dtype)
+        for name, x in (("alpha", alpha), ("beta", beta), ("smooth", smooth))
+    )
+    gamma = _exponent("gamma", gamma, every, z.dtype)
+    return _tversky(_JAX, *counts, alpha, beta, gamma, smooth)
 
 
 def linear_softmax_focal_loss_with_integer_labels(
