@@ -200,6 +200,9 @@ ENTRY %main (z: f32[8,128], w: f32[4,8,128]) -> bf16[8,128] {
   %start = (s32[], f32[8,128]{1,0}, /*index=2*/f32[4,8,128]{2,1,0}) tuple(%zero, %z, %w)
   %loop = (s32[], f32[8,128], f32[4,8,128]) while(%start), condition=%until, body=%body.1TRIPS
   %y = f32[8,128]{1,0} get-tuple-element(%loop), index=1
+  %cs = (f32[8,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%z)
+  %cd = f32[8,128]{1,0:S(1)} copy-done(%cs)
+  %ss = ((f32[4,8,128]{2,1,0}), f32[1,8,128]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%w)
   ROOT %e = bf16[8,128]{1,0} convert(%y)
 }
 """
@@ -210,10 +213,12 @@ ARRAY = 8 * 128 * 4
     "trips", ["", ', backend_config={"known_trip_count":{"n":"4"},"x":1}'], ids=["counted", "told"]
 )
 def test_a_loop_counts_with_its_trips_and_a_slice_as_a_slice(trips):
-    copy, fusion, convert = compilers.kernels(HLO.replace("TRIPS", trips))
+    copy, fusion, copy_start, slice_start, convert = compilers.kernels(HLO.replace("TRIPS", trips))
     assert (copy.read, copy.written) == (ARRAY, 0)  # what stays on the chip is not written
     assert (fusion.times, fusion.read, fusion.written) == (4, 2 * ARRAY + 4, ARRAY)
     assert (fusion.cycles, fusion.bytes) == (28, 4 * (3 * ARRAY + 4))
+    assert (copy_start.read, copy_start.written) == (ARRAY, 0)
+    assert (slice_start.read, slice_start.written) == (ARRAY, 0)
     assert (convert.read, convert.written) == (ARRAY, ARRAY // 2)
 
 
