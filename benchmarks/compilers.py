@@ -448,6 +448,30 @@ def kernels(hlo: str) -> list[Kernel]:
     return list(run(entry, 1))
 
 
+# What a device of a ring of j sends, over the array and (j - 1) / j.
+_RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2}
+
+
+def sent(hlo: str) -> list[tuple[str, int, float]]:
+    """Return of each collective its name, the devices that it joins, and the bytes each sends.
+
+    As rings send them; a collective's `-start` counts, and not its `-done`. A TPU writes a
+    reduce-scatter as an all-reduce within a fusion.
+    """
+    computations, _ = parse(hlo)
+    found = []
+    for kernel in kernels(hlo):
+        op = kernel.operation
+        inner = computations.get(op.called("calls") or "", {}).values()
+        fused = [x for x in inner if x.op == "all-reduce"]
+        op, name = (fused[0], "reduce-scatter") if fused else (op, op.op.removesuffix("-start"))
+        if name in _RINGS:
+            group = re.search(r"replica_groups=\{\{([\d,]*)", op.attributes)[1].split(",")
+            share = _RINGS[name] * (len(group) - 1) / len(group)
+            found.append((name, len(group), kernel.times * share * size(op.type)))
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What a compiler made of a program."""
