@@ -313,18 +313,20 @@ def parse(hlo: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
-def size(type_: str) -> int:
-    """Return the bytes that a type has in the device's memory, a tuple's those of its parts.
+def _arrays(type_: str) -> Iterator[tuple[int, bool]]:
+    """Yield the bytes of every array of a type, and whether they are in the device's memory.
 
-    What a TPU keeps on the chip (memory space 1) has none.
+    A TPU keeps some on the chip, and semaphores elsewhere.
     """
-    total = 0
     for dtype, shape, layout in _ARRAY.findall(type_):
-        if "S(1)" in layout:
-            continue
         bits = 8 * _SIZES[dtype] if dtype in _SIZES else int(re.search(r"\d+", dtype)[0])
-        total += math.prod(int(n) for n in shape.split(",") if n) * bits // 8
-    return total
+        elements = math.prod(int(n) for n in shape.split(",") if n)
+        yield elements * bits // 8, not re.search(r"S\([1-9]", layout)
+
+
+def size(type_: str) -> int:
+    """Return the bytes that a type has in the device's memory, a tuple's those of its parts."""
+    return sum(found for found, in_memory in _arrays(type_) if in_memory)
 
 
 # What costs nothing: a name for memory that is there already, or a constant.
@@ -365,6 +367,13 @@ def _read_and_written(
     Of an operand that a kernel only slices, the slices count; of a result that is an
     operand with a part of it replaced, the part.
     """
+    if op.op.endswith("-start"):  # its type names the operand once more, a slice's as the first
+        operand = sum(size(computation[name].type) for name in op.operands)
+        read = operand
+        if op.op == "slice-start":
+            _, (brought, _), *_ = _arrays(op.type)
+            read = min(operand, brought)
+        return read, max(0, size(op.type) - operand)
     body = computations.get(op.called("calls") or "", {})
     inner = list(body.values())
     parameters = {
@@ -437,6 +446,30 @@ def kernels(hlo: str) -> list[Kernel]:
                 yield Kernel(op, times, *_read_and_written(op, computation, computations))
 
     return list(run(entry, 1))
+
+
+# What a device of a ring of j sends, over the array and (j - 1) / j.
+_RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2}
+
+
+def sent(hlo: str) -> list[tuple[str, int, float]]:
+    """Return of each collective its name, the devices that it joins, and the bytes each sends.
+
+    As rings send them; a collective's `-start` counts, and not its `-done`. A TPU writes a
+    reduce-scatter as an all-reduce within a fusion.
+    """
+    computations, _ = parse(hlo)
+    found = []
+    for kernel in kernels(hlo):
+        op = kernel.operation
+        inner = computations.get(op.called("calls") or "", {}).values()
+        fused = [x for x in inner if x.op == "all-reduce"]
+        op, name = (fused[0], "reduce-scatter") if fused else (op, op.op.removesuffix("-start"))
+        if name in _RINGS:
+            group = re.search(r"replica_groups=\{\{([\d,]*)", op.attributes)[1].split(",")
+            share = _RINGS[name] * (len(group) - 1) / len(group)
+            found.append((name, len(group), kernel.times * share * size(op.type)))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import focal_jax
 from benchmarks import accelerators, compilers
@@ -163,6 +167,53 @@ def test_every_device_compiles(device):
     assert compilers.read(known, program).bytes == 2 * 2 * 4096 * 128
 
 
+# ---------------------------------------------------------------- a pod
+
+
+def _vocabulary(slices, tokens=4096, depth=4096, classes=2**18):
+    """Return the bytes that a device of 1,024 sends, with the classes cut into `slices`."""
+    try:
+        compilers.device("v5p")
+    except compilers.Unavailable as error:
+        pytest.skip(str(error))
+    devices = topologies.get_topology_desc("v5p:8x8x16", "tpu").devices
+    mesh = Mesh(np.array(devices).reshape(-1, slices), ("data", "model"))
+
+    def share(kernel, features, labels):
+        features = lax.all_gather(features, "model", tiled=True)
+        losses = focal_jax.softmax_focal_loss_with_integer_labels(
+            jnp.matmul(features, kernel), labels, class_axis_name="model"
+        )
+        return lax.pmean(focal_jax.reduce_loss(losses), "data")
+
+    specs = P(None, "model"), P(("data", "model")), P("data")
+    mapped = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P())
+    shapes = (depth, classes), (mesh.size * tokens, depth), (mesh.size * tokens,)
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in zip(shapes, ("bfloat16", "bfloat16", "int32"), specs)
+    ]
+    compiled = jax.jit(jax.value_and_grad(mapped, (0, 1))).lower(*args).compile()
+    return compilers.sent(compiled.as_text())
+
+
+@pytest.mark.accelerators
+@needs_compilers
+def test_a_pod_sends_what_the_paper_says():
+    """The table of docs/scaling.md, "On paper", eight slices of the classes."""
+    sent = _vocabulary(8)
+    megabytes = {name: 0.0 for name, _, _ in sent}
+    for name, devices, count in sent:
+        key = "scores" if name == "all-reduce" and devices == 8 else name
+        megabytes[key] = megabytes.get(key, 0) + count / 1e6
+    assert {devices for _, devices, _ in sent} <= {8, 128, 1024}
+    np.testing.assert_allclose(
+        megabytes["all-gather"] + megabytes["reduce-scatter"], 469.8, rtol=0.01
+    )
+    np.testing.assert_allclose(megabytes["scores"], 0.7, atol=0.05)
+    np.testing.assert_allclose(megabytes["all-reduce"], 532.7, rtol=0.01)
+
+
 # ---------------------------------------------------------------- how the output is read
 
 HLO = """HloModule m
@@ -200,6 +251,9 @@ ENTRY %main (z: f32[8,128], w: f32[4,8,128]) -> bf16[8,128] {
   %start = (s32[], f32[8,128]{1,0}, /*index=2*/f32[4,8,128]{2,1,0}) tuple(%zero, %z, %w)
   %loop = (s32[], f32[8,128], f32[4,8,128]) while(%start), condition=%until, body=%body.1TRIPS
   %y = f32[8,128]{1,0} get-tuple-element(%loop), index=1
+  %cs = (f32[8,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%z)
+  %cd = f32[8,128]{1,0:S(1)} copy-done(%cs)
+  %ss = ((f32[4,8,128]{2,1,0}), f32[1,8,128]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%w)
   ROOT %e = bf16[8,128]{1,0} convert(%y)
 }
 """
@@ -210,10 +264,12 @@ ARRAY = 8 * 128 * 4
     "trips", ["", ', backend_config={"known_trip_count":{"n":"4"},"x":1}'], ids=["counted", "told"]
 )
 def test_a_loop_counts_with_its_trips_and_a_slice_as_a_slice(trips):
-    copy, fusion, convert = compilers.kernels(HLO.replace("TRIPS", trips))
+    copy, fusion, copy_start, slice_start, convert = compilers.kernels(HLO.replace("TRIPS", trips))
     assert (copy.read, copy.written) == (ARRAY, 0)  # what stays on the chip is not written
     assert (fusion.times, fusion.read, fusion.written) == (4, 2 * ARRAY + 4, ARRAY)
     assert (fusion.cycles, fusion.bytes) == (28, 4 * (3 * ARRAY + 4))
+    assert (copy_start.read, copy_start.written) == (ARRAY, 0)
+    assert (slice_start.read, slice_start.written) == (ARRAY, 0)
     assert (convert.read, convert.written) == (ARRAY, ARRAY // 2)
 
 
