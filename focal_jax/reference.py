@@ -653,14 +653,14 @@ def focal_tversky_loss(
     y = jnp.where((y < 0) | (y > 1), jnp.nan, y)
     positions = tuple(i for i in range(z.ndim) if i != axis)
     counts = [x.sum(positions) for x in (y * p, y * (1 - p), (1 - y) * p)]
-    counts = counts if axis_name is None else lax.psum(counts, axis_name)
+    hit, missed, mistaken = counts if axis_name is None else lax.psum(counts, axis_name)
     every = jnp.ones(z.shape[axis], bool)
     alpha, beta, smooth = (
         _real(name, x, every, z.dtype)
         for name, x in (("alpha", alpha), ("beta", beta), ("smooth", smooth))
     )
     gamma = _exponent("gamma", gamma, every, z.dtype)
-    return _tversky(_JAX, *counts, alpha, beta, gamma, smooth)
+    return _tversky(_JAX, hit, missed, mistaken, alpha, beta, gamma, smooth)
 
 
 def linear_softmax_focal_loss_with_integer_labels(
