@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _inputs, _scalar
+from focal_jax import _checks, _inputs, _scalar
 from focal_jax._elementwise import elementwise
 from focal_jax._scalar import Logit
 
@@ -83,7 +83,31 @@ def slopes(x: Logit, y: Array, alpha: Array | None, gamma: _inputs.Exponent):
     return dz, dy, m * n * (2 * y - 1), weight * m * n * t.log_q
 
 
+def _own_side(x: Logit, y: Array) -> Logit:
+    """Return the margin: the logit, or that of the other side for a negative."""
+    return x._replace(z=jnp.where(y == 1, x.z, -x.z))
+
+
+def _hard_weight(y: Array, alpha: Array | None) -> Array:
+    return jnp.ones((), y.dtype) if alpha is None else jnp.where(y == 1, alpha, 1 - alpha)
+
+
+def _hard_value(x: Logit, y: Array, alpha: Array | None, gamma: _inputs.Exponent) -> Array:
+    t = _scalar.sigmoid_terms(_own_side(x, y))
+    return _scalar.loss(_hard_weight(y, alpha), t.q, t.log_q, t.n, gamma.value)
+
+
+def _hard_slopes(x: Logit, y: Array, alpha: Array | None, gamma: _inputs.Exponent):
+    t, weight = _scalar.sigmoid_terms(_own_side(x, y)), _hard_weight(y, alpha)
+    unweighted = _scalar.unweighted(t, gamma.value)
+    by_margin = -weight * (_scalar.minus_dloss_dlogp(t, gamma.value) * t.q)
+    sign = jnp.where(y == 1, 1, -jnp.ones_like(y))
+    return sign * by_margin, None, sign * unweighted, weight * unweighted * t.log_q
+
+
 _losses = elementwise(value, slopes)
+# A label that can only be 0 or 1 makes the margin of a logit: the scalar, and nothing else.
+_hard_losses = elementwise(_hard_value, _hard_slopes, impossible=lambda y: (y != 0) & (y != 1))
 
 
 def sigmoid_focal_loss(
@@ -140,4 +164,6 @@ def sigmoid_focal_loss(
       Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
       Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
-    return _losses(logits, labels, alpha=alpha, gamma=_inputs.exponent("gamma", gamma), where=where)
+    labels = _checks.array("labels", labels)
+    losses = _losses if jnp.issubdtype(labels.dtype, jnp.floating) else _hard_losses
+    return losses(logits, labels, alpha=alpha, gamma=_inputs.exponent("gamma", gamma), where=where)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -62,11 +63,6 @@ def _sound(annotations: Array, classes: int) -> Array:
     index = (label >= 0) & (label < classes) & (label == jnp.floor(label))
     sound = index & jnp.all(jnp.isfinite(annotations), -1)
     return jnp.all(sound | (label == BACKGROUND), 1)
-
-
-def _smooth_l1(error: Array, beta: float) -> Array:
-    size = jnp.abs(error)
-    return jnp.where(size < beta, size * size * (0.5 / beta), size - 0.5 * beta)
 
 
 def retinanet_loss(
@@ -196,7 +192,7 @@ def retinanet_loss(
     losses = focal(class_logits, label == index, where=counts)
     dtype = _inputs.compute_dtype(box_regression)
     error = box_regression.astype(dtype) - wanted.astype(dtype)
-    smooth_l1 = _smooth_l1(_inputs.keep(error, positive), beta)
+    smooth_l1 = optax.huber_loss(_inputs.keep(error, positive), delta=beta) / beta
 
     positives, whole = jnp.sum(positive, 1, dtype=jnp.int32), 1 / max(1, images)
     if normalization == "batch":
