@@ -1,7 +1,7 @@
 """A loss that the package does not have, added to it: what a new loss costs.
 
-Importing this (`pytest -p toy`) does what a commit would: it adds the module, the formula of
-the reference and the entry of the catalogue.
+As a plugin (`pytest -p toy`) this does what a commit would: it adds the module, the formula
+of the reference and the entry of the catalogue.
 """
 
 import focal_jax
@@ -31,7 +31,8 @@ def _plain(logits, labels, *, alpha=None, beta=1.0, where=None):
     return reference._elementwise(ENTRY.name, logits, labels, where, alpha=alpha, beta=beta)
 
 
-reference.FORMULAS[ENTRY.name] = _tempered
-reference.tempered_cross_entropy = _plain
-focal_jax.tempered_cross_entropy = tempered_cross_entropy
-_catalogue.LOSSES += (ENTRY,)
+def pytest_configure():
+    reference.FORMULAS[ENTRY.name] = _tempered
+    reference.tempered_cross_entropy = _plain
+    focal_jax.tempered_cross_entropy = tempered_cross_entropy
+    _catalogue.LOSSES += (ENTRY,)
