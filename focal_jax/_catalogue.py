@@ -15,7 +15,9 @@ from typing import Literal, NamedTuple
 #   position       the softmax of one position and the index of its own class
 #   distribution   the softmax of one position and a weight for each class
 #   linear         a position loss whose logits are `features @ kernel + bias`
-Kind = Literal["elementwise", "position", "distribution", "linear"]
+#   interval       the softmax of one position and a real number between two of the classes
+#   region         the softmax of all the positions together: one loss for each class
+Kind = Literal["elementwise", "position", "distribution", "linear", "interval", "region"]
 
 # What the labels may be.
 #   hard           0 or 1
@@ -23,7 +25,8 @@ Kind = Literal["elementwise", "position", "distribution", "linear"]
 #   one-hot        1 for one class, 0 for the others
 #   distribution   weights of the classes, usually with the sum 1
 #   integer        the index of a class
-Labels = Literal["hard", "soft", "one-hot", "distribution", "integer"]
+#   real           a real number from 0 to the index of the last class
+Labels = Literal["hard", "soft", "one-hot", "distribution", "integer", "real"]
 
 
 class Option(NamedTuple):
@@ -88,5 +91,91 @@ LOSSES = (
         "linear",
         ("integer",),
         {"alpha": _CLASS_WEIGHT, "gamma": _GAMMA},
+    ),
+    Loss("quality_focal_loss", "elementwise", ("hard", "soft"), {"beta": _GAMMA}),
+    Loss(
+        "gaussian_focal_loss",
+        "elementwise",
+        ("hard", "soft"),
+        {"alpha": _GAMMA, "beta": _GAMMA._replace(default=4.0)},
+    ),
+    Loss(
+        "varifocal_loss",
+        "elementwise",
+        ("hard", "soft"),
+        {"alpha": Option(0.0, math.inf, default=0.75), "gamma": _GAMMA},
+        masks=("positive",),
+        flags=("stop_weight_gradient",),
+    ),
+    Loss(
+        "matchability_aware_loss",
+        "elementwise",
+        ("hard", "soft"),
+        {
+            "gamma": _GAMMA._replace(default=1.5),
+            "alpha": Option(0.0, math.inf, default=None),
+        },
+        masks=("positive",),
+    ),
+    Loss(
+        "asymmetric_loss",
+        "elementwise",
+        ("hard", "soft"),
+        {
+            "gamma_positive": _GAMMA._replace(default=0.0),
+            "gamma_negative": _GAMMA._replace(default=4.0),
+            "margin": Option(0.0, 1.0, default=0.05),
+        },
+        flags=("stop_weight_gradient",),
+    ),
+    Loss(
+        "sigmoid_focal_loss_star",
+        "elementwise",
+        ("hard",),
+        {"gamma": Option(0.5, 5.0, default=2.0), "beta": Option(0.0, math.inf, default=1.0)},
+    ),
+    Loss(
+        "sigmoid_poly_focal_loss",
+        "elementwise",
+        ("hard", "soft"),
+        {
+            "epsilon": Option(0.0, math.inf, default=1.0),
+            "alpha": Option(0.0, 1.0, default=None),
+            "gamma": _GAMMA,
+        },
+    ),
+    Loss(
+        "softmax_poly_focal_loss_with_integer_labels",
+        "position",
+        ("integer",),
+        {
+            "alpha": _CLASS_WEIGHT,
+            "epsilon": Option(0.0, math.inf, default=1.0),
+            "gamma": _GAMMA,
+        },
+    ),
+    Loss(
+        "softmax_probability_weighted_loss_with_integer_labels",
+        "position",
+        ("integer",),
+        {"alpha": _CLASS_WEIGHT},
+    ),
+    Loss(
+        "dual_focal_loss_with_integer_labels",
+        "position",
+        ("integer",),
+        {"alpha": _CLASS_WEIGHT, "gamma": _GAMMA._replace(default=5.0)},
+    ),
+    Loss("distribution_focal_loss", "interval", ("real",), {}),
+    Loss(
+        "focal_tversky_loss",
+        "region",
+        ("one-hot", "distribution"),
+        {
+            "alpha": Option(0.0, math.inf, default=0.7, per_class=True),
+            "beta": Option(0.0, math.inf, default=0.3, per_class=True),
+            "gamma": Option(0.0, 5.0, default=0.75, per_class=True, exponent=True),
+            "smooth": Option(0.0, math.inf, default=1.0, per_class=True),
+        },
     ),
 )

@@ -174,3 +174,22 @@ def static_exponent(name: str, value: numbers.Real) -> None:
 def static_gamma(value: numbers.Real) -> None:
     """A Python `gamma` is a finite number, zero or more."""
     static_exponent("gamma", value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return `value`, which is True or False of Python's own."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}: got {_shown(value)}, wanted True or False")
+    return value
+
+
+def static_margin(name: str, value: numbers.Real) -> None:
+    """A Python margin is at least 0 and less than 1."""
+    if not 0 <= float(value) < 1:
+        raise InputError(f"{name}: got {value}, wanted a number in [0, 1)")
+
+
+def static_stretch(name: str, value: numbers.Real) -> None:
+    """A Python number to divide by is finite and above 0."""
+    if not 0 < float(value) <= jnp.finfo(jnp.float32).max:
+        raise InputError(f"{name}: got {value}, wanted a finite number > 0")

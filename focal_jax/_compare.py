@@ -22,10 +22,11 @@ from jax.typing import ArrayLike, DTypeLike
 from focal_jax import _catalogue, _checks, reference
 
 # The losses of given logits whose truth is the formula below.
+_FOCAL = {reference.FORMULAS[name] for name in ("sigmoid_focal_loss", "softmax_focal_loss")}
 _LOSSES = {
     loss.name: loss
     for loss in _catalogue.LOSSES
-    if loss.kind != "linear" and set(loss.options) == {"alpha", "gamma"}
+    if loss.kind != "linear" and reference.FORMULAS[loss.name] in _FOCAL
 }
 HEADS = tuple(_LOSSES)
 DTYPES = ("float16", "bfloat16", "float32", "float64")

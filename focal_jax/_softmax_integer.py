@@ -10,12 +10,12 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax import _checks, _inputs, _position
-from focal_jax._class_sums import class_sums
+from focal_jax._class_sums import ClassSums, class_sums
 from focal_jax._varying import not_varying
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _losses(loss, axis, class_axis_name, logits, labels, alpha, options, where):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _losses(loss, of_row, axis, class_axis_name, logits, labels, alpha, options, where):
     """Return the losses, with a class axis of one."""
     place, classes = labels, logits.shape[axis]
     if class_axis_name is not None:
@@ -23,6 +23,8 @@ def _losses(loss, axis, class_axis_name, logits, labels, alpha, options, where):
         classes *= lax.axis_size(class_axis_name)
     top, true, rest = class_sums(axis, logits, place, where, class_axis_name)
     weight, impossible = _position.label_weight(alpha, labels, classes)
+    if of_row is not None:
+        options = *options, of_row(axis, class_axis_name, logits, ClassSums(top, true, rest), where)
     return loss(true - top, rest, (weight, *options), where, impossible)
 
 
@@ -36,12 +38,15 @@ def integer_head(
     ignore_label: int | None,
     where: ArrayLike | None,
     class_axis_name: str | tuple[str, ...] | None,
+    of_row: Callable[..., Array] | None = None,
     **options: Any,
 ) -> Array:
     """Return the losses of a `position` loss, whose first option is the weight of the label.
 
     The other options come by name, in the order in which the loss takes them. What every
-    argument means is said in `softmax_focal_loss_with_integer_labels`.
+    argument means is said in `softmax_focal_loss_with_integer_labels`. A loss of more than a
+    row's sums has one option more, which `of_row` makes of the axis, the mapped axes, the
+    logits, the sums and the mask.
     """
     logits = _inputs.floating("logits", logits)
     axis = _checks.axis(axis, logits.ndim)
@@ -57,7 +62,7 @@ def integer_head(
             not_varying(name, x, class_axis_name)
     labels = jnp.expand_dims(labels, axis)
     mask = _inputs.not_ignored(labels, ignore_label, mask)
-    losses = _losses(loss, axis, class_axis_name, logits, labels, alpha, prepared, mask)
+    losses = _losses(loss, of_row, axis, class_axis_name, logits, labels, alpha, prepared, mask)
     return jnp.squeeze(losses, axis)
 
 

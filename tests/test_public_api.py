@@ -99,7 +99,7 @@ def test_the_catalogue_says_what_the_signature_says(loss):
     for name, option in loss.options.items():
         assert signature[name] == (inspect.Parameter.KEYWORD_ONLY, option.default)
     # No option that the catalogue does not know, and none that is not there.
-    known = {"where", "axis", "bias", "ignore_label", "class_axis_name", "chunk_size"}
+    known = {"where", "axis", "axis_name", "bias", "ignore_label", "class_axis_name", "chunk_size"}
     options = {
         name for name, (kind, _) in signature.items() if kind == inspect.Parameter.KEYWORD_ONLY
     }

@@ -5,7 +5,7 @@ of the reference and the entry of the catalogue.
 """
 
 import focal_jax
-from focal_jax import _catalogue, _checks, reference
+from focal_jax import _catalogue, reference
 from toy._tempered import tempered_cross_entropy
 
 ENTRY = _catalogue.Loss(
@@ -27,8 +27,8 @@ def _tempered(ops, z, y, alpha, beta):
 
 def _plain(logits, labels, *, alpha=None, beta=1.0, where=None):
     """Compute `tempered_cross_entropy` from its formula."""
-    beta = _checks.array("beta", beta)
-    return reference._elementwise(ENTRY.name, logits, labels, where, alpha=alpha, beta=beta)
+    options = {"alpha": alpha, "beta": beta}
+    return reference._elementwise(_tempered, logits, labels, where, options)
 
 
 def pytest_configure():
