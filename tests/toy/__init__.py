@@ -5,7 +5,7 @@ of the reference and the entry of the catalogue.
 """
 
 import focal_jax
-from focal_jax import _catalogue, reference
+from focal_jax import _catalogue, _checks, reference
 from toy._tempered import tempered_cross_entropy
 
 ENTRY = _catalogue.Loss(
@@ -28,6 +28,7 @@ def _tempered(ops, z, y, alpha, beta):
 def _plain(logits, labels, *, alpha=None, beta=1.0, where=None):
     """Compute `tempered_cross_entropy` from its formula."""
     options = {"alpha": alpha, "beta": beta}
+    beta = _checks.array("beta", beta)
     return reference._elementwise(_tempered, logits, labels, where, options)
 
 
