@@ -1,11 +1,11 @@
 """A loss that the package does not have, added to it: what a new loss costs.
 
-Importing this (`pytest -p toy`) does what a commit would: it adds the module, the formula of
-the reference and the entry of the catalogue.
+As a plugin (`pytest -p toy`) this does what a commit would: it adds the module, the formula
+of the reference and the entry of the catalogue.
 """
 
 import focal_jax
-from focal_jax import _catalogue, reference
+from focal_jax import _catalogue, _checks, reference
 from toy._tempered import tempered_cross_entropy
 
 ENTRY = _catalogue.Loss(
@@ -28,10 +28,12 @@ def _tempered(ops, z, y, alpha, beta):
 def _plain(logits, labels, *, alpha=None, beta=1.0, where=None):
     """Compute `tempered_cross_entropy` from its formula."""
     options = {"alpha": alpha, "beta": beta}
+    beta = _checks.array("beta", beta)
     return reference._elementwise(_tempered, logits, labels, where, options)
 
 
-reference.FORMULAS[ENTRY.name] = _tempered
-reference.tempered_cross_entropy = _plain
-focal_jax.tempered_cross_entropy = tempered_cross_entropy
-_catalogue.LOSSES += (ENTRY,)
+def pytest_configure():
+    reference.FORMULAS[ENTRY.name] = _tempered
+    reference.tempered_cross_entropy = _plain
+    focal_jax.tempered_cross_entropy = tempered_cross_entropy
+    _catalogue.LOSSES += (ENTRY,)
