@@ -190,6 +190,18 @@ PACKAGES = {
 }
 
 
+def installed() -> bool:
+    """Return whether a compiler of any platform is installed."""
+    return any(_found(package) for package in PACKAGES.values())
+
+
+def _found(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it would be part of
+        return False
+
+
 def prepare() -> None:
     """Set the environment that the compilers read when they load: call it before JAX runs.
 
@@ -202,6 +214,7 @@ def prepare() -> None:
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no device to quarrel over
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }.items():
         os.environ.setdefault(name, value)
@@ -217,11 +230,7 @@ def prepare() -> None:
 def _register(platform: str) -> None:
     """Make JAX know the platform's compiler, or raise `Unavailable`."""
     package = PACKAGES[platform]
-    try:
-        found = importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the package that it would be part of
-        found = False
-    if not found:
+    if not _found(package):
         raise Unavailable(f"{platform}: the package {package} is not installed")
     jax.devices()  # the first call looks for plugins, and registers them
 
@@ -304,18 +313,20 @@ def parse(hlo: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
-def size(type_: str) -> int:
-    """Return the bytes that a type has in the device's memory, a tuple's those of its parts.
+def _arrays(type_: str) -> Iterator[tuple[int, bool]]:
+    """Yield the bytes of every array of a type, and whether they are in the device's memory.
 
-    What a TPU keeps on the chip (memory space 1) has none.
+    A TPU keeps some on the chip, and semaphores elsewhere.
     """
-    total = 0
     for dtype, shape, layout in _ARRAY.findall(type_):
-        if "S(1)" in layout:
-            continue
         bits = 8 * _SIZES[dtype] if dtype in _SIZES else int(re.search(r"\d+", dtype)[0])
-        total += math.prod(int(n) for n in shape.split(",") if n) * bits // 8
-    return total
+        elements = math.prod(int(n) for n in shape.split(",") if n)
+        yield elements * bits // 8, not re.search(r"S\([1-9]", layout)
+
+
+def size(type_: str) -> int:
+    """Return the bytes that a type has in the device's memory, a tuple's those of its parts."""
+    return sum(found for found, in_memory in _arrays(type_) if in_memory)
 
 
 # What costs nothing: a name for memory that is there already, or a constant.
@@ -356,6 +367,13 @@ def _read_and_written(
     Of an operand that a kernel only slices, the slices count; of a result that is an
     operand with a part of it replaced, the part.
     """
+    if op.op.endswith("-start"):  # its type names the operand once more, a slice's as the first
+        operand = sum(size(computation[name].type) for name in op.operands)
+        read = operand
+        if op.op == "slice-start":
+            _, (brought, _), *_ = _arrays(op.type)
+            read = min(operand, brought)
+        return read, max(0, size(op.type) - operand)
     body = computations.get(op.called("calls") or "", {})
     inner = list(body.values())
     parameters = {
@@ -430,6 +448,30 @@ def kernels(hlo: str) -> list[Kernel]:
     return list(run(entry, 1))
 
 
+# What a device of a ring of j sends, over the array and (j - 1) / j.
+_RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2}
+
+
+def sent(hlo: str) -> list[tuple[str, int, float]]:
+    """Return of each collective its name, the devices that it joins, and the bytes each sends.
+
+    As rings send them; a collective's `-start` counts, and not its `-done`. A TPU writes a
+    reduce-scatter as an all-reduce within a fusion.
+    """
+    computations, _ = parse(hlo)
+    found = []
+    for kernel in kernels(hlo):
+        op = kernel.operation
+        inner = computations.get(op.called("calls") or "", {}).values()
+        fused = [x for x in inner if x.op == "all-reduce"]
+        op, name = (fused[0], "reduce-scatter") if fused else (op, op.op.removesuffix("-start"))
+        if name in _RINGS:
+            group = re.search(r"replica_groups=\{\{([\d,]*)", op.attributes)[1].split(",")
+            share = _RINGS[name] * (len(group) - 1) / len(group)
+            found.append((name, len(group), kernel.times * share * size(op.type)))
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What a compiler made of a program."""
@@ -437,16 +479,18 @@ class Report:
     kernels: int
     bytes: int
     temporaries: int
-    cycles: int | None  # of a TPU
+    cycles: int | None  # of a TPU; 0 where the compiler does not say
+    unestimated: int  # kernels of a TPU that it does not say it of
 
 
 def read(device: Device, compiled: jax.stages.Compiled) -> Report:
     """Return what the compiler made of a program."""
     ran = kernels(compiled.as_text())
-    cycles = sum(k.cycles for k in ran)
+    tpu = device.platform == "tpu"
     return Report(
         kernels=sum(k.times for k in ran),
         bytes=sum(k.bytes for k in ran),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
-        cycles=cycles if device.platform == "tpu" else None,
+        cycles=sum(k.cycles for k in ran) if tpu else None,
+        unestimated=sum(tpu and k.operation.op == "fusion" and not k.cycles for k in ran),
     )

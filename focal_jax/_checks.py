@@ -167,8 +167,8 @@ def ignore_label(value: Any) -> int | None:
 
 def static_exponent(name: str, value: numbers.Real) -> None:
     """A Python exponent is a finite number, zero or more, and so in float32 too."""
-    if not 0 <= float(value) <= jnp.finfo(jnp.float32).max:
-        raise InputError(f"{name}: got {value}, wanted a finite number >= 0")
+    if not 0 <= value <= float(jnp.finfo(jnp.float32).max):  # type: ignore[operator]
+        raise InputError(f"{name}: got {_shown(value)}, wanted a finite number >= 0")
 
 
 def static_gamma(value: numbers.Real) -> None:

@@ -232,9 +232,10 @@ def _elementwise(
 
 
 def _class_weights(alpha: ArrayLike, dtype: jnp.dtype, classes: int) -> Array:
-    alpha = _checks.array("alpha", alpha).astype(dtype)
+    alpha = _checks.array("alpha", alpha)
+    _checks.real("alpha", alpha)
     _checks.class_weights(alpha, classes)
-    return alpha
+    return alpha.astype(dtype)
 
 
 def _indices(labels: ArrayLike, losses: tuple[int, ...], why: str) -> Array:
@@ -652,14 +653,14 @@ def focal_tversky_loss(
     y = jnp.where((y < 0) | (y > 1), jnp.nan, y)
     positions = tuple(i for i in range(z.ndim) if i != axis)
     counts = [x.sum(positions) for x in (y * p, y * (1 - p), (1 - y) * p)]
-    counts = counts if axis_name is None else lax.psum(counts, axis_name)
+    hit, missed, mistaken = counts if axis_name is None else lax.psum(counts, axis_name)
     every = jnp.ones(z.shape[axis], bool)
     alpha, beta, smooth = (
         _real(name, x, every, z.dtype)
         for name, x in (("alpha", alpha), ("beta", beta), ("smooth", smooth))
     )
     gamma = _exponent("gamma", gamma, every, z.dtype)
-    return _tversky(_JAX, *counts, alpha, beta, gamma, smooth)
+    return _tversky(_JAX, hit, missed, mistaken, alpha, beta, gamma, smooth)
 
 
 def linear_softmax_focal_loss_with_integer_labels(
@@ -707,6 +708,7 @@ def reduce_loss(
     where: ArrayLike | None = None,
     labels: ArrayLike | None = None,
     ignore_label: int | None = None,
+    weights: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """Compute `focal_jax.reduce_loss` from its formula.
@@ -718,23 +720,28 @@ def reduce_loss(
     if labels is not None:
         labels = _indices(labels, losses.shape, "one for each loss")
         counts = _not_ignored(labels, ignore_label, counts)
-    names = {"sum": "none", "mean": "full"}
-    divisors = {
-        "none": lambda: 1.0,
-        "full": lambda: float(losses.size),
-        "valid": lambda: counts.sum(),
-        "batch_size": lambda: float(losses.shape[0]),
-    }
-    divisor, devices = normalization, 1
-    if isinstance(normalization, str):
-        name = names.get(normalization, normalization)
-        _checks.normalization(name, losses)
-        divisor = jnp.asarray(divisors[name](), losses.dtype)
-        if axis_name is not None and name != "none":
+    elif ignore_label is not None:
+        raise _checks.InputError(
+            f"ignore_label: got {ignore_label} and no labels, wanted the labels that it is one of"
+        )
+    weight = _real("weights", 1.0 if weights is None else weights, counts, losses.dtype)
+    weight = jnp.where(counts, jnp.where(weight < 0, jnp.nan, weight), 0)
+    if normalization is None or isinstance(normalization, str):
+        _checks.normalization(normalization, losses)
+        batch = losses.shape[0] if losses.ndim else 1
+        divisor = {
+            "valid": jnp.sum(weight),
+            "mean": jnp.float32(losses.size),
+            "sum": jnp.float32(1),
+            "batch_size": jnp.float32(batch),
+        }[{"none": "sum", "full": "mean"}.get(normalization, normalization)]
+        if axis_name is not None and normalization not in ("sum", "none"):
             divisor = lax.psum(divisor, axis_name)
-    if axis_name is not None:
-        devices = lax.psum(1, axis_name)
-    divisor = jnp.asarray(divisor).astype(losses.dtype)
-    _checks.shape("normalization", divisor, (), "one divisor for all the losses")
-    total = jnp.sum(jnp.where(counts, losses, 0))
-    return total * devices / jnp.maximum(1, divisor)
+    else:
+        divisor = _checks.array("normalization", normalization)
+        _checks.shape("normalization", divisor, (), "one divisor for all the losses")
+    divisor = divisor.astype(losses.dtype)
+    least = divisor < 1 if weights is None else divisor <= 0
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    total = jnp.sum(weight * jnp.where(counts, losses, 0))
+    return devices * total / jnp.where(least, 1, divisor)

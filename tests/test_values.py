@@ -211,6 +211,19 @@ def test_the_plain_formula(row):
 # ------------------------------------------------------------ peers' published figures
 # Inputs and results as the projects' own tests and documentation print them.
 
+OUTSIDE: set[str] = set()  # the losses that have a figure
+
+
+def figure_of(*names):
+    """Mark a test that holds losses against figures from outside."""
+    OUTSIDE.update(names)
+    return lambda test: test
+
+
+def test_every_loss_has_a_figure_from_outside():
+    assert {row.name for row in LOSSES} == OUTSIDE
+
+
 _MMCV = [  # tests/test_ops/test_focal_loss.py: alpha 0.25, gamma 2, mean over the rows
     ([[1.0, 0], [0, 1.0]], [0, 1]),
     ([[1.0, 0, -1.0], [0, 1.0, 2.0]], [2, 1]),
@@ -242,6 +255,11 @@ _MMCV_SIGMOID = [
 ]
 
 
+@figure_of(
+    "sigmoid_focal_loss",
+    "softmax_focal_loss_with_integer_labels",
+    "linear_softmax_focal_loss_with_integer_labels",
+)
 @pytest.mark.parametrize("case", range(3))
 def test_mmcv(case):
     logits, labels = (jnp.asarray(x) for x in _MMCV[case])
@@ -251,18 +269,26 @@ def test_mmcv(case):
         losses = focal_jax.softmax_focal_loss_with_integer_labels(z, labels, alpha=0.25)
         return focal_jax.reduce_loss(losses)
 
+    def linear(z):
+        losses = focal_jax.linear_softmax_focal_loss_with_integer_labels(
+            z, jnp.eye(classes), labels, alpha=0.25
+        )
+        return focal_jax.reduce_loss(losses)
+
     def sigmoid(z):
         losses = focal_jax.sigmoid_focal_loss(z, jax.nn.one_hot(labels, classes), alpha=0.25)
         return focal_jax.reduce_loss(losses, normalization=rows)
 
     for function, (loss, gradient) in (
         (softmax, _MMCV_SOFTMAX[case]),
+        (linear, _MMCV_SOFTMAX[case]),
         (sigmoid, _MMCV_SIGMOID[case]),
     ):
         want = (np.asarray(loss), np.asarray(gradient))
         assert_close(jax.value_and_grad(function)(logits), want, 2e-6)
 
 
+@figure_of("softmax_focal_loss", "sigmoid_focal_loss")
 def test_keras():
     # Docstrings of categorical_focal_crossentropy and binary_focal_crossentropy.
     p = jnp.array([[0.05, 0.9, 0.05], [0.1, 0.85, 0.05]])
