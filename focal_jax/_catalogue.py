@@ -52,6 +52,8 @@ class Loss(NamedTuple):
     options: Mapping[str, Option]
     masks: tuple[str, ...] = ()  # bool options that broadcast to the losses, besides `where`
     flags: tuple[str, ...] = ()  # bool options of Python's own
+    # Whether a weight is a constant to differentiation: the gradient is not that of the value.
+    held: bool = False
 
     @property
     def softmax(self) -> bool:
@@ -116,6 +118,7 @@ LOSSES = (
             "alpha": Option(0.0, math.inf, default=None),
         },
         masks=("positive",),
+        held=True,
     ),
     Loss(
         "asymmetric_loss",
@@ -159,6 +162,7 @@ LOSSES = (
         "position",
         ("integer",),
         {"alpha": _CLASS_WEIGHT},
+        held=True,
     ),
     Loss(
         "dual_focal_loss_with_integer_labels",

@@ -23,7 +23,7 @@ def _sigmoid_slopes(
 ):
     s, t, g = _scalar.sigmoid_terms(x), _sigmoid.soft_terms(x, y), gamma.value
     weight, power = _sigmoid.label_weight(y, alpha), _scalar.power(t.q, t.log_q, g)
-    dz, dy, _, _ = _sigmoid.slopes(x, y, None, gamma)
+    dz, dy, _, dgamma = _sigmoid.slopes(x, y, None, gamma)
     by_q, term = epsilon * (g + 1) * power, power * t.q
     unweighted = power * _scalar.bounded(t.n) + epsilon * term
     dy = weight * (dy - by_q * _scalar.p_minus_q(x))
@@ -32,7 +32,7 @@ def _sigmoid_slopes(
         dy if alpha is None else dy + unweighted * (2 * alpha - 1),
         weight * term,
         unweighted * (2 * y - 1),
-        weight * (unweighted * t.log_q),
+        weight * (dgamma + epsilon * (term * t.log_q)),
     )
 
 
@@ -45,10 +45,14 @@ def _softmax_value(t: Terms, weight: Array, epsilon: Array, gamma: _inputs.Expon
 
 def _softmax_slopes(t: Terms, weight: Array, epsilon: Array, gamma: _inputs.Exponent):
     g, power = gamma.value, _scalar.power(t.q, t.log_q, gamma.value)
-    term = power * t.q
-    unweighted = _scalar.unweighted(t, g) + epsilon * term
+    focal, term = _scalar.unweighted(t, g), power * t.q
     minus_dlogp = _scalar.minus_dloss_dlogp(t, g) + epsilon * (g + 1) * (power * t.p)
-    return weight * minus_dlogp, unweighted, weight * term, weight * (unweighted * t.log_q)
+    return (
+        weight * minus_dlogp,
+        focal + epsilon * term,
+        weight * term,
+        weight * (focal * t.log_q + epsilon * (term * t.log_q)),
+    )
 
 
 poly = position(_softmax_value, _softmax_slopes)

@@ -148,4 +148,6 @@ def focal_tversky_loss(
     options = _inputs.options(given, (logits.shape[axis],), _inputs.compute_dtype(logits))
     positions = logits.shape[:axis] + logits.shape[axis + 1 :]
     mask = _inputs.aligned_mask(where, positions, axis)
-    return _losses(axis, axis_name, *aligned_varying(logits, labels, options, mask))
+    # Not the options: what the sums over the devices have in common stays so.
+    logits, labels, mask = aligned_varying(logits, labels, mask)
+    return _losses(axis, axis_name, logits, labels, options, mask)

@@ -56,7 +56,7 @@ def test_python_exponents(row, x64):
     assert_close(all_of_them(row.eager), all_of_them(row.reference), 1e-10)
 
 
-@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if not row.loss.held], ids=str)
 def test_finite_differences_to_second_order(row, x64):
     arguments = row.arguments(3, (2, 3), scale=1.0, dtype=np.float64)
     inside, fixed = row.split(arguments | row.scalars(np.float64), movable=True)

@@ -16,6 +16,8 @@ import optax
 import pytest
 from pages import code_blocks
 
+import focal_jax
+
 GUIDE = (Path(__file__).parents[1] / "docs" / "porting.md").read_text()
 (IMPORTS,) = code_blocks(GUIDE)
 ROWS = [
@@ -105,7 +107,67 @@ def anchors_of_an_image():
     return np.array(rows)
 
 
+def entropy(z, y):
+    """Return the binary cross entropy of each element."""
+    return -y * np.log(sigmoid(z)) - (1 - y) * np.log(sigmoid(-z))
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+# One positive of four has a quality of 0, and one element is a peak.
+positive = np.eye(N, C, dtype=bool)
+quality = np.where(positive, np.array([0.7, 0.0, 0.4, 0.9])[:, None], 0)
+heat = np.where(positive & (np.arange(N) == 0)[:, None], 1, rng.uniform(0, 0.95, (N, C)))
+distance = np.array([0.0, 0.3, 1.7, 1.0])
+num_boxes = 3.0
+detached = (0.75 * sigmoid(logits) ** 2 * ~positive + quality) * entropy(logits, quality)
+mal = np.where(positive, 1, sigmoid(logits) ** 1.5) * entropy(logits, quality**1.5)
+
+
+def gaussian(z, heat):
+    p = sigmoid(z)
+    negative = -((1 - heat) ** 4) * p**2 * np.log(1 - p)
+    return np.where(heat == 1, -((1 - p) ** 2) * np.log(p), negative)
+
+
+def asl(z, y):
+    p, q = sigmoid(z), np.minimum(1 - sigmoid(z) + 0.05, 1)
+    p_t = p * y + q * (1 - y)
+    return -((1 - p_t) ** np.where(y == 1, 1, 4)) * (y * np.log(p) + (1 - y) * np.log(q))
+
+
+def star(z, y):
+    return np.log1p(np.exp(-2 * z * (2 * y - 1))) / 2
+
+
+def dual(z, classes):
+    p = softmax(z)
+    p_t = p[np.arange(N), classes]
+    p_j = (p * (p < p_t[:, None])).max(1)
+    return -((1 - p_t + p_j) ** 5) * np.log(p_t)
+
+
+def tversky(p, y, axes, smooth):
+    """Return 1 - TI, the false negatives weighed 0.7 and the false positives 0.3."""
+    tp, fn, fp = ((a * b).sum(axes) for a, b in ((p, y), (1 - p, y), (p, 1 - y)))
+    return 1 - (tp + smooth) / (tp + 0.7 * fn + 0.3 * fp + smooth)
+
+
+def between(z, y):
+    """Return mmdetection's distribution focal loss."""
+    left, rows = y.astype(int), np.arange(N)
+    losses = -np.log(softmax(z))
+    return losses[rows, left] * (left + 1 - y) + losses[rows, left + 1] * (y - left)
+
+
 INPUTS = {
+    "quality": quality,
+    "positive": positive,
+    "heat": heat,
+    "distance": distance,
+    "num_boxes": num_boxes,
     "scores": scores,
     "labels": labels,
     "target": labels[:, None],
@@ -224,6 +286,37 @@ EXPECTED = {
         (sample_weight[:, None] * binary(logits, gt_rows, 0.25)).sum() / 2
     ),
     "`FocalLoss(loss_weight=2.0)(pred, gt)`": 2 * binary(logits, gt_rows, 0.25).mean(),
+    # relatives
+    "mmdetection: `QualityFocalLoss()(pred, quality)`": (
+        (np.abs(quality - sigmoid(logits)) ** 2 * entropy(logits, quality)).sum(1).mean()
+    ),
+    "mmdetection: `VarifocalLoss()(pred, quality, avg_factor=avg_factor)`": (
+        np.where(quality > 0, quality, 0.75 * sigmoid(logits) ** 2) * entropy(logits, quality)
+    ).sum()
+    / 2,
+    "mmdetection: `GaussianFocalLoss()(pred.sigmoid(), heat)`": gaussian(logits, heat).mean(),
+    "mmdetection: `DistributionFocalLoss()(pred, distance)`": between(logits, distance).mean(),
+    "transformers: `loss_labels_vfl` of RT-DETR and D-FINE": detached.sum() / num_boxes,
+    "DEIM: `loss_labels_mal`": mal.sum() / num_boxes,
+    "CornerNet, CenterNet: `_neg_loss(logits.sigmoid(), heat)`": gaussian(logits, heat).sum(),
+    "ASL: `AsymmetricLoss()(logits, targets)`": asl(logits, targets).sum(),
+    "fvcore: `sigmoid_focal_loss_star(logits, targets, gamma=2)`": star(logits, targets),
+    "fvcore: `sigmoid_focal_loss_star(logits, targets, alpha=0.25, gamma=2)`": (
+        (0.25 * targets + 0.75 * (1 - targets)) * star(logits, targets)
+    ),
+    "optax: `losses.poly_loss_cross_entropy(logits, y_true)`": (
+        categorical(logits, y_true, 0).sum(1) + 2 * (1 - (y_true * softmax(logits)).sum(1))
+    ),
+    "DFT: the mean cross entropy of `logits`, each times `softmax(logits)[classes].detach()`": (
+        (softmax(logits) * categorical(logits, y_true, 0)).sum(1).mean()
+    ),
+    "dual focal loss: `DualFocalLoss(gamma=5)(logits, classes)`": dual(logits, classes).sum(),
+    "MONAI: `TverskyLoss(softmax=True, alpha=0.3, beta=0.7, batch=True)(scores, one_hot)`": (
+        tversky(softmax(scores), one_hot, (0, 2, 3), 1e-5).mean()
+    ),
+    "Abraham and Khan: `focal_tversky(targets, sigmoid(logits))`": (
+        tversky(sigmoid(logits), targets, (0, 1), 1) ** 0.75
+    ),
 }
 
 
@@ -245,3 +338,40 @@ def test_ours_is_theirs(theirs, ours):
         result = np.asarray(result).reshape(np.shape(EXPECTED[theirs]))
     tolerance = 1e-9 if precise else 2e-6
     np.testing.assert_allclose(result, EXPECTED[theirs], rtol=tolerance, atol=tolerance)
+
+
+def test_what_the_guide_says_of_optax():
+    # Since 0.2.5 it computes with logarithms.
+    version = tuple(int(x) for x in re.findall(r"\d+", optax.__version__)[:3])
+    if version < (0, 2, 5):
+        pytest.skip("an older optax")
+    z = jnp.linspace(-80.0, 80.0, 81)
+
+    def gradient(loss, z, gamma):
+        return jax.grad(lambda z: jnp.sum(loss(z, jnp.ones_like(z), gamma=gamma)))(z)
+
+    ours, theirs = focal_jax.sigmoid_focal_loss, optax.losses.sigmoid_focal_loss
+    for gamma in (0.5, 2.0):
+        got, want = gradient(theirs, z, gamma), gradient(ours, z, gamma)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-36)
+    ends = jnp.array([-jnp.inf, jnp.inf])
+    assert np.isnan(gradient(theirs, ends, 2.0)).all()
+    assert gradient(ours, ends, 2.0).tolist() == [-1, 0]
+
+
+def test_whose_weight_is_differentiated():
+    z, y = (jnp.asarray(x, jnp.float32) for x in (logits, quality))
+
+    def gradient(loss, **options):
+        return jax.grad(lambda z: jnp.sum(loss(z, y, positive=positive, **options)))(z)
+
+    score = jax.nn.sigmoid(z)
+    # Of a constant weight the gradient is the weight times the cross entropy's.
+    weights = jnp.where(positive, y, 0.75 * score**2), jnp.where(positive, 1, score**1.5)
+    losses = focal_jax.varifocal_loss, focal_jax.matchability_aware_loss
+    held = gradient(losses[0], stop_weight_gradient=True), gradient(losses[1])
+    targets = y, y**1.5
+    for got, weight, target in zip(held, weights, targets):
+        np.testing.assert_allclose(got, weight * (score - target), rtol=1e-5, atol=1e-7)
+    differentiated = gradient(losses[0])
+    assert np.all((differentiated > held[0])[~positive])

@@ -197,7 +197,7 @@ def worst_error(got, want, tiny, scale=None):
     for a, b, s, t in zip(*(x.ravel() for x in np.broadcast_arrays(got, want, scale, tiny))):
         s = max(s, abs(b))
         if s < t:
-            assert 0 <= abs(a) <= 1.01 * t, (a, b)
+            assert min(abs(a), abs(mpmath.mpf(float(a)) - b)) <= 1.01 * t, (a, b)
         else:
             worst = max(worst, float((abs(mpmath.mpf(float(a)) - b) - t) / s))
     return worst
