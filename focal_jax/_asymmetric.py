@@ -160,6 +160,6 @@ def asymmetric_loss(
         labels,
         gamma_positive=_inputs.exponent("gamma_positive", gamma_positive),
         gamma_negative=_inputs.exponent("gamma_negative", gamma_negative),
-        margin=margin,
+        margin=_checks.given("margin", margin),
         where=where,
     )

@@ -66,6 +66,13 @@ def array(name: str, x: Any, wanted: str = "an array of numbers", *, integers: A
     return x
 
 
+def given(name: str, x: Any) -> Any:
+    """Return an option that a loss cannot go without."""
+    if x is None:
+        raise InputError(f"{name}: got None, wanted a number or an array of numbers")
+    return x
+
+
 def floating(name: str, x: Array) -> None:
     """`x` holds floating-point numbers."""
     message = f"{name}: got dtype {x.dtype}, wanted a floating dtype"

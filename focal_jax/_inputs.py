@@ -94,13 +94,12 @@ def options(
     """
 
     def prepared(name, leaf):
-        if not (isinstance(leaf, Array) and leaf.dtype == jnp.bool_):
-            leaf = option(name, leaf, dtype)
+        leaf = option(name, leaf, dtype)
         _checks.broadcastable(name, leaf, losses, "the losses")
         return aligned(leaf, losses, axis)
 
-    # A list of numbers is an array to be, and not a tree.
-    mapped = partial(jax.tree.map, is_leaf=lambda x: isinstance(x, list | tuple))
+    # An exponent is a tree. All else is an array to be, or what an error is about.
+    mapped = partial(jax.tree.map, is_leaf=lambda x: x is not None and not isinstance(x, Exponent))
     return tuple(mapped(partial(prepared, name), tree) for name, tree in given.items())
 
 

@@ -3,7 +3,7 @@
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _inputs, _scalar, _sigmoid
+from focal_jax import _checks, _inputs, _scalar, _sigmoid
 from focal_jax._elementwise import elementwise
 from focal_jax._position import position
 from focal_jax._scalar import Logit, Terms
@@ -119,7 +119,7 @@ def sigmoid_poly_focal_loss(
     return _sigmoid_losses(
         logits,
         labels,
-        epsilon=epsilon,
+        epsilon=_checks.given("epsilon", epsilon),
         alpha=alpha,
         gamma=_inputs.exponent("gamma", gamma),
         where=where,
@@ -198,6 +198,6 @@ def softmax_poly_focal_loss_with_integer_labels(
         ignore_label=ignore_label,
         where=where,
         class_axis_name=class_axis_name,
-        epsilon=epsilon,
+        epsilon=_checks.given("epsilon", epsilon),
         gamma=_inputs.exponent("gamma", gamma),
     )

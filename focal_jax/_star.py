@@ -102,4 +102,5 @@ def sigmoid_focal_loss_star(
     """
     if isinstance(gamma, numbers.Real):
         _checks.static_stretch("gamma", gamma)
+    gamma, beta = _checks.given("gamma", gamma), _checks.given("beta", beta)
     return _losses(logits, labels, gamma=gamma, beta=beta, where=where)

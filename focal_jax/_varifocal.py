@@ -114,7 +114,7 @@ def varifocal_loss(
     return _LOSSES[_checks.flag("stop_weight_gradient", stop_weight_gradient)](
         logits,
         labels,
-        alpha=alpha,
+        alpha=_checks.given("alpha", alpha),
         gamma=_inputs.exponent("gamma", gamma),
         positive=_inputs.mask(positive, jnp.shape(logits), "positive"),
         where=where,

@@ -207,22 +207,23 @@ def _elementwise(
     where: ArrayLike | None,
     options: Mapping[str, ArrayLike | None],
     exponents: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
     positive: ArrayLike | None = None,
     **flags: bool,
 ) -> Array:
     """Return the losses of one logit each, NaN where the label is none, 0 where masked.
 
     The options come by name, in the order in which the formula takes them; `exponents` names
-    those that are. The flags are the formula's.
+    those that are, and only `optional` ones may be None. The flags are the formula's.
     """
     z = _float("logits", logits)
     where = _mask(where, z.shape)
     y = _real("labels", labels, where, z.dtype)
     z = jnp.where(where, z, 0)
 
-    def prepared(name, x):
+    def prepared(name: str, x: Any) -> Any:
         read = _exponent if name in exponents else _real
-        return None if x is None else read(name, x, where, z.dtype)
+        return None if x is None and name in optional else read(name, x, where, z.dtype)
 
     given = [prepared(*option) for option in options.items()]
     masks = {} if positive is None else {"positive": _mask(positive, z.shape, "positive")}
@@ -270,7 +271,9 @@ def sigmoid_focal_loss(
     Differentiation: every mode of JAX, forward mode alone included.
     """
     options = {"alpha": alpha, "gamma": gamma}
-    return _elementwise(_sigmoid_focal, logits, labels, where, options, exponents=("gamma",))
+    return _elementwise(
+        _sigmoid_focal, logits, labels, where, options, exponents=("gamma",), optional=("alpha",)
+    )
 
 
 def quality_focal_loss(
@@ -337,6 +340,7 @@ def matchability_aware_loss(
         where,
         {"gamma": gamma, "alpha": alpha},
         exponents=("gamma",),
+        optional=("alpha",),
         positive=positive,
     )
 
@@ -390,7 +394,9 @@ def sigmoid_poly_focal_loss(
 ) -> Array:
     """Compute `focal_jax.sigmoid_poly_focal_loss` from its formula."""
     options = {"epsilon": epsilon, "alpha": alpha, "gamma": gamma}
-    return _elementwise(_sigmoid_poly, logits, labels, where, options, exponents=("gamma",))
+    return _elementwise(
+        _sigmoid_poly, logits, labels, where, options, exponents=("gamma",), optional=("alpha",)
+    )
 
 
 def softmax_focal_loss(

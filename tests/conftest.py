@@ -8,6 +8,10 @@ import jax
 import matplotlib
 import pytest
 
+from focal_jax import _cpu
+
+_ONE_DEVICE = _cpu._ONE_DEVICE
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("agg")
@@ -21,6 +25,20 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("focal_jax")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cpu_room(request):
+    """Leave `_cpu.py` out where a module says `PLAIN_CALLS = True`.
+
+    What that room does to a program changes no number, which `test_cpu.py` shows, and it is
+    there in what is tested to 60 digits. But it makes every program three times as long to
+    compile, and derivatives of a higher order have many.
+    """
+    wanted = None if getattr(request.module, "PLAIN_CALLS", False) else _ONE_DEVICE
+    if _cpu._ONE_DEVICE is not wanted:
+        _cpu._ONE_DEVICE = wanted
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import test_gradients
 import test_values
 from helpers import LOSSES, assert_close, gradients
 
+PLAIN_CALLS = True
+
 # What has a form of its own, and one loss beside that has none but the plain call.
 ROWS = [
     row

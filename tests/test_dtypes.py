@@ -8,6 +8,8 @@ from helpers import LOSSES, PROGRAMS, assert_close, gradients, total
 
 import focal_jax
 
+PLAIN_CALLS = True
+
 SIXTEEN = [jnp.bfloat16, jnp.float16]
 INTEGER = [row for row in PROGRAMS if row.integer]
 

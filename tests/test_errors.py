@@ -8,6 +8,8 @@ from helpers import LOSSES, PROGRAMS
 
 import focal_jax
 
+PLAIN_CALLS = True
+
 MODULES = pytest.mark.parametrize(
     "module", [focal_jax, focal_jax.reference], ids=["ours", "reference"]
 )

@@ -8,6 +8,8 @@ from helpers import EXPONENTS, LOSSES, PROGRAMS, assert_close, gradients, total
 
 import focal_jax
 
+PLAIN_CALLS = True
+
 HARD = [row for row in LOSSES if not row.soft]
 SOFTMAX = [row for row in LOSSES if row.softmax]
 POISONS = [jnp.nan, jnp.inf, -jnp.inf]

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from helpers import PROGRAMS, assert_close, gradients, total
 
+PLAIN_CALLS = True
+
 
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_jit_changes_nothing(row):

@@ -29,7 +29,7 @@ def _plain(logits, labels, *, alpha=None, beta=1.0, where=None):
     """Compute `tempered_cross_entropy` from its formula."""
     options = {"alpha": alpha, "beta": beta}
     beta = _checks.array("beta", beta)
-    return reference._elementwise(_tempered, logits, labels, where, options)
+    return reference._elementwise(_tempered, logits, labels, where, options, optional=("alpha",))
 
 
 def pytest_configure():
