@@ -119,14 +119,15 @@ def _plain_class_sums_jvp(axis, gradient, primals, tangents):
     return sums, ClassSums(jnp.zeros_like(sums.top), picked(dz, place, axis), of_rest)
 
 
-@partial(jax.jit, static_argnums=0)
+_compiled = jax.jit(plain_class_sums, static_argnums=(0, 1))
+
+
 def _primal(axis, *args):
-    return plain_class_sums(axis, False, *args)
+    return _compiled(axis, False, *args)
 
 
-@partial(jax.jit, static_argnums=0)
 def _forward(axis, *args):
-    sums = plain_class_sums(axis, True, *args)
+    sums = _compiled(axis, True, *args)
     return sums, (args, lax.stop_gradient(sums.top))
 
 

@@ -125,11 +125,12 @@ def matchability_aware_loss(
       Huang, Lu, Cun, Yu, Zhou, Shen. [DEIM: DETR with Improved Matching for Fast
       Convergence](https://arxiv.org/abs/2412.04234). CVPR 2025.
     """
+    logits = _inputs.floating("logits", logits)
     return _losses(
         logits,
         labels,
         gamma=_inputs.exponent("gamma", gamma),
         alpha=alpha,
-        positive=_inputs.mask(positive, jnp.shape(logits), "positive"),
+        positive=_inputs.mask(positive, logits.shape, "positive"),
         where=where,
     )

@@ -111,11 +111,12 @@ def varifocal_loss(
       Zhang, Wang, Dayoub, Suenderhauf. [VarifocalNet: An IoU-aware Dense Object
       Detector](https://arxiv.org/abs/2008.13367). CVPR 2021.
     """
+    logits = _inputs.floating("logits", logits)
     return _LOSSES[_checks.flag("stop_weight_gradient", stop_weight_gradient)](
         logits,
         labels,
         alpha=_checks.given("alpha", alpha),
         gamma=_inputs.exponent("gamma", gamma),
-        positive=_inputs.mask(positive, jnp.shape(logits), "positive"),
+        positive=_inputs.mask(positive, logits.shape, "positive"),
         where=where,
     )

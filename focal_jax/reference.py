@@ -23,6 +23,26 @@ from jax.typing import ArrayLike
 
 from focal_jax import _checks
 
+__all__ = [
+    "asymmetric_loss",
+    "distribution_focal_loss",
+    "dual_focal_loss_with_integer_labels",
+    "focal_tversky_loss",
+    "gaussian_focal_loss",
+    "linear_softmax_focal_loss_with_integer_labels",
+    "matchability_aware_loss",
+    "quality_focal_loss",
+    "reduce_loss",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_loss_star",
+    "sigmoid_poly_focal_loss",
+    "softmax_focal_loss",
+    "softmax_focal_loss_with_integer_labels",
+    "softmax_poly_focal_loss_with_integer_labels",
+    "softmax_probability_weighted_loss_with_integer_labels",
+    "varifocal_loss",
+]
+
 # ---------------------------------------------------------------- the formulas
 
 
@@ -222,7 +242,7 @@ def _elementwise(
     z = jnp.where(where, z, 0)
 
     def prepared(name: str, x: Any) -> Any:
-        read = _exponent if name in exponents else _real
+        read: Callable[..., Any] = _exponent if name in exponents else _real
         return None if x is None and name in optional else read(name, x, where, z.dtype)
 
     given = [prepared(*option) for option in options.items()]

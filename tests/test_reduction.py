@@ -251,7 +251,7 @@ def test_a_divisor_of_64_bits_does_not_wrap(divisor):
         ({"normalization": None}, "normalization: got None, wanted one of .*'sum', .*'mean'"),
         ({"normalization": jax.random.key(0)}, "normalization: got dtype key"),
         ({"normalization": [1, [2]]}, "normalization: got"),
-        ({"normalization": {}}, "normalization: got {}, wanted real"),
+        ({"normalization": {}}, "normalization: got {}, wanted a number"),
         ({"normalization": 1j}, "normalization: got dtype complex"),
         ({"weights": "token"}, "weights: got 'token', wanted"),
         ({"weights": jnp.ones(4)}, r"weights: got shape \(4,\), wanted one that broadcasts"),

@@ -15,3 +15,15 @@ from focal_jax.detection.matching import (
     IGNORED as IGNORED,
     match_anchors as match_anchors,
 )
+
+__all__ = [
+    "BACKGROUND",
+    "IGNORED",
+    "RetinaNetLoss",
+    "box_iou",
+    "decode_boxes",
+    "encode_boxes",
+    "match_anchors",
+    "pyramid_anchors",
+    "retinanet_loss",
+]

@@ -8,6 +8,8 @@ from jax import Array
 
 from focal_jax import _checks
 
+__all__ = ["pyramid_anchors"]
+
 
 def pyramid_anchors(
     image_shape: tuple[int, int],

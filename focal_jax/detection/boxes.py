@@ -11,6 +11,8 @@ from jax.typing import ArrayLike
 from focal_jax import _checks, _inputs
 from focal_jax.detection import _options
 
+__all__ = ["box_iou", "decode_boxes", "encode_boxes"]
+
 # The least divisor: a union without area, or an anchor without a side, divides by this
 # and not by 0.
 _TINY = 1e-8

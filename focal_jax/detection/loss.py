@@ -15,6 +15,8 @@ from focal_jax.detection import _options
 from focal_jax.detection.boxes import Box, columns, offsets, rows_of_four
 from focal_jax.detection.matching import BACKGROUND, IGNORED, comparable, nearest
 
+__all__ = ["RetinaNetLoss", "retinanet_loss"]
+
 
 class RetinaNetLoss(NamedTuple):
     """What a RetinaNet minimizes: the sum of the two."""

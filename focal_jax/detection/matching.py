@@ -11,6 +11,8 @@ from focal_jax._varying import aligned_varying
 from focal_jax.detection import _options
 from focal_jax.detection.boxes import Box, bounded, columns, overlap, pairs, rows_of_four
 
+__all__ = ["BACKGROUND", "IGNORED", "match_anchors"]
+
 # What an anchor has in place of an annotation's index.
 BACKGROUND = -1
 IGNORED = -2
