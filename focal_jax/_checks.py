@@ -174,3 +174,29 @@ def static_exponent(name: str, value: numbers.Real) -> None:
 def static_gamma(value: numbers.Real) -> None:
     """A Python `gamma` is a finite number, zero or more."""
     static_exponent("gamma", value)
+
+
+def _number(value: Any) -> float | None:
+    """Return a real number of Python's, None for anything else."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if real else None
+
+
+def label_smoothing(value: Any) -> float:
+    """Return `value` as a Python number in [0, 1)."""
+    number = _number(value)
+    if number is None or not 0 <= number < 1:
+        raise InputError(f"label_smoothing: got {_shown(value)}, wanted a number in [0, 1)")
+    return number
+
+
+def logit_softcap(value: Any) -> float | None:
+    """Return `value` as a positive Python number, finite also in float32, or None."""
+    if value is None:
+        return None
+    number = _number(value)
+    if number is None or not jnp.finfo(jnp.float32).tiny <= number <= jnp.finfo(jnp.float32).max:
+        raise InputError(
+            f"logit_softcap: got {_shown(value)}, wanted None or a finite number above 0"
+        )
+    return number

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,21 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax import _checks, _inputs, _position
-from focal_jax._class_sums import class_sums
+from focal_jax._class_sums import class_sums, logsumexp
 from focal_jax._varying import not_varying
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _losses(loss, axis, class_axis_name, logits, labels, alpha, options, where):
-    """Return the losses, with a class axis of one."""
+    """Return the losses and the log-sum-exp, with a class axis of one."""
     place, classes = labels, logits.shape[axis]
     if class_axis_name is not None:
         place = labels - classes * lax.axis_index(class_axis_name)
         classes *= lax.axis_size(class_axis_name)
-    top, true, rest = class_sums(axis, logits, place, where, class_axis_name)
+    sums = class_sums(axis, logits, place, where, class_axis_name)
     weight, impossible = _position.label_weight(alpha, labels, classes)
-    return loss(true - top, rest, (weight, *options), where, impossible)
+    losses = loss(sums.true - sums.top, sums.rest, (weight, *options), where, impossible)
+    return losses, logsumexp(sums, impossible, where)
 
 
 def integer_head(
@@ -36,8 +37,9 @@ def integer_head(
     ignore_label: int | None,
     where: ArrayLike | None,
     class_axis_name: str | tuple[str, ...] | None,
+    return_logsumexp: bool = False,
     **options: Any,
-) -> Array:
+) -> Any:
     """Return the losses of a `position` loss, whose first option is the weight of the label.
 
     The other options come by name, in the order in which the loss takes them. What every
@@ -57,8 +59,39 @@ def integer_head(
             not_varying(name, x, class_axis_name)
     labels = jnp.expand_dims(labels, axis)
     mask = _inputs.not_ignored(labels, ignore_label, mask)
-    losses = _losses(loss, axis, class_axis_name, logits, labels, alpha, prepared, mask)
-    return jnp.squeeze(losses, axis)
+    found = _losses(loss, axis, class_axis_name, logits, labels, alpha, prepared, mask)
+    losses, of_logits = (jnp.squeeze(x, axis) for x in found)
+    return (losses, of_logits) if return_logsumexp else losses
+
+
+@overload
+def softmax_focal_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    axis: int = -1,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+    return_logsumexp: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def softmax_focal_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    axis: int = -1,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+    return_logsumexp: Literal[False] = False,
+) -> Array: ...
 
 
 def softmax_focal_loss_with_integer_labels(
@@ -71,7 +104,8 @@ def softmax_focal_loss_with_integer_labels(
     ignore_label: int | None = None,
     where: ArrayLike | None = None,
     class_axis_name: str | tuple[str, ...] | None = None,
-) -> Array:
+    return_logsumexp: bool = False,
+) -> Any:
     r"""Compute the focal loss of a softmax against one class index per position.
 
     With `p_t` the softmax probability of the position's own class, each loss is
@@ -97,10 +131,15 @@ def softmax_focal_loss_with_integer_labels(
         the classes and alpha has a weight for each; they, gamma and `where` are the same
         on every device of these axes, and so are the losses. What the devices exchange is
         a few numbers a position: the largest logit, the true one and the sum.
+      return_logsumexp: whether to return `(losses, logsumexp)`, the second being the
+        logarithm of the sum over the classes of `exp(logit)`. A z-loss is one line then:
+        `losses + 1e-4 * logsumexp**2`.
 
     Returns:
       The losses, of the labels' shape, not reduced. float32 for 16-bit logits (which are
-      computed in float32), else of the logits' dtype.
+      computed in float32), else of the logits' dtype. With `return_logsumexp` a pair, the
+      log-sum-exp of the losses' shape and dtype: 0, with gradient 0, where the losses are
+      masked, and what it is whatever the label where that is none of the classes.
 
     Raises:
       ValueError: for logits that are not floating, labels that are not integers or have
@@ -139,5 +178,6 @@ def softmax_focal_loss_with_integer_labels(
         ignore_label=ignore_label,
         where=where,
         class_axis_name=class_axis_name,
+        return_logsumexp=return_logsumexp,
         gamma=_inputs.exponent("gamma", gamma),
     )

@@ -190,10 +190,12 @@ def softmax_focal_loss_with_integer_labels(
     alpha: ArrayLike | None = None,
     gamma: ArrayLike = 2.0,
     axis: int = -1,
+    label_smoothing: float = 0.0,
     ignore_label: int | None = None,
     where: ArrayLike | None = None,
     class_axis_name: str | tuple[str, ...] | None = None,
-) -> Array:
+    return_logsumexp: bool = False,
+) -> Any:
     """Compute `focal_jax.softmax_focal_loss_with_integer_labels` from its formula.
 
     Arguments, results and errors are those of
@@ -203,6 +205,7 @@ def softmax_focal_loss_with_integer_labels(
     """
     z = _float("logits", logits)
     axis = _checks.axis(axis, z.ndim)
+    smoothing = _checks.label_smoothing(label_smoothing)
     slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
     classes = slices * z.shape[axis]
     losses = z.shape[:axis] + z.shape[axis + 1 :]
@@ -211,31 +214,57 @@ def softmax_focal_loss_with_integer_labels(
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
     gamma = _exponent("gamma", gamma, where, z.dtype)
     known = (labels >= 0) & (labels < classes)
-    index = jnp.where(known & where, labels, 0)
+    index = jnp.expand_dims(jnp.where(known & where, labels, 0), axis)
     if alpha is not None:
-        weights = _class_weights(alpha, z.dtype, classes)
-        alpha = jnp.where(where, weights[index] if weights.ndim else weights, 1)
+        alpha = _class_weights(alpha, z.dtype, classes)
 
-    pick = _picked_log_softmax if class_axis_name is None else _picked_from_slices(class_axis_name)
-    log_p = pick(z, jnp.expand_dims(index, axis), axis).squeeze(axis)
-    losses = _softmax_focal(_JAX, log_p, alpha, gamma)
-    return jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
+    total = _logsumexp(z, axis, class_axis_name)
+    pick = _picked if class_axis_name is None else _picked_from_slices(class_axis_name)
+    log_p = pick(z, index, axis) - total
+    weight = alpha
+    if alpha is not None:
+        weight = jnp.where(where, alpha[index.squeeze(axis)] if alpha.ndim else alpha, 1)
+    losses = _softmax_focal(_JAX, log_p.squeeze(axis), weight, gamma)
+    if smoothing:
+        every = _every_class(z - total, alpha, gamma, axis, class_axis_name)
+        losses = (1 - smoothing) * losses + smoothing / classes * every
+    losses = jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
+    return (losses, jnp.where(where, total.squeeze(axis), 0)) if return_logsumexp else losses
 
 
-def _picked_log_softmax(z: Array, index: Array, axis: int) -> Array:
-    return jnp.take_along_axis(jax.nn.log_softmax(z, axis), index, axis)
+def _logsumexp(z: Array, axis: int, name: str | tuple[str, ...] | None) -> Array:
+    """Return the log-sum-exp of the logits, which may be a slice of a mapped axis's classes."""
+    if name is None:
+        return jax.nn.logsumexp(z, axis, keepdims=True)
+    top = lax.pmax(lax.stop_gradient(jnp.max(z, axis, keepdims=True)), name)
+    return top + jnp.log(lax.psum(jnp.sum(jnp.exp(z - top), axis, keepdims=True), name))
+
+
+def _every_class(log_p: Array, alpha: Array | None, gamma, axis: int, name) -> Array:
+    """Return the sum over all the classes of the loss that each would have as the label."""
+    if isinstance(gamma, Array):
+        gamma = jnp.broadcast_to(jnp.expand_dims(gamma, axis), log_p.shape)
+    if alpha is not None:
+        if alpha.ndim and name is not None:
+            own = log_p.shape[axis]
+            alpha = lax.dynamic_slice_in_dim(alpha, own * lax.axis_index(name), own)
+        alpha = lax.broadcast_in_dim(alpha, log_p.shape, (axis,) if alpha.ndim else ())
+        log_p = jnp.where((alpha == 0) & (log_p == -jnp.inf), 0, log_p)
+    every = jnp.sum(_softmax_focal(_JAX, log_p, alpha, gamma), axis)
+    return every if name is None else lax.psum(every, name)
+
+
+def _picked(z: Array, index: Array, axis: int) -> Array:
+    return jnp.take_along_axis(z, index, axis)
 
 
 def _picked_from_slices(name: str | tuple[str, ...]):
     """Return the same for logits that are a slice of the classes of a mapped axis."""
 
     def pick(z: Array, index: Array, axis: int) -> Array:
-        top = lax.pmax(lax.stop_gradient(jnp.max(z, axis, keepdims=True)), name)
-        total = lax.psum(jnp.sum(jnp.exp(z - top), axis, keepdims=True), name)
         place = lax.broadcasted_iota(jnp.int32, z.shape, axis)
         true = place + z.shape[axis] * lax.axis_index(name) == index
-        own = lax.psum(jnp.sum(jnp.where(true, z, 0), axis, keepdims=True), name)
-        return own - top - jnp.log(total)
+        return lax.psum(jnp.sum(jnp.where(true, z, 0), axis, keepdims=True), name)
 
     return pick
 
@@ -248,10 +277,14 @@ def linear_softmax_focal_loss_with_integer_labels(
     bias: ArrayLike | None = None,
     alpha: ArrayLike | None = None,
     gamma: ArrayLike = 2.0,
+    label_smoothing: float = 0.0,
+    logit_softcap: float | None = None,
     ignore_label: int | None = None,
     where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+    return_logsumexp: bool = False,
     chunk_size: int | None = None,
-) -> Array:
+) -> Any:
     """Compute `focal_jax.linear_softmax_focal_loss_with_integer_labels` from its formula.
 
     Arguments, results and errors are those of
@@ -270,8 +303,18 @@ def linear_softmax_focal_loss_with_integer_labels(
         bias = _float("bias", bias)
         _checks.shape("bias", bias, kernel.shape[1:], "one number per class")
         logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
+    cap = _checks.logit_softcap(logit_softcap)
+    if cap is not None:  # what is switched off stays off
+        logits = jnp.where(logits == -jnp.inf, logits, cap * jnp.tanh(logits / cap))
     return softmax_focal_loss_with_integer_labels(
-        logits, labels, alpha=alpha, gamma=gamma, where=where
+        logits,
+        labels,
+        alpha=alpha,
+        gamma=gamma,
+        label_smoothing=label_smoothing,
+        where=where,
+        class_axis_name=class_axis_name,
+        return_logsumexp=return_logsumexp,
     )
 
 

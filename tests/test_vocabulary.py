@@ -1,0 +1,300 @@
+"""What training over a vocabulary needs of the heads for integer labels.
+
+The softmax head takes logits, the linear head features and a kernel; here both are functions
+of (features, kernel, bias), so that one test holds both to one reference.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close
+from jax.sharding import AxisType, PartitionSpec as P
+
+import focal_jax
+from focal_jax import reference
+
+DEPTH, CLASSES, POSITIONS = 5, 12, (4, 3)
+
+
+def _inputs(seed=0, dtype=np.float32, scale=1.0):
+    """Return features, kernel, bias, alpha, gamma and labels, of which one is no class."""
+    rng = np.random.default_rng(seed)
+    shapes = (*POSITIONS, DEPTH), (DEPTH, CLASSES), (CLASSES,)
+    arrays = [scale * rng.normal(size=shape) for shape in shapes]
+    arrays += [rng.uniform(0.1, 0.9, CLASSES), rng.uniform(0.2, 4, POSITIONS)]
+    labels = jnp.asarray(rng.integers(0, CLASSES, POSITIONS), jnp.int32)
+    return [jnp.asarray(x, dtype) for x in arrays], labels
+
+
+def _linear(features, kernel, bias, labels, **options):
+    return focal_jax.linear_softmax_focal_loss_with_integer_labels(
+        features, kernel, labels, bias=bias, chunk_size=5, **options
+    )
+
+
+def _softmax(features, kernel, bias, labels, logit_softcap=None, **options):
+    assert logit_softcap is None
+    logits = jnp.einsum("...d,dc->...c", features, kernel) + bias.reshape((1,) * 2 + (-1,))
+    return focal_jax.softmax_focal_loss_with_integer_labels(logits, labels, **options)
+
+
+def _reference(features, kernel, bias, labels, **options):
+    return reference.linear_softmax_focal_loss_with_integer_labels(
+        features, kernel, labels, bias=bias, **options
+    )
+
+
+HEADS = [pytest.param(_softmax, id="softmax"), pytest.param(_linear, id="linear")]
+
+
+def _total(head, labels, **options):
+    """Return the sum of squares of all that the head returns, as a function of arrays."""
+
+    def total(features, kernel, bias, alpha, gamma):
+        found = head(features, kernel, bias, labels, alpha=alpha, gamma=gamma, **options)
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(found))
+
+    return total
+
+
+def _gradients(head, args, labels, **options):
+    return jax.jit(jax.value_and_grad(_total(head, labels, **options), range(5)))(*args)
+
+
+# ---------------------------------------------------------------- the log-sum-exp
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logsumexp_is_that_of_the_logits(head):
+    args, labels = _inputs(1, scale=3.0)
+    features, kernel, bias, *_ = args
+    labels = labels.at[0, 0].set(CLASSES).at[1, 1].set(-3)
+    losses, found = head(features, kernel, bias, labels, return_logsumexp=True, ignore_label=-3)
+    np.testing.assert_array_equal(losses, head(*args[:3], labels, ignore_label=-3))
+    want = jax.nn.logsumexp(jnp.einsum("...d,dc->...c", features, kernel) + bias[None, None], -1)
+    assert np.isnan(losses[0, 0])  # no class, which the log-sum-exp does not depend on
+    assert_close(found, want.at[1, 1].set(0), 1e-6)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_z_loss_has_the_gradients_of_its_definition(head):
+    args, labels = _inputs(2)
+    where = jnp.ones(POSITIONS, bool).at[2].set(False)
+    if head is _linear:  # 0 times NaN is NaN in a product that is not the head's own
+        args[0] = args[0].at[2].set(jnp.nan)
+    options = {"return_logsumexp": True, "where": where}
+    assert_close(_gradients(head, args, labels, **options), _z_loss(args, labels, where), 1e-5)
+
+
+def _z_loss(args, labels, where):
+    """Return the same by the definition of the log-sum-exp."""
+
+    def total(features, kernel, bias, alpha, gamma):
+        features = jnp.where(where[..., None], features, 0)
+        logits = features @ kernel + bias[None, None]
+        losses = _reference(features, kernel, bias, labels, alpha=alpha, gamma=gamma)
+        both = losses**2 + jax.nn.logsumexp(logits, -1) ** 2
+        return jnp.sum(jnp.where(where, both, 0))
+
+    return jax.jit(jax.value_and_grad(total, range(5)))(*args)
+
+
+@pytest.mark.parametrize("margin", [-80.0, 0.0, 12.0, 25.0, 80.0])
+def test_logsumexp_keeps_its_digits(margin, x64):
+    # Logits around 0, so that nothing but the excess over the largest is left of it.
+    logits = np.array([[0.0, -margin, -margin - 1]])
+    top = np.max(logits)
+    want = top + np.log1p(np.sum(np.sort(np.exp(logits - top))[0, :-1]))
+    for label in range(3):
+        _, got = focal_jax.softmax_focal_loss_with_integer_labels(
+            jnp.asarray(logits, jnp.float32), jnp.array([label]), return_logsumexp=True
+        )
+        # To the last digit where the label is the largest, else to that of the largest's 1.
+        exact = logits[0, label] == top
+        np.testing.assert_allclose(got, [want], rtol=1e-6, atol=0 if exact else 1e-7)
+
+
+# ---------------------------------------------------------------- meshes
+
+
+def _mesh(kind=AxisType.Auto):
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("options", [{}, {"return_logsumexp": True, "logit_softcap": 3.0}], ids=str)
+def test_the_classes_of_the_kernel_spread_over_a_mesh(check_vma, options):
+    args, labels = _inputs(3)
+    specs = P("data"), P(None, "model"), P("model"), P(), P("data")
+
+    def spread(features, kernel, bias, labels, **options):
+        alpha, gamma = options.pop("alpha"), options.pop("gamma")
+
+        def local(features, kernel, bias, alpha, gamma, labels):
+            return _linear_in_twos(
+                *(features, kernel, bias, labels),
+                **{"alpha": alpha, "gamma": gamma, "class_axis_name": "model"} | options,
+            )
+
+        mapped = jax.shard_map(
+            local,
+            mesh=_mesh(),
+            in_specs=(*specs, P("data")),
+            out_specs=P("data"),
+            check_vma=check_vma,
+        )
+        return mapped(features, kernel, bias, alpha, gamma, labels)
+
+    got = _gradients(spread, args, labels, **options)
+    assert_close(got, _gradients(_linear, args, labels, **options), 1e-5)
+
+
+def _linear_in_twos(features, kernel, bias, labels, **options):
+    return focal_jax.linear_softmax_focal_loss_with_integer_labels(
+        features, kernel, labels, bias=bias, chunk_size=2, **options
+    )
+
+
+def test_the_gradient_inside_of_the_mesh():
+    args, labels = _inputs(4)
+    specs = P("data"), P(None, "model"), P("model"), P(), P("data")
+
+    def local(features, kernel, bias, alpha, gamma, labels):
+        total = _total(_linear_in_twos, labels, class_axis_name="model", return_logsumexp=True)
+        return jax.grad(total, range(5))(features, kernel, bias, alpha, gamma)
+
+    mapped = jax.shard_map(local, mesh=_mesh(), in_specs=(*specs, P("data")), out_specs=specs)
+    want = _gradients(_linear, args, labels, return_logsumexp=True)[1]
+    assert_close(jax.jit(mapped)(*args, labels), want, 1e-5)
+
+
+def test_spread_classes_cross_the_network_as_numbers_per_position():
+    features, kernel, labels = jnp.ones((64, 32)), jnp.ones((32, 1024)), jnp.zeros(64, jnp.int32)
+
+    def local(features, kernel, labels):
+        head = focal_jax.linear_softmax_focal_loss_with_integer_labels
+        return head(features, kernel, labels, class_axis_name="model")
+
+    mapped = jax.shard_map(
+        local,
+        mesh=_mesh(),
+        in_specs=(P("data"), P(None, "model"), P("data")),
+        out_specs=P("data"),
+    )
+    total = jax.grad(lambda *args: jnp.sum(mapped(*args)), (0, 1))
+    text = jax.jit(total).lower(features, kernel, labels).compile().as_text()
+    reduced = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+    shapes = [shape for types in reduced for shape in re.findall(r"\w+\[([\d,]*)\]", types)]
+    sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
+    # Over the classes three numbers a position and the features' gradient, over the batch the
+    # kernel's slice.
+    assert sorted(sizes) == sorted([32] * 3 + [32 * 32] + [32 * 256])
+    assert not re.search("all-gather|all-to-all|collective-permute", text)
+
+
+def test_features_that_vary_over_the_class_axis_are_refused():
+    (features, kernel, *_), labels = _inputs(5)
+
+    def local(features, kernel, labels):
+        head = focal_jax.linear_softmax_focal_loss_with_integer_labels
+        return head(features, kernel, labels, class_axis_name="model")
+
+    specs = P("model"), P(None, "model"), P()
+    mapped = jax.shard_map(local, mesh=_mesh(), in_specs=specs, out_specs=P())
+    with pytest.raises(ValueError, match="features: got values that vary over"):
+        mapped(features, kernel, labels[:1])
+
+
+@pytest.mark.parametrize("name", ["kernel", "bias"])
+def test_classes_spread_over_an_explicit_mesh_are_refused_in_words(name):
+    (features, kernel, bias, *_), labels = _inputs(6)
+    with jax.set_mesh(_mesh(AxisType.Explicit)):
+        if name == "kernel":
+            kernel = jax.device_put(kernel, P(None, "model"))
+        else:
+            bias = jax.device_put(bias, P("model"))
+        with pytest.raises(ValueError, match=f"{name}: got classes that are spread over"):
+            _linear(features, kernel, bias, labels)
+
+
+def test_a_class_axis_that_is_not_bound():
+    (features, kernel, bias, *_), labels = _inputs(7)
+    for head in (_linear, _reference):
+        with pytest.raises(NameError, match="vocabulary"):
+            head(features, kernel, bias, labels, class_axis_name="vocabulary")
+
+
+# ---------------------------------------------------------------- the soft cap
+
+
+def test_softcap_is_a_tanh_before_all_else():
+    args, labels = _inputs(8, scale=2.0)
+    got = _gradients(_linear, args, labels, logit_softcap=3.0)
+    assert_close(got, _gradients(_reference, args, labels, logit_softcap=3.0), 1e-4)
+
+    def by_hand(features, kernel, bias, labels, **options):
+        logits = 3.0 * jnp.tanh((features @ kernel + bias[None, None]) / 3.0)
+        return focal_jax.softmax_focal_loss_with_integer_labels(logits, labels, **options)
+
+    assert_close(got, _gradients(by_hand, args, labels), 1e-5)
+
+
+def test_softcap_keeps_the_digits_of_a_saturated_slope(x64):
+    # 1 - tanh(10)**2 is 8e-9: as a difference it would be 0 in float32.
+    kernel, labels = np.array([[30.0, 0.0]]), jnp.array([1])
+
+    def gradient(dtype):
+        def total(features):
+            return jnp.sum(
+                focal_jax.linear_softmax_focal_loss_with_integer_labels(
+                    features, jnp.asarray(kernel, dtype), labels, gamma=0, logit_softcap=3.0
+                )
+            )
+
+        return jax.grad(total)(jnp.ones((1, 1), dtype))
+
+    np.testing.assert_allclose(gradient(np.float32), gradient(np.float64), rtol=1e-5)
+
+
+def test_higher_derivatives_through_the_softcap(x64):
+    args, labels = _inputs(9, np.float64)
+    args[0] = args[0].at[0].set(0)  # where an absolute value would have a kink
+    options = {"logit_softcap": 3.0, "return_logsumexp": True}
+    direction = jax.tree.map(jnp.cos, args)
+
+    def third(head):
+        along = _total(head, labels, **options)
+        for _ in range(2):
+            along = _derivative(along, direction)
+        return jax.jit(jax.grad(along))(*args)
+
+    assert_close(third(_linear), third(_reference), 1e-8)
+
+
+def _derivative(function, direction):
+    """Return the derivative along a direction, by reverse mode."""
+
+    def along(*args):
+        gradient = jax.grad(function, range(len(args)))(*args)
+        return sum(jnp.vdot(g, v) for g, v in zip(gradient, direction))
+
+    return along
+
+
+def test_a_class_switched_off_by_its_bias_stays_off_under_a_softcap():
+    args, labels = _inputs(10)
+    args[2] = args[2].at[7].set(-jnp.inf)
+    value, gradients = _gradients(_linear, args, labels * 0, logit_softcap=2.0)
+    assert np.isfinite(value)
+    assert np.all(gradients[1][:, 7] == 0)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -3.0, np.nan, np.inf, True, "30"])
+def test_a_softcap_that_is_none(value):
+    (features, kernel, bias, *_), labels = _inputs()
+    for head in (_linear, _reference):
+        with pytest.raises(ValueError, match=r"logit_softcap: got .*, wanted None or a finite"):
+            head(features, kernel, bias, labels, logit_softcap=value)
