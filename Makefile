@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 COMPILERS := .venv-accelerators
 WORKERS ?= 2
 
-.PHONY: demo ablation test lint types bench accelerators clean
+.PHONY: demo ablation test lint types bench accelerators test-accelerators clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.retinanet_digits $(ARGS)
@@ -30,6 +30,9 @@ bench: $(READY)
 
 accelerators: $(COMPILERS)/.compilers
 	$(COMPILERS)/bin/python -m benchmarks.accelerators $(ARGS)
+
+test-accelerators: $(COMPILERS)/.compilers
+	$(COMPILERS)/bin/python -m pytest -m accelerators -n $(WORKERS) tests/test_accelerators.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -150,8 +150,13 @@ def cases(names: Sequence[str], dtypes: Sequence[str]) -> Iterator[Case]:
 
 
 def row(device: compilers.Device, case: Case) -> dict[str, Any]:
+    """Compile a program and return what the device's compiler made of it."""
+    return row_of(device, case, compilers.compile_for(device, case.function, *case.args))
+
+
+def row_of(device: compilers.Device, case: Case, program: jax.stages.Compiled) -> dict[str, Any]:
     """Return what the device's compiler made of a program."""
-    found = compilers.read(device, compilers.compile_for(device, case.function, *case.args))
+    found = compilers.read(device, program)
     return {
         "device": device.name,
         "workload": case.workload,
@@ -179,6 +184,13 @@ def related(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return row["cycles"] / cycles if cycles and row["cycles"] is not None else None
 
     return [row | {"cycles_over_plain": share(row)} for row in rows]
+
+
+def _kilocycles(row: dict[str, Any]) -> str:
+    """Return a TPU's cycles; `+` where the compiler has no estimate of some kernel (a look-up)."""
+    if row["cycles"] is None:
+        return "-"
+    return f"{row['cycles'] / 1e3:,.0f}" + "+" * bool(row["unestimated"])
 
 
 def tables(results: dict[str, Any]) -> list[report.Table]:
@@ -209,7 +221,7 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
                 f"{row['bytes_over_fewest']:.2f}",
                 f"{row['temporary_share']:.3f}",
                 f"{row['bound_seconds'] * 1e3:.3f}",
-                "-" if row["cycles"] is None else f"{row['cycles'] / 1e3:,.0f}",
+                _kilocycles(row),
                 "-" if row["cycles_over_plain"] is None else f"{row['cycles_over_plain']:.2f}",
             )
             for row in report.select(rows, device=device)
@@ -237,6 +249,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only-ours", action="store_true", help="leave out what it is held to")
     parser.add_argument("--out", type=Path, default=Path("out/accelerators"), metavar="DIR")
     return parser
+
+
+def _write(results: dict[str, Any], folder: Path) -> None:
+    text = json.dumps(results, indent=1, allow_nan=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -272,9 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 except compilers.Unavailable as error:
                     results["missing"].append(f"{what}: {error}")
                 progress.advance(task)
-            text = json.dumps(results, indent=1, allow_nan=False)
-            (options.out / "results.json").write_text(text + "\n", encoding="utf-8")
+            _write(results, options.out)
 
+    _write(results, options.out)
     made = tables(results)
     (options.out / "results.md").write_text(report.markdown(made), encoding="utf-8")
     report.show(made)

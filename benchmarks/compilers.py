@@ -190,6 +190,18 @@ PACKAGES = {
 }
 
 
+def installed() -> bool:
+    """Return whether a compiler of any platform is installed."""
+    return any(_found(package) for package in PACKAGES.values())
+
+
+def _found(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it would be part of
+        return False
+
+
 def prepare() -> None:
     """Set the environment that the compilers read when they load: call it before JAX runs.
 
@@ -202,6 +214,7 @@ def prepare() -> None:
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no device to quarrel over
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }.items():
         os.environ.setdefault(name, value)
@@ -217,11 +230,7 @@ def prepare() -> None:
 def _register(platform: str) -> None:
     """Make JAX know the platform's compiler, or raise `Unavailable`."""
     package = PACKAGES[platform]
-    try:
-        found = importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the package that it would be part of
-        found = False
-    if not found:
+    if not _found(package):
         raise Unavailable(f"{platform}: the package {package} is not installed")
     jax.devices()  # the first call looks for plugins, and registers them
 
@@ -437,16 +446,18 @@ class Report:
     kernels: int
     bytes: int
     temporaries: int
-    cycles: int | None  # of a TPU
+    cycles: int | None  # of a TPU; 0 where the compiler does not say
+    unestimated: int  # kernels of a TPU that it does not say it of
 
 
 def read(device: Device, compiled: jax.stages.Compiled) -> Report:
     """Return what the compiler made of a program."""
     ran = kernels(compiled.as_text())
-    cycles = sum(k.cycles for k in ran)
+    tpu = device.platform == "tpu"
     return Report(
         kernels=sum(k.times for k in ran),
         bytes=sum(k.bytes for k in ran),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
-        cycles=cycles if device.platform == "tpu" else None,
+        cycles=sum(k.cycles for k in ran) if tpu else None,
+        unestimated=sum(tpu and k.operation.op == "fusion" and not k.cycles for k in ran),
     )

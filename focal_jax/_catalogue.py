@@ -89,4 +89,78 @@ LOSSES = (
         ("integer",),
         {"alpha": _CLASS_WEIGHT, "gamma": _GAMMA},
     ),
+    Loss("quality_focal_loss", "elementwise", ("hard", "soft"), {"beta": _GAMMA}),
+    Loss(
+        "gaussian_focal_loss",
+        "elementwise",
+        ("hard", "soft"),
+        {"alpha": _GAMMA, "beta": _GAMMA._replace(default=4.0)},
+    ),
+    Loss(
+        "varifocal_loss",
+        "elementwise",
+        ("hard", "soft"),
+        {"alpha": Option(0.0, math.inf, default=0.75), "gamma": _GAMMA},
+        masks=("positive",),
+        flags=("stop_weight_gradient",),
+    ),
+    Loss(
+        "matchability_aware_loss",
+        "elementwise",
+        ("hard", "soft"),
+        {
+            "gamma": _GAMMA._replace(default=1.5),
+            "alpha": Option(0.0, math.inf, default=None),
+        },
+        masks=("positive",),
+    ),
+    Loss(
+        "asymmetric_loss",
+        "elementwise",
+        ("hard", "soft"),
+        {
+            "gamma_positive": _GAMMA._replace(default=0.0),
+            "gamma_negative": _GAMMA._replace(default=4.0),
+            "margin": Option(0.0, 1.0, default=0.05),
+        },
+        flags=("stop_weight_gradient",),
+    ),
+    Loss(
+        "sigmoid_focal_loss_star",
+        "elementwise",
+        ("hard",),
+        {"gamma": Option(0.5, 5.0, default=2.0), "beta": Option(0.0, math.inf, default=1.0)},
+    ),
+    Loss(
+        "sigmoid_poly_focal_loss",
+        "elementwise",
+        ("hard", "soft"),
+        {
+            "epsilon": Option(0.0, math.inf, default=1.0),
+            "alpha": Option(0.0, 1.0, default=None),
+            "gamma": _GAMMA,
+        },
+    ),
+    Loss(
+        "softmax_poly_focal_loss_with_integer_labels",
+        "position",
+        ("integer",),
+        {
+            "alpha": _CLASS_WEIGHT,
+            "epsilon": Option(0.0, math.inf, default=1.0),
+            "gamma": _GAMMA,
+        },
+    ),
+    Loss(
+        "softmax_probability_weighted_loss_with_integer_labels",
+        "position",
+        ("integer",),
+        {"alpha": _CLASS_WEIGHT},
+    ),
+    Loss(
+        "dual_focal_loss_with_integer_labels",
+        "position",
+        ("integer",),
+        {"alpha": _CLASS_WEIGHT, "gamma": _GAMMA._replace(default=5.0)},
+    ),
 )

@@ -167,13 +167,32 @@ def ignore_label(value: Any) -> int | None:
 
 def static_exponent(name: str, value: numbers.Real) -> None:
     """A Python exponent is a finite number, zero or more, and so in float32 too."""
-    if not 0 <= float(value) <= jnp.finfo(jnp.float32).max:
-        raise InputError(f"{name}: got {value}, wanted a finite number >= 0")
+    if not 0 <= value <= float(jnp.finfo(jnp.float32).max):  # type: ignore[operator]
+        raise InputError(f"{name}: got {_shown(value)}, wanted a finite number >= 0")
 
 
 def static_gamma(value: numbers.Real) -> None:
     """A Python `gamma` is a finite number, zero or more."""
     static_exponent("gamma", value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return `value`, which is True or False of Python's own."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}: got {_shown(value)}, wanted True or False")
+    return value
+
+
+def static_margin(name: str, value: numbers.Real) -> None:
+    """A Python margin is at least 0 and less than 1."""
+    if not 0 <= float(value) < 1:
+        raise InputError(f"{name}: got {value}, wanted a number in [0, 1)")
+
+
+def static_stretch(name: str, value: numbers.Real | float) -> None:
+    """A Python number to divide by is finite and above 0."""
+    if not 0 < float(value) <= jnp.finfo(jnp.float32).max:
+        raise InputError(f"{name}: got {value}, wanted a finite number > 0")
 
 
 def _number(value: Any) -> float | None:
@@ -191,12 +210,11 @@ def label_smoothing(value: Any) -> float:
 
 
 def logit_softcap(value: Any) -> float | None:
-    """Return `value` as a positive Python number, finite also in float32, or None."""
+    """Return `value` as a Python number that can be divided by, or None."""
     if value is None:
         return None
     number = _number(value)
-    if number is None or not jnp.finfo(jnp.float32).tiny <= number <= jnp.finfo(jnp.float32).max:
-        raise InputError(
-            f"logit_softcap: got {_shown(value)}, wanted None or a finite number above 0"
-        )
+    if number is None:
+        raise InputError(f"logit_softcap: got {_shown(value)}, wanted None or a number")
+    static_stretch("logit_softcap", number)
     return number

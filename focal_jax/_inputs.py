@@ -89,11 +89,13 @@ def options(
 ) -> tuple[Any, ...]:
     """Return the options of a loss as trees of arrays that are aligned with the losses.
 
-    Each is None, an `Exponent`, a number or an array, and broadcasts to the losses.
+    Each is None, an `Exponent`, a number or an array, and broadcasts to the losses. A mask
+    stays a mask, in which nothing is differentiated.
     """
 
     def prepared(name, leaf):
-        leaf = option(name, leaf, dtype)
+        if not (isinstance(leaf, Array) and leaf.dtype == jnp.bool_):
+            leaf = option(name, leaf, dtype)
         _checks.broadcastable(name, leaf, losses, "the losses")
         return aligned(leaf, losses, axis)
 

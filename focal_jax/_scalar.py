@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from focal_jax._inputs import Exponent
+
 
 class Terms(NamedTuple):
     """What the scalar needs of a position, each computed without cancellation."""
@@ -41,6 +43,11 @@ def logit(z: Array, *, again: bool) -> Logit:
     """
     size = -jnp.minimum(z, -z) if again else jnp.abs(z)
     return Logit(z, size, jnp.exp(-size))
+
+
+def negated(x: Logit) -> Logit:
+    """Return the logit of the other side."""
+    return x._replace(z=-x.z)
 
 
 # artanh(x) / x in powers of x**2, for |x| up to 1/3: its series for float64; for float32 the
@@ -118,6 +125,24 @@ def p_minus_q(x: Logit) -> Array:
 def _p_minus_q_jvp(primals, tangents):
     t = sigmoid_terms(*primals)
     return p_minus_q(*primals), 2 * t.p * t.q * tangents[0].z
+
+
+@jax.custom_jvp
+def cross_entropy(x: Logit, y: Array, not_y: Array) -> Array:
+    """Return `-y log sigmoid(z) - not_y log sigmoid(-z)`, where `not_y` is `1 - y`.
+
+    It is given apart for labels so near 1 that the difference would be lost.
+    """
+    wrong = jnp.where(x.z >= 0, not_y, y)  # the weight of the side that the logit is not on
+    return log1p(x.e) + jnp.where(wrong == 0, 0, wrong * x.size)
+
+
+@cross_entropy.defjvp
+def _cross_entropy_jvp(primals, tangents):
+    (x, y, not_y), (dx, dy, _) = primals, tangents
+    t = sigmoid_terms(x)
+    slope = not_y * t.p - y * t.q
+    return cross_entropy(*primals), slope * dx.z - bounded(x.z) * dy
 
 
 def _margin(true: Array, rest: Array) -> Logit:
@@ -221,6 +246,51 @@ def power(q: Array, log_q: Array, gamma: int | float | Array) -> Array:
     if isinstance(gamma, int | float):
         return _static_power(gamma, q, log_q)
     return jnp.exp(gamma * log_q)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _power_of_size(signed: bool, x: Array, log_size: Array, gamma: Exponent) -> Array:
+    g, size = gamma.value, jnp.abs(x)
+    if isinstance(g, int | float) and g >= 0:
+        value = power(size, log_size, g)
+    else:
+        # Negative in derivatives only, which are to stay finite: at the pole they are 0.
+        bound = -0.9 * math.log(jnp.finfo(x.dtype).tiny)
+        pole = (size == 0) & (g < 0)
+        value = jnp.where(pole, 0, jnp.exp(jnp.minimum(g * log_size, bound)))
+    return jnp.sign(x) * value if signed else value
+
+
+@_power_of_size.defjvp
+def _power_of_size_jvp(signed, primals, tangents):
+    # By way of the power that is one less, not of the logarithm: at x = 0 the derivatives of a
+    # square are 0 and 2, where a product with a logarithm's derivative has 0 for both.
+    (x, log_size, gamma), (dx, _, dgamma) = primals, tangents
+    value = _power_of_size(signed, *primals)
+    one_less = Exponent(gamma.value - 1)
+    tangent = gamma.value * _power_of_size(not signed, x, log_size, one_less) * dx
+    if isinstance(gamma.value, Array):
+        tangent = tangent + value * log_size * dgamma.value
+    return value, tangent
+
+
+# Return `|x|**gamma` and `sign(x) |x|**gamma`; `log_size` is `log|x|`. The derivative of the
+# one is gamma times the other with an exponent that is one less.
+power_of_size = partial(_power_of_size, False)
+signed_power = partial(_power_of_size, True)
+
+
+@jax.custom_jvp
+def log_size(x: Array, rest: Array) -> Array:
+    """Return `log|x|`, bounded below, where `rest` is `1 - |x|` without cancellation."""
+    near_one = log1p(-jnp.minimum(rest, 0.5))
+    return jnp.maximum(jnp.where(rest < 0.5, near_one, jnp.log(jnp.abs(x))), least_log(x))
+
+
+@log_size.defjvp
+def _log_size_jvp(primals, tangents):
+    (x, _), (dx, _) = primals, tangents
+    return log_size(*primals), divide(jnp.sign(x) * dx, jnp.abs(x))
 
 
 def loss(weight: Array, q: Array, log_q: Array, n: Array, gamma: int | float | Array) -> Array:

@@ -12,7 +12,7 @@ from focal_jax._elementwise import elementwise
 from focal_jax._scalar import Logit
 
 
-class _Terms(NamedTuple):
+class SoftTerms(NamedTuple):
     """The scalar's terms for a label that may be soft, and what their slopes need."""
 
     q: Array  # 1 - p_t
@@ -23,7 +23,7 @@ class _Terms(NamedTuple):
 
 
 @jax.custom_jvp
-def _terms(x: Logit, y: Array) -> _Terms:
+def soft_terms(x: Logit, y: Array) -> SoftTerms:
     """Return the terms of a logit and a label: sums of products, no cancellation."""
     s, not_s, log1p_e = _scalar.halves(x)
     p, q = y * s + (1 - y) * not_s, y * not_s + (1 - y) * s
@@ -38,20 +38,20 @@ def _terms(x: Logit, y: Array) -> _Terms:
     soft = jnp.where(p < 0.5, _scalar.log1p(-jnp.minimum(p, 0.5)), jnp.log(q))
     log_q = jnp.where((y == 0) | (y == 1), -cross_entropy(1 - wrong), soft)
     log_q = jnp.maximum(log_q, _scalar.least_log(q))
-    return _Terms(q, n, log_q, _scalar.divide(s * not_s, q), _scalar.divide(n, q))
+    return SoftTerms(q, n, log_q, _scalar.divide(s * not_s, q), _scalar.divide(n, q))
 
 
-@_terms.defjvp
-def _terms_jvp(primals, tangents):
+@soft_terms.defjvp
+def _soft_terms_jvp(primals, tangents):
     (x, y), (dx, dy) = primals, tangents
     dz = dx.z
-    t, s = _scalar.sigmoid_terms(x), _terms(x, y)
+    t, s = _scalar.sigmoid_terms(x), soft_terms(x, y)
     n_over_q, z = _scalar.bounded(s.n_over_q), _scalar.bounded(x.z)
     dq_dy = -_scalar.p_minus_q(x)
     dn_dz = (1 - y) * t.p - y * t.q
     dlogq_dz = (1 - 2 * y) * s.pq_over_q
     dlogq_dy = _scalar.divide(dq_dy, s.q)
-    return s, _Terms(
+    return s, SoftTerms(
         q=(1 - 2 * y) * t.p * t.q * dz + dq_dy * dy,
         n=dn_dz * dz - z * dy,
         log_q=dlogq_dz * dz + dlogq_dy * dy,
@@ -61,19 +61,19 @@ def _terms_jvp(primals, tangents):
     )
 
 
-def _weight(y: Array, alpha: Array | None) -> Array:
+def label_weight(y: Array, alpha: Array | None) -> Array:
     return jnp.ones((), y.dtype) if alpha is None else y * alpha + (1 - y) * (1 - alpha)
 
 
-def _value(x: Logit, y: Array, alpha: Array | None, gamma: _inputs.Exponent) -> Array:
-    t = _terms(x, y)
-    return _scalar.loss(_weight(y, alpha), t.q, t.log_q, t.n, gamma.value)
+def value(x: Logit, y: Array, alpha: Array | None, gamma: _inputs.Exponent) -> Array:
+    t = soft_terms(x, y)
+    return _scalar.loss(label_weight(y, alpha), t.q, t.log_q, t.n, gamma.value)
 
 
-def _slopes(x: Logit, y: Array, alpha: Array | None, gamma: _inputs.Exponent):
-    s, t, g = _scalar.sigmoid_terms(x), _terms(x, y), gamma.value
+def slopes(x: Logit, y: Array, alpha: Array | None, gamma: _inputs.Exponent):
+    s, t, g = _scalar.sigmoid_terms(x), soft_terms(x, y), gamma.value
     z, n, n_over_q = (_scalar.bounded(v) for v in (x.z, t.n, t.n_over_q))
-    weight, m = _weight(y, alpha), _scalar.power(t.q, t.log_q, g)
+    weight, m = label_weight(y, alpha), _scalar.power(t.q, t.log_q, g)
 
     # d(q^g n) = q^g (dn + g n dq/q); dq/q and n/q have no pole
     dz = weight * m * ((1 - y) * s.p - y * s.q + g * ((1 - 2 * y) * t.pq_over_q * n))
@@ -83,7 +83,7 @@ def _slopes(x: Logit, y: Array, alpha: Array | None, gamma: _inputs.Exponent):
     return dz, dy, m * n * (2 * y - 1), weight * m * n * t.log_q
 
 
-_losses = elementwise(_value, _slopes)
+_losses = elementwise(value, slopes)
 
 
 def sigmoid_focal_loss(

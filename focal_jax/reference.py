@@ -11,8 +11,9 @@ Each formula takes the functions that it needs from a namespace, so that the tes
 the very same lines to 60 digits.
 """
 
+import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,38 +30,128 @@ class Operations(NamedTuple):
     """What a formula needs beyond arithmetic and powers."""
 
     exp: Callable[[Any], Any]
+    log: Callable[[Any], Any]
     sigmoid: Callable[[Any], Any]
     log_sigmoid: Callable[[Any], Any]
+    where: Callable[[Any, Any, Any], Any]
+    held: Callable[[Any], Any]  # the value, as a constant: without derivatives
 
 
-_JAX = Operations(jnp.exp, jax.nn.sigmoid, jax.nn.log_sigmoid)
+_JAX = Operations(
+    jnp.exp, jnp.log, jax.nn.sigmoid, jax.nn.log_sigmoid, jnp.where, lax.stop_gradient
+)
+
+
+def _cross_entropy(ops: Operations, z, y):
+    return -(y * ops.log_sigmoid(z) + (1 - y) * ops.log_sigmoid(-z))
 
 
 def _sigmoid_focal(ops: Operations, z, y, alpha, gamma):
     """Return the loss of the logit `z` and the label `y`."""
     p = ops.sigmoid(z)
     p_t = p * y + (1 - p) * (1 - y)
-    cross_entropy = -(y * ops.log_sigmoid(z) + (1 - y) * ops.log_sigmoid(-z))
-    loss = (1 - p_t) ** gamma * cross_entropy
+    loss = (1 - p_t) ** gamma * _cross_entropy(ops, z, y)
     return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
+
+
+def _quality(ops: Operations, z, y, beta):
+    return abs(y - ops.sigmoid(z)) ** beta * _cross_entropy(ops, z, y)
+
+
+def _gaussian(ops: Operations, z, y, alpha, beta):
+    peak = y == 1
+    weight = (1 - ops.where(peak, 0, y)) ** beta
+    positive = -((1 - ops.sigmoid(z)) ** alpha) * ops.log_sigmoid(z)
+    negative = -weight * ops.sigmoid(z) ** alpha * ops.log_sigmoid(-z)
+    return ops.where(peak, positive, negative)
+
+
+def _is_positive(y, positive):
+    return y > 0 if positive is None else positive
+
+
+def _varifocal(ops: Operations, z, y, alpha, gamma, positive=None, stop_weight_gradient=False):
+    score = ops.held(ops.sigmoid(z)) if stop_weight_gradient else ops.sigmoid(z)
+    negative = alpha * score**gamma * _cross_entropy(ops, z, 0)
+    return ops.where(_is_positive(y, positive), y * _cross_entropy(ops, z, y), negative)
+
+
+def _matchability(ops: Operations, z, y, gamma, alpha, positive=None):
+    weight = ops.held(ops.sigmoid(z)) ** gamma
+    weight = weight if alpha is None else alpha * weight
+    target = y**gamma
+    return ops.where(_is_positive(y, positive), 1, weight) * _cross_entropy(ops, z, target)
+
+
+def _asymmetric(
+    ops: Operations, z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient=False
+):
+    weight = ops.held if stop_weight_gradient else lambda x: x
+    s = ops.sigmoid(z)
+    m = ops.where(s > margin, s - margin, 0)
+    positive = -(weight(1 - s) ** gamma_positive) * ops.log_sigmoid(z)
+    negative = -(weight(m) ** gamma_negative) * ops.log(1 - m)
+    return y * positive + (1 - y) * negative
+
+
+def _star(ops: Operations, z, y, gamma, beta):
+    return -ops.log_sigmoid(gamma * ((2 * y - 1) * z) + beta) / gamma
+
+
+def _sigmoid_poly(ops: Operations, z, y, epsilon, alpha, gamma):
+    p = ops.sigmoid(z)
+    p_t = p * y + (1 - p) * (1 - y)
+    loss = (1 - p_t) ** gamma * _cross_entropy(ops, z, y) + epsilon * (1 - p_t) ** (gamma + 1)
+    return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
+
+
+def _weighted(alpha, loss):
+    return loss if alpha is None else alpha * loss
 
 
 def _softmax_focal(ops: Operations, log_p, alpha, gamma):
     """Return the loss of a class with the logarithmic probability `log_p`."""
-    loss = (1 - ops.exp(log_p)) ** gamma * -log_p
-    return loss if alpha is None else alpha * loss
+    return _weighted(alpha, (1 - ops.exp(log_p)) ** gamma * -log_p)
+
+
+def _softmax_poly(ops: Operations, log_p, alpha, epsilon, gamma):
+    q = 1 - ops.exp(log_p)
+    return _weighted(alpha, q**gamma * -log_p + epsilon * q ** (gamma + 1))
+
+
+def _probability_weighted(ops: Operations, log_p, alpha):
+    return _weighted(alpha, ops.held(ops.exp(log_p)) * -log_p)
+
+
+def _dual(ops: Operations, log_p, alpha, gamma, row):
+    """Return the loss of a class in a row of logarithmic probabilities, the last axis."""
+    below = ops.where(row < log_p[..., None], row, -math.inf).max(-1)
+    return _weighted(alpha, (1 - ops.exp(log_p) + ops.exp(below)) ** gamma * -log_p)
 
 
 # By the name of the loss. What a formula is given: of an elementwise loss the logit and the
 # label, of the others the logarithm of the class's probability; then the options in the
-# order of the catalogue, None where there is none. The loss of a distribution is the sum of
-# that over the classes, each weighted by its label.
+# order of the catalogue, None where there is none, and its masks and flags by name. The loss
+# of a distribution is the sum of that over the classes, each weighted by its label.
 FORMULAS: dict[str, Callable[..., Any]] = {
     "sigmoid_focal_loss": _sigmoid_focal,
     "softmax_focal_loss": _softmax_focal,
     "softmax_focal_loss_with_integer_labels": _softmax_focal,
     "linear_softmax_focal_loss_with_integer_labels": _softmax_focal,
+    "quality_focal_loss": _quality,
+    "gaussian_focal_loss": _gaussian,
+    "varifocal_loss": _varifocal,
+    "matchability_aware_loss": _matchability,
+    "asymmetric_loss": _asymmetric,
+    "sigmoid_focal_loss_star": _star,
+    "sigmoid_poly_focal_loss": _sigmoid_poly,
+    "softmax_poly_focal_loss_with_integer_labels": _softmax_poly,
+    "softmax_probability_weighted_loss_with_integer_labels": _probability_weighted,
+    "dual_focal_loss_with_integer_labels": _dual,
 }
+
+# Losses whose formula also takes the logarithmic probabilities of all the classes, as `row`.
+OF_A_ROW = frozenset({"dual_focal_loss_with_integer_labels"})
 
 
 # ---------------------------------------------------------------- arguments
@@ -72,10 +163,10 @@ def _float(name: str, x: ArrayLike) -> Array:
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def _mask(where: ArrayLike | None, losses: tuple[int, ...]) -> Array:
-    where = _checks.array("where", True if where is None else where)
-    _checks.boolean("where", where)
-    _checks.broadcastable("where", where, losses, "the losses")
+def _mask(where: ArrayLike | None, losses: tuple[int, ...], name: str = "where") -> Array:
+    where = _checks.array(name, True if where is None else where)
+    _checks.boolean(name, where)
+    _checks.broadcastable(name, where, losses, "the losses")
     return jnp.broadcast_to(where, losses)
 
 
@@ -95,10 +186,42 @@ def _exponent(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> float 
     return _real(name, x, where, dtype)
 
 
+def _elementwise(
+    formula: Callable[..., Array],
+    logits: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    options: Mapping[str, ArrayLike | None],
+    exponents: tuple[str, ...] = (),
+    positive: ArrayLike | None = None,
+    **flags: bool,
+) -> Array:
+    """Return the losses of one logit each, NaN where the label is none, 0 where masked.
+
+    The options come by name, in the order in which the formula takes them; `exponents` names
+    those that are. The flags are the formula's.
+    """
+    z = _float("logits", logits)
+    where = _mask(where, z.shape)
+    y = _real("labels", labels, where, z.dtype)
+    z = jnp.where(where, z, 0)
+
+    def prepared(name, x):
+        read = _exponent if name in exponents else _real
+        return None if x is None else read(name, x, where, z.dtype)
+
+    given = [prepared(*option) for option in options.items()]
+    masks = {} if positive is None else {"positive": _mask(positive, z.shape, "positive")}
+    losses = formula(_JAX, z, y, *given, **masks, **flags)
+    losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
+    return jnp.where(where, losses, 0)
+
+
 def _class_weights(alpha: ArrayLike, dtype: jnp.dtype, classes: int) -> Array:
-    alpha = _checks.array("alpha", alpha).astype(dtype)
+    alpha = _checks.array("alpha", alpha)
+    _checks.real("alpha", alpha)
     _checks.class_weights(alpha, classes)
-    return alpha
+    return alpha.astype(dtype)
 
 
 def _indices(labels: ArrayLike, losses: tuple[int, ...], why: str) -> Array:
@@ -132,15 +255,128 @@ def sigmoid_focal_loss(
 
     Differentiation: every mode of JAX, forward mode alone included.
     """
-    z = _float("logits", logits)
-    where = _mask(where, z.shape)
-    y = _real("labels", labels, where, z.dtype)
-    z = jnp.where(where, z, 0)
-    if alpha is not None:
-        alpha = _real("alpha", alpha, where, z.dtype)
-    losses = _sigmoid_focal(_JAX, z, y, alpha, _exponent("gamma", gamma, where, z.dtype))
-    losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
-    return jnp.where(where, losses, 0)
+    options = {"alpha": alpha, "gamma": gamma}
+    return _elementwise(_sigmoid_focal, logits, labels, where, options, exponents=("gamma",))
+
+
+def quality_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    beta: ArrayLike = 2.0,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.quality_focal_loss` from its formula."""
+    return _elementwise(_quality, logits, labels, where, {"beta": beta}, exponents=("beta",))
+
+
+def gaussian_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike = 2.0,
+    beta: ArrayLike = 4.0,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.gaussian_focal_loss` from its formula."""
+    options = {"alpha": alpha, "beta": beta}
+    return _elementwise(_gaussian, logits, labels, where, options, exponents=("alpha", "beta"))
+
+
+def varifocal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike = 0.75,
+    gamma: ArrayLike = 2.0,
+    positive: ArrayLike | None = None,
+    stop_weight_gradient: bool = False,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.varifocal_loss` from its formula."""
+    return _elementwise(
+        _varifocal,
+        logits,
+        labels,
+        where,
+        {"alpha": alpha, "gamma": gamma},
+        exponents=("gamma",),
+        positive=positive,
+        stop_weight_gradient=_checks.flag("stop_weight_gradient", stop_weight_gradient),
+    )
+
+
+def matchability_aware_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma: ArrayLike = 1.5,
+    alpha: ArrayLike | None = None,
+    positive: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.matchability_aware_loss` from its formula."""
+    return _elementwise(
+        _matchability,
+        logits,
+        labels,
+        where,
+        {"gamma": gamma, "alpha": alpha},
+        exponents=("gamma",),
+        positive=positive,
+    )
+
+
+def asymmetric_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma_positive: ArrayLike = 0.0,
+    gamma_negative: ArrayLike = 4.0,
+    margin: ArrayLike = 0.05,
+    stop_weight_gradient: bool = False,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.asymmetric_loss` from its formula."""
+    if isinstance(margin, numbers.Real):
+        _checks.static_margin("margin", margin)
+    return _elementwise(
+        _asymmetric,
+        logits,
+        labels,
+        where,
+        {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative, "margin": margin},
+        exponents=("gamma_positive", "gamma_negative"),
+        stop_weight_gradient=_checks.flag("stop_weight_gradient", stop_weight_gradient),
+    )
+
+
+def sigmoid_focal_loss_star(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma: ArrayLike = 2.0,
+    beta: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.sigmoid_focal_loss_star` from its formula."""
+    if isinstance(gamma, numbers.Real):
+        _checks.static_stretch("gamma", gamma)
+    return _elementwise(_star, logits, labels, where, {"gamma": gamma, "beta": beta})
+
+
+def sigmoid_poly_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    epsilon: ArrayLike = 1.0,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    where: ArrayLike | None = None,
+) -> Array:
+    """Compute `focal_jax.sigmoid_poly_focal_loss` from its formula."""
+    options = {"epsilon": epsilon, "alpha": alpha, "gamma": gamma}
+    return _elementwise(_sigmoid_poly, logits, labels, where, options, exponents=("gamma",))
 
 
 def softmax_focal_loss(
@@ -203,6 +439,33 @@ def softmax_focal_loss_with_integer_labels(
 
     Differentiation: every mode of JAX, forward mode alone included.
     """
+    options = {"gamma": gamma}
+    return _integer(
+        *(_softmax_focal, logits, labels, alpha, axis, ignore_label, where, class_axis_name),
+        options,
+        label_smoothing=label_smoothing,
+        return_logsumexp=return_logsumexp,
+    )
+
+
+def _integer(
+    formula: Callable[..., Array],
+    logits: ArrayLike,
+    labels: ArrayLike,
+    alpha: ArrayLike | None,
+    axis: int,
+    ignore_label: int | None,
+    where: ArrayLike | None,
+    class_axis_name: str | tuple[str, ...] | None,
+    options: Mapping[str, ArrayLike],
+    of_a_row: bool = False,
+    label_smoothing: float = 0.0,
+    return_logsumexp: bool = False,
+) -> Any:
+    """Return the losses of one class index a position.
+
+    Besides the weight of the label, the formula takes the options; gamma is an exponent.
+    """
     z = _float("logits", logits)
     axis = _checks.axis(axis, z.ndim)
     smoothing = _checks.label_smoothing(label_smoothing)
@@ -212,7 +475,10 @@ def softmax_focal_loss_with_integer_labels(
     labels = _indices(labels, losses, "the logits' without the class axis")
     where = _not_ignored(labels, ignore_label, _mask(where, losses))
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
-    gamma = _exponent("gamma", gamma, where, z.dtype)
+    given = [
+        (_exponent if name == "gamma" else _real)(name, x, where, z.dtype)
+        for name, x in options.items()
+    ]
     known = (labels >= 0) & (labels < classes)
     index = jnp.expand_dims(jnp.where(known & where, labels, 0), axis)
     if alpha is not None:
@@ -224,12 +490,24 @@ def softmax_focal_loss_with_integer_labels(
     weight = alpha
     if alpha is not None:
         weight = jnp.where(where, alpha[index.squeeze(axis)] if alpha.ndim else alpha, 1)
-    losses = _softmax_focal(_JAX, log_p.squeeze(axis), weight, gamma)
+    row = {}
+    if of_a_row:
+        whole = z if class_axis_name is None else _gathered(z, axis, class_axis_name)
+        row = {"row": jnp.moveaxis(jax.nn.log_softmax(whole, axis), axis, -1)}
+    losses = formula(_JAX, log_p.squeeze(axis), weight, *given, **row)
     if smoothing:
-        every = _every_class(z - total, alpha, gamma, axis, class_axis_name)
+        every = _every_class(formula, z - total, alpha, given, axis, class_axis_name)
         losses = (1 - smoothing) * losses + smoothing / classes * every
     losses = jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
     return (losses, jnp.where(where, total.squeeze(axis), 0)) if return_logsumexp else losses
+
+
+def _gathered(z: Array, axis: int, name: str | tuple[str, ...]) -> Array:
+    """Return the logits of all the slices of a mapped axis."""
+    own = jnp.arange(lax.axis_size(name)) == lax.axis_index(name)
+    own = lax.broadcast_in_dim(own, (own.size, *z.shape), (0,))
+    slices = lax.psum(jnp.where(own, jnp.broadcast_to(z, own.shape), 0), name)
+    return jnp.concatenate(list(slices), axis)
 
 
 def _logsumexp(z: Array, axis: int, name: str | tuple[str, ...] | None) -> Array:
@@ -240,17 +518,19 @@ def _logsumexp(z: Array, axis: int, name: str | tuple[str, ...] | None) -> Array
     return top + jnp.log(lax.psum(jnp.sum(jnp.exp(z - top), axis, keepdims=True), name))
 
 
-def _every_class(log_p: Array, alpha: Array | None, gamma, axis: int, name) -> Array:
+def _every_class(formula, log_p: Array, alpha: Array | None, options, axis: int, name) -> Array:
     """Return the sum over all the classes of the loss that each would have as the label."""
-    if isinstance(gamma, Array):
-        gamma = jnp.broadcast_to(jnp.expand_dims(gamma, axis), log_p.shape)
+    options = [
+        jnp.broadcast_to(jnp.expand_dims(x, axis), log_p.shape) if isinstance(x, Array) else x
+        for x in options
+    ]
     if alpha is not None:
         if alpha.ndim and name is not None:
             own = log_p.shape[axis]
             alpha = lax.dynamic_slice_in_dim(alpha, own * lax.axis_index(name), own)
         alpha = lax.broadcast_in_dim(alpha, log_p.shape, (axis,) if alpha.ndim else ())
         log_p = jnp.where((alpha == 0) & (log_p == -jnp.inf), 0, log_p)
-    every = jnp.sum(_softmax_focal(_JAX, log_p, alpha, gamma), axis)
+    every = jnp.sum(formula(_JAX, log_p, alpha, *options), axis)
     return every if name is None else lax.psum(every, name)
 
 
@@ -267,6 +547,85 @@ def _picked_from_slices(name: str | tuple[str, ...]):
         return lax.psum(jnp.sum(jnp.where(true, z, 0), axis, keepdims=True), name)
 
     return pick
+
+
+def softmax_poly_focal_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    epsilon: ArrayLike = 1.0,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    axis: int = -1,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    """Compute `focal_jax.softmax_poly_focal_loss_with_integer_labels` from its formula."""
+    options = {"epsilon": epsilon, "gamma": gamma}
+    return _integer(
+        _softmax_poly,
+        logits,
+        labels,
+        alpha,
+        axis,
+        ignore_label,
+        where,
+        class_axis_name,
+        options,
+    )
+
+
+def softmax_probability_weighted_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    axis: int = -1,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    """Compute the loss of the same name in `focal_jax` from its formula."""
+    options = {}
+    return _integer(
+        _probability_weighted,
+        logits,
+        labels,
+        alpha,
+        axis,
+        ignore_label,
+        where,
+        class_axis_name,
+        options,
+    )
+
+
+def dual_focal_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 5.0,
+    axis: int = -1,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    """Compute `focal_jax.dual_focal_loss_with_integer_labels` from its formula."""
+    options = {"gamma": gamma}
+    return _integer(
+        _dual,
+        logits,
+        labels,
+        alpha,
+        axis,
+        ignore_label,
+        where,
+        class_axis_name,
+        options,
+        of_a_row=True,
+    )
 
 
 def linear_softmax_focal_loss_with_integer_labels(
@@ -328,6 +687,7 @@ def reduce_loss(
     where: ArrayLike | None = None,
     labels: ArrayLike | None = None,
     ignore_label: int | None = None,
+    weights: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
     """Compute `focal_jax.reduce_loss` from its formula.
@@ -339,23 +699,28 @@ def reduce_loss(
     if labels is not None:
         labels = _indices(labels, losses.shape, "one for each loss")
         counts = _not_ignored(labels, ignore_label, counts)
-    names = {"sum": "none", "mean": "full"}
-    divisors = {
-        "none": lambda: 1.0,
-        "full": lambda: float(losses.size),
-        "valid": lambda: counts.sum(),
-        "batch_size": lambda: float(losses.shape[0]),
-    }
-    divisor, devices = normalization, 1
-    if isinstance(normalization, str):
-        name = names.get(normalization, normalization)
-        _checks.normalization(name, losses)
-        divisor = jnp.asarray(divisors[name](), losses.dtype)
-        if axis_name is not None and name != "none":
+    elif ignore_label is not None:
+        raise _checks.InputError(
+            f"ignore_label: got {ignore_label} and no labels, wanted the labels that it is one of"
+        )
+    weight = _real("weights", 1.0 if weights is None else weights, counts, losses.dtype)
+    weight = jnp.where(counts, jnp.where(weight < 0, jnp.nan, weight), 0)
+    if normalization is None or isinstance(normalization, str):
+        _checks.normalization(normalization, losses)
+        batch = losses.shape[0] if losses.ndim else 1
+        divisor = {
+            "valid": jnp.sum(weight),
+            "mean": jnp.float32(losses.size),
+            "sum": jnp.float32(1),
+            "batch_size": jnp.float32(batch),
+        }[{"none": "sum", "full": "mean"}.get(normalization, normalization)]
+        if axis_name is not None and normalization not in ("sum", "none"):
             divisor = lax.psum(divisor, axis_name)
-    if axis_name is not None:
-        devices = lax.psum(1, axis_name)
-    divisor = jnp.asarray(divisor).astype(losses.dtype)
-    _checks.shape("normalization", divisor, (), "one divisor for all the losses")
-    total = jnp.sum(jnp.where(counts, losses, 0))
-    return total * devices / jnp.maximum(1, divisor)
+    else:
+        divisor = _checks.array("normalization", normalization)
+        _checks.shape("normalization", divisor, (), "one divisor for all the losses")
+    divisor = divisor.astype(losses.dtype)
+    least = divisor < 1 if weights is None else divisor <= 0
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    total = jnp.sum(weight * jnp.where(counts, losses, 0))
+    return devices * total / jnp.where(least, 1, divisor)

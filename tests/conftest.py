@@ -27,3 +27,8 @@ hypothesis.settings.load_profile("focal_jax")
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """Leave the runs of whole programs to the end: what is quick to know is known first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

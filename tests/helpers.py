@@ -122,13 +122,12 @@ class Row:
     def arguments(self, seed, shape, axis=-1, *, scale=3.0, dtype=np.float32):
         """Return random arguments by name, all but the options; `shape` is the logits'."""
         rng = np.random.default_rng(seed)
-        axis = axis % max(len(shape), 1)
         arrays = {self.first: scale * rng.normal(size=shape)}
         if self.linear:
             classes = shape[-1]
             arrays["kernel"] = rng.normal(size=(classes, classes)) / math.sqrt(max(classes, 1))
             arrays["bias"] = rng.normal(size=classes)
-        arrays["labels"] = _LABELS[self.labels](rng, shape, axis)
+        arrays["labels"] = _LABELS[self.labels](rng, shape, axis % max(len(shape), 1))
         return {
             name: jnp.asarray(x if x.dtype == np.int32 else x.astype(dtype))
             for name, x in arrays.items()

@@ -1,5 +1,6 @@
 """Boxes, anchors, matching and RetinaNet's loss."""
 
+import importlib
 import json
 import re
 from functools import partial
@@ -25,6 +26,9 @@ from focal_jax.detection import (
     retinanet_loss,
 )
 
+matching, loss_module = (
+    importlib.import_module(f"focal_jax.detection.{name}") for name in ("matching", "loss")
+)
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "retinanet.json").read_text())
 IMAGES, ANCHORS, ROWS, CLASSES = 3, 16, 4, 3
 
@@ -273,20 +277,23 @@ def test_what_an_anchor_without_a_match_holds_does_not_matter(batch):
     )
 
 
-@pytest.mark.parametrize("wrong", [-2.0, 3.0, jnp.nan])
-def test_a_class_that_does_not_exist_is_nan_at_its_anchors(batch, wrong):
+@pytest.mark.parametrize("row", [2, 0])  # one that anchors match, and one that they do not
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [(4, -2.0), (4, 3.0), (4, -0.5), (4, 1.7), (4, jnp.nan), (0, jnp.nan), (3, jnp.inf)],
+)
+def test_an_annotation_that_is_none_is_loud_in_its_image(batch, row, place, wrong):
     logits, offsets, anchors, annotations = batch
-    annotations = annotations.at[2, 2, 4].set(wrong)
-    loss, class_grad, box_grad = loss_and_gradients(logits, offsets, anchors, annotations)
-    assert jnp.isnan(loss.classification)
-    positive = matches_of(anchors, annotations[2]) >= 0
-    assert jnp.any(positive)
-    np.testing.assert_array_equal(jnp.isnan(class_grad).all(-1), jnp.isnan(class_grad).any(-1))
-    np.testing.assert_array_equal(
-        jnp.isnan(class_grad[..., 0]), jnp.zeros(class_grad.shape[:2], bool).at[2].set(positive)
+    far = annotations.at[2, 0].set(jnp.array([500.0, 500, 508, 508, 1]))
+    loss, class_grad, box_grad = loss_and_gradients(
+        logits, offsets, anchors, far.at[2, row, place].set(wrong)
     )
-    assert jnp.isfinite(loss.regression)
-    assert jnp.all(jnp.isfinite(box_grad))
+    sound, sound_class_grad, sound_box_grad = loss_and_gradients(logits, offsets, anchors, far)
+    assert all(jnp.isfinite(x) for x in sound)
+    assert all(jnp.isnan(x) for x in loss)
+    assert jnp.any(jnp.isnan(class_grad[2]))
+    np.testing.assert_array_equal(class_grad[:2], sound_class_grad[:2])
+    np.testing.assert_array_equal(box_grad[:2], sound_box_grad[:2])
 
 
 @pytest.mark.parametrize("beta", [0.05, 1.0])
@@ -355,7 +362,7 @@ def uneven():
 
 
 @pytest.mark.parametrize("normalization", ["image", "batch"])
-@pytest.mark.parametrize("mapping", ["pmap", "vmap", "shard_map"])
+@pytest.mark.parametrize("mapping", ["pmap", "vmap", "shard_map", "shard_map, checked"])
 def test_mean_over_devices_is_the_loss_of_one(uneven, mapping, normalization):
     logits, offsets, anchors, annotations = uneven
 
@@ -387,7 +394,7 @@ def test_mean_over_devices_is_the_loss_of_one(uneven, mapping, normalization):
             mesh=Mesh(np.array(jax.devices()[:DEVICES]), ("devices",)),
             in_specs=(P(), P("devices"), P("devices"), P("devices")),
             out_specs=P(),
-            check_vma=False,
+            check_vma=mapping.endswith("checked"),
         )
         result = jax.jit(jax.value_and_grad(mapped))(scale, *batch)
     expected = jax.jit(jax.value_and_grad(total))(scale, *batch)
@@ -395,6 +402,28 @@ def test_mean_over_devices_is_the_loss_of_one(uneven, mapping, normalization):
 
 
 # ---------------------------------------------------------------- boxes
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [0, 0, 1e20, 1e20],
+        [1e20, 1e20, 2e20, 2e20],
+        [0, 0, np.inf, 5],
+        [-np.inf, -np.inf, np.inf, np.inf],
+        [-3e38, -3e38, 3e38, 3e38],
+        [1, 2, 1e30, 3],
+    ],
+)
+def test_a_box_of_any_size_overlaps_itself_and_no_small_one(box):
+    iou = box_iou([box, [0, 0, 4, 4]], [box, [10, 10, 14, 14]])
+    np.testing.assert_allclose(iou, [[1, 0], [0, 0]], atol=1e-9)
+    assert match_anchors([box], [[*box, 1]]).tolist() == [0]
+
+
+def test_a_corner_at_infinity_has_no_area():
+    assert box_iou([[np.inf] * 4], [[np.inf] * 4, [0, 0, 4, 4]]).tolist() == [[0, 0]]
+
 
 slopes_of_iou = jax.jit(jax.grad(lambda a, b: jnp.sum(box_iou(a, b)), argnums=(0, 1)))
 coordinates = st.floats(-50, 50, width=32)
@@ -429,6 +458,20 @@ def test_decoding_undoes_encoding(boxes, anchors):
 @given(boxes, boxes)
 def test_any_boxes_have_finite_encodings(boxes, anchors):
     assert jnp.all(jnp.isfinite(encode(boxes, anchors)))
+
+
+def test_weights_of_the_box_coder():
+    boxes, anchors = [[1.0, 0, 5, 8]], [[0.0, 0, 4, 4]]
+    offsets = encode_boxes(boxes, anchors, weights=(1, 1, 1, 1))
+    np.testing.assert_allclose(offsets, [[0.25, 0.5, 0, np.log(2)]], rtol=1e-6)
+    np.testing.assert_allclose(
+        encode_boxes(boxes, anchors), offsets * jnp.array([[10.0, 10, 5, 5]]), rtol=1e-6
+    )
+    for weights in [(1, 1, 1, 1), (2.0, 3.0, 4.0, 5.0)]:
+        offsets = encode_boxes(boxes, anchors, weights=weights)
+        np.testing.assert_allclose(
+            decode_boxes(offsets, anchors, weights=weights), boxes, rtol=1e-6
+        )
 
 
 def test_sides_shorter_than_one_count_as_one():
@@ -532,6 +575,36 @@ def test_every_touched_annotation_is_matched_when_forced():
     assert forced.tolist() == [0, 0, BACKGROUND]
 
 
+def test_the_searches_agree_bit_for_bit():
+    rng = np.random.default_rng(2)
+    anchors = jnp.asarray(pyramid_anchors((64, 80), levels=(3, 4), scales=(1, 1.3)))
+    annotations = np.full((7, 5), -1, np.float32)
+    annotations[[0, 2, 3, 5], :4] = anchors[rng.integers(len(anchors), size=4)]
+    annotations[3] = annotations[0]  # a tie: the first is taken
+    annotations[[0, 2, 3, 5], 4] = rng.integers(3, size=4)
+    annotations[1, :4] = np.nan  # padding
+    anchors, annotations = matching.comparable(anchors, jnp.asarray(annotations))
+    results = {}
+    for name in ("_by_turns", "_by_reduction"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(matching, "_by_turns", getattr(matching, name))
+            for found in (loss_module._looked_up, loss_module._carried_along):
+                results[name, found] = jax.jit(lambda *args, f=found: f(*args))(
+                    anchors, annotations
+                )
+    first, *others = results.values()
+    iou, *_ = first
+    touched = iou > 0
+    assert 0 < jnp.sum(touched) < len(iou)
+    for other in others:
+        for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other)):
+            np.testing.assert_array_equal(jnp.where(touched, x, 0), jnp.where(touched, y, 0))
+        np.testing.assert_array_equal(iou, other[0])
+    matches = match_anchors(anchors, annotations)
+    assert not jnp.any(matches == 3)
+    assert jnp.any(matches == 0)
+
+
 def test_matching_nothing():
     assert match_anchors([[0, 0, 8, 8]], np.zeros((0, 5))).tolist() == [BACKGROUND]
     empty = match_anchors(np.zeros((0, 4)), [[0, 0, 8, 8, 1]], force_match=True)
@@ -561,7 +634,15 @@ def shapes(logits=(2, 5, 3), regression=(2, 5, 4), anchors=(5, 4), annotations=(
         ("empty_images", shapes(), {"empty_images": "ignore"}),
         ("normalization", shapes(), {"normalization": "valid"}),
         ("smooth_l1_beta", shapes(), {"smooth_l1_beta": 0.0}),
+        ("smooth_l1_beta", shapes(), {"smooth_l1_beta": np.inf}),
+        ("smooth_l1_beta", shapes(), {"smooth_l1_beta": np.nan}),
+        ("smooth_l1_beta", shapes(), {"smooth_l1_beta": "1"}),
+        ("smooth_l1_beta", shapes(), {"smooth_l1_beta": jnp.ones(())}),
         ("negative_iou", shapes(), {"negative_iou": 0.6}),
+        ("negative_iou", shapes(), {"negative_iou": None}),
+        ("positive_iou", shapes(), {"positive_iou": -1}),
+        ("positive_iou", shapes(), {"positive_iou": 1.5}),
+        ("positive_iou", shapes(), {"positive_iou": np.nan}),
         ("gamma", shapes(), {"gamma": -1.0}),
         ("alpha", shapes(), {"alpha": jnp.zeros(7)}),
     ],
@@ -569,6 +650,25 @@ def shapes(logits=(2, 5, 3), regression=(2, 5, 4), anchors=(5, 4), annotations=(
 def test_errors_of_the_loss_name_the_argument(name, inputs, options):
     with pytest.raises(ValueError, match=rf"\b{name}: got"):
         jax.eval_shape(partial(retinanet_loss, **options), *inputs)
+
+
+@pytest.mark.parametrize("name", ["positive_iou", "negative_iou", "smooth_l1_beta"])
+def test_a_traced_option_is_refused_by_name(name):
+    def of(x):
+        return retinanet_loss(*shapes(), **{name: x})
+
+    with pytest.raises(ValueError, match=rf"\b{name}: got"):
+        jax.jit(of)(0.5)
+
+
+@pytest.mark.parametrize("option", [{"gamma": -1.0}, {"alpha": jnp.zeros(7)}])
+def test_options_are_checked_before_any_work(option, monkeypatch):
+    def search(*_):
+        raise AssertionError("anchors were matched")
+
+    monkeypatch.setattr(loss_module, "nearest", search)
+    with pytest.raises(ValueError, match=f"{next(iter(option))}: got"):
+        retinanet_loss(*shapes(), **option)
 
 
 @pytest.mark.parametrize(
@@ -580,6 +680,9 @@ def test_errors_of_the_loss_name_the_argument(name, inputs, options):
         (r"\boffsets: got shape", lambda: decode_boxes(np.zeros((2, 4)), np.zeros((3, 4)))),
         (r"\bannotations: got shape", lambda: match_anchors(np.zeros((2, 4)), np.zeros((3, 4)))),
         (r"\banchors: got shape", lambda: match_anchors(np.zeros((2, 5)), np.zeros((3, 5)))),
+        (r"\bpositive_iou: got", lambda: match_anchors([[0] * 4], [[0] * 5], positive_iou=-1)),
+        (r"\bweights: got", lambda: encode_boxes([[0] * 4], [[0] * 4], weights=(1, 1, 1))),
+        (r"\bweights: got", lambda: decode_boxes([[0] * 4], [[0] * 4], weights=(1, 1, 0, 1))),
         ("image_shape: got", lambda: pyramid_anchors((0, 8))),
         ("scales: got", lambda: pyramid_anchors((8, 8), scales=(-1,))),
         ("ratios: got", lambda: pyramid_anchors((8, 8), ratios=(0,))),

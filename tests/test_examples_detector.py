@@ -18,6 +18,8 @@ from examples.retinanet_digits.model import anchors
 from examples.retinanet_digits.train import Budget, Recipe
 from focal_jax.detection import BACKGROUND, match_anchors
 
+pytestmark = pytest.mark.slow
+
 BUDGET = Budget(steps=16, batch=4, canvases=40, test_canvases=10, save_every=5)
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in vars(BUDGET).items()]
 

@@ -16,7 +16,7 @@ def _abstract(row, shape, axis=-1, dtype=jnp.float32):
     inside, fixed = row.split(arguments)
     static = row.axis(axis) | ({"chunk_size": None} if row.linear else {})
     arrays = {k: v for k, v in fixed.items() if k not in static}
-    inside = {k: v.astype(dtype) if k == row.first else v for k, v in inside.items()}
+    inside = {k: v.astype(dtype) if k in (row.first, "kernel") else v for k, v in inside.items()}
     return jax.tree.map(jax.typeof, (inside, arrays)), static
 
 

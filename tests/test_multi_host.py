@@ -23,6 +23,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import focal_jax
 
+pytestmark = pytest.mark.slow
+
 PROCESSES, DEVICES = 2, 2
 SPLIT, WHOLE = P("data"), P()
 SPECS = SPLIT, WHOLE, SPLIT, SPLIT

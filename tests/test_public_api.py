@@ -1,6 +1,7 @@
 """What the package promises to everyone who imports it."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import pkgutil
@@ -15,19 +16,16 @@ from focal_jax._catalogue import LOSSES
 
 ROOT = Path(focal_jax.__file__).parent
 FUNCTIONS = [loss.name for loss in LOSSES] + ["reduce_loss"]
-# A room imports only from rooms on lower floors, so no import can turn back.
-FLOORS = [
-    {"_version"},
-    {"_checks"},
-    {"reference", "_arrays", "_varying", "_island"},
-    {"_modulation"},
-    {"_position"},
-    {"_sigmoid", "_softmax", "_linear", "_reduction"},
-    {"_compare", "_modules", "training"},
-    {"linen", "nnx", "compat", "detection"},
-    {""},
-]
 SECTIONS = ["Args:", "Returns:", "Raises:", "Differentiation:", "Example:", "References:"]
+
+
+def _name(path):
+    """Return the name of a module within the package, "" for the package itself."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts).removesuffix("__init__").removesuffix(".")
+
+
+MODULES = {_name(path): path for path in ROOT.rglob("*.py")}
 
 
 def _imports(path):
@@ -36,7 +34,8 @@ def _imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "focal_jax":
             parts = node.module.split(".")[1:]
-            found |= {".".join(parts)} if parts else {alias.name for alias in node.names}
+            of_package = [".".join([*parts, alias.name]) for alias in node.names]
+            found |= {name if name in MODULES else ".".join(parts) for name in of_package}
         if isinstance(node, ast.Import):
             found |= {
                 a.name.partition(".")[2] for a in node.names if a.name.startswith("focal_jax")
@@ -44,14 +43,27 @@ def _imports(path):
     return found
 
 
-def test_imports_run_downward_only():
-    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
-    for path in ROOT.glob("*.py"):
-        name = path.stem.removesuffix("__init__")
-        if name not in floor:
-            continue
-        for imported in _imports(path):
-            assert floor[imported] < floor[name], f"{name} imports {imported}"
+GRAPH = {name: _imports(path) for name, path in MODULES.items()}
+
+
+def test_imports_never_turn_back():
+    tuple(graphlib.TopologicalSorter(GRAPH).static_order())  # raises for a cycle
+
+
+def _below(module):
+    """Return all that a module imports, and what that imports."""
+    found, new = set(), {module}
+    while new:
+        new = set().union(*(GRAPH.get(name, set()) for name in new)) - found
+        found |= new
+    return found
+
+
+def test_the_losses_do_not_import_each_other():
+    rooms = {getattr(focal_jax, loss.name).__module__.split(".")[-1] for loss in LOSSES}
+    assert len(rooms) > 3
+    for room in rooms:
+        assert not _below(room) & rooms, room
 
 
 def test_the_reference_shares_nothing_but_the_checks():

@@ -296,5 +296,169 @@ def test_a_class_switched_off_by_its_bias_stays_off_under_a_softcap():
 def test_a_softcap_that_is_none(value):
     (features, kernel, bias, *_), labels = _inputs()
     for head in (_linear, _reference):
-        with pytest.raises(ValueError, match=r"logit_softcap: got .*, wanted None or a finite"):
+        with pytest.raises(
+            ValueError, match=r"logit_softcap: got .*, wanted (None or a|a finite) number"
+        ):
             head(features, kernel, bias, labels, logit_softcap=value)
+
+
+# ---------------------------------------------------------------- label smoothing
+
+
+def _soft(features, kernel, bias, labels, *, label_smoothing, ignore_label=None, **options):
+    """Return the losses of labels that are smoothed by hand."""
+    logits = jnp.einsum("...d,dc->...c", features, kernel) + bias[None, None]
+    one_hot = jax.nn.one_hot(labels, CLASSES, dtype=logits.dtype)
+    smooth = (1 - label_smoothing) * one_hot + label_smoothing / CLASSES
+    where = None if ignore_label is None else labels != ignore_label
+    return focal_jax.softmax_focal_loss(logits, smooth, where=where, **options)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("smoothing", [1e-3, 0.1, 0.9])
+def test_smoothing_is_that_of_the_labels(head, smoothing):
+    args, labels = _inputs(11, scale=2.0)
+    options = {"label_smoothing": smoothing, "ignore_label": int(labels[0, 0])}
+    got = _gradients(head, args, labels, **options)
+    assert_close(got, _gradients(_soft, args, labels, **options), 1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_smoothing_has_the_formula_of_the_reference(head, x64):
+    args, labels = _inputs(11, np.float64, scale=2.0)
+    options = {"label_smoothing": 0.01, "ignore_label": int(labels[0, 0])}
+    want = _gradients(_reference, args, labels, **options)
+    assert_close(_gradients(head, args, labels, **options), want, 1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 1.3, 2.0, 3, 5])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_smoothing_from_margin_minus_80_to_80(gamma, dtype):
+    margins = np.array([-80, -30, -17, -10, -3, -1, 0, 0.5, 2, 6, 12, 17, 30, 80], np.float32)
+    logits = jnp.stack([margins, jnp.zeros(margins.size), jnp.full(margins.size, -1.0)], 1)
+    logits, labels = logits.astype(dtype), jnp.zeros(margins.size, jnp.int32)
+    smooth = 0.9 * jax.nn.one_hot(labels, 3) + 0.1 / 3
+
+    def both(loss, labels, **options):
+        total = lambda z: jnp.sum(loss(z, labels, gamma=gamma, **options))  # noqa: E731
+        losses = loss(logits, labels, gamma=gamma, **options)
+        return losses, jax.grad(total)(logits).astype(np.float32)
+
+    head = focal_jax.softmax_focal_loss_with_integer_labels
+    got = both(head, labels, label_smoothing=0.1)
+    want = both(focal_jax.softmax_focal_loss, smooth)
+    assert_close(got[0], want[0], 1e-5, 0)
+    tolerance = 1e-5 if dtype is np.float32 else 0.01
+    assert_close(got[1], want[1], tolerance, 1e-7)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_second_derivatives_of_smoothed_losses(head, x64):
+    args, labels = _inputs(12, np.float64)
+    direction = jax.tree.map(jnp.cos, args)
+
+    def second(head):
+        total = _total(head, labels, label_smoothing=0.2)
+        return jax.jit(jax.grad(_derivative(total, direction), range(5)))(*args)
+
+    assert_close(second(head), second(_reference), 1e-8)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_smoothed_label_that_is_no_class_is_nan_at_its_position_only(head):
+    args, labels = _inputs(13)
+    bad = labels.at[1, 2].set(CLASSES)
+    features, kernel, bias, *_ = args
+
+    def losses(features, labels):
+        return head(features, kernel, bias, labels, label_smoothing=0.1)
+
+    assert np.array_equal(np.isnan(losses(features, bad)), bad == CLASSES)
+    gradient = jax.grad(lambda x: jnp.sum(losses(x, bad)))(features)
+    want = jax.grad(lambda x: jnp.sum(losses(x, labels)))(features)
+    assert_close(gradient, want.at[1, 2].set(jnp.nan), 1e-6)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_class_that_is_off_counts_only_with_its_weight(head):
+    args, labels = _inputs(14)
+    features, kernel, bias, alpha, _ = args
+    labels, bias = labels % 7, bias.at[7].set(-jnp.inf)
+    assert np.all(np.isinf(head(features, kernel, bias, labels, label_smoothing=0.1)))
+
+    def total(features, kernel, bias, alpha):
+        options = {"alpha": alpha.at[7].set(0), "label_smoothing": 0.1}
+        return jnp.sum(head(features, kernel, bias, labels, **options))
+
+    value, gradients = jax.value_and_grad(total, range(4))(features, kernel, bias, alpha)
+    assert np.isfinite(value)
+    assert all(np.all(np.isfinite(g)) for g in gradients)
+    assert np.all(gradients[1][:, 7] == 0)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("head", HEADS)
+def test_smoothing_with_the_classes_spread(head, check_vma):
+    args, labels = _inputs(15)
+    specs = P("data"), P(None, "model"), P("model"), P(), P("data"), P("data")
+
+    def spread(features, kernel, bias, labels, *, alpha, gamma, **options):
+        def local(features, kernel, bias, alpha, gamma, labels):
+            options = {"alpha": alpha, "gamma": gamma, "label_smoothing": 0.1}
+            return head(features, kernel, bias, labels, class_axis_name="model", **options)
+
+        mapped = jax.shard_map(
+            local, mesh=_mesh(), in_specs=specs, out_specs=P("data"), check_vma=check_vma
+        )
+        return mapped(features, kernel, bias, alpha, gamma, labels)
+
+    want = _gradients(head, args, labels, label_smoothing=0.1)
+    assert_close(_gradients(spread, args, labels), want, 1e-5)
+
+
+def test_the_reference_spreads_smoothed_classes():
+    args, labels = _inputs(16)
+    features, kernel, bias, alpha, _ = args
+    options = {"alpha": alpha, "label_smoothing": 0.1, "return_logsumexp": True}
+    mapped = jax.shard_map(
+        lambda k, b: _reference(features, k, b, labels, class_axis_name="model", **options),
+        mesh=_mesh(),
+        in_specs=(P(None, "model"), P("model")),
+        out_specs=P(),
+    )
+    assert_close(mapped(kernel, bias), _reference(features, kernel, bias, labels, **options), 1e-5)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.5, np.nan, True, "0.1", None])
+def test_a_smoothing_that_is_none(value):
+    (features, kernel, bias, *_), labels = _inputs()
+    for head in (_linear, _softmax, _reference):
+        with pytest.raises(ValueError, match=r"label_smoothing: got .*, wanted a number in"):
+            head(features, kernel, bias, labels, label_smoothing=value)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _compiled(head, shape, **options):
+    positions, classes = shape
+    logits = jax.ShapeDtypeStruct((positions, classes), jnp.float32)
+    labels = jnp.zeros(positions, jnp.int32)
+    return jax.jit(jax.grad(lambda z: jnp.sum(head(z, labels, **options)))).lower(logits).compile()
+
+
+def test_smoothing_makes_no_one_hot():
+    head = focal_jax.softmax_focal_loss_with_integer_labels
+    smooth = _compiled(head, (256, 4096), label_smoothing=0.1).memory_analysis()
+    without = _compiled(head, (256, 4096)).memory_analysis()
+    logits = 256 * 4096 * 4
+    assert smooth.temp_size_in_bytes < without.temp_size_in_bytes + 1.1 * logits
+
+
+def test_smoothing_of_0_is_no_other_program():
+    head = focal_jax.softmax_focal_loss_with_integer_labels
+    texts = [
+        re.sub("metadata={[^}]*}", "", _compiled(head, (8, 32), **options).as_text())
+        for options in ({}, {"label_smoothing": 0.0})
+    ]
+    assert texts[0] == texts[1]

@@ -9,7 +9,7 @@ import operator
 import mpmath
 import numpy as np
 
-from focal_jax.reference import FORMULAS, Operations
+from focal_jax.reference import FORMULAS, OF_A_ROW, Operations
 
 DIGITS = 60
 
@@ -21,7 +21,9 @@ class Number:
 
     def __init__(self, value, slopes=0):
         self.value = value
-        self.slopes = slopes  # an array of mpmath's numbers, or 0
+        # 0, or an array of mpmath's numbers of two rows: the derivatives, and for each the sum
+        # of the sizes of the terms that it is the sum of, which may cancel.
+        self.slopes = slopes
 
     def __add__(self, other):
         other = _number(other)
@@ -29,17 +31,21 @@ class Number:
 
     def __mul__(self, other):
         other = _number(other)
-        slopes = self.slopes * other.value + other.slopes * self.value
+        slopes = _times(self.slopes, other.value) + _times(other.slopes, self.value)
         return Number(self.value * other.value, slopes)
 
     def __pow__(self, other):
         other = _number(other)
         value = self.value**other.value
-        by_power = other.slopes * mpmath.log(self.value)
-        return Number(value, (self.slopes * (other.value / self.value) + by_power) * value)
+        if self.value == 0:  # it has no logarithm; where its derivative is infinite, 0
+            by_base = other.value * self.value ** max(other.value - 1, 0)
+            return Number(value, _times(self.slopes, by_base if other.value >= 1 else 0))
+        by_base = other.value / self.value * value
+        by_power = mpmath.log(self.value) * value
+        return Number(value, _times(self.slopes, by_base) + _times(other.slopes, by_power))
 
     def __neg__(self):
-        return Number(-self.value, -self.slopes)
+        return self * -1
 
     def __sub__(self, other):
         return self + -_number(other)
@@ -67,6 +73,11 @@ for _relation in (operator.lt, operator.le, operator.gt, operator.ge, operator.e
     setattr(Number, f"__{_relation.__name__}__", _compare(_relation))
 
 
+def _times(slopes, factor):
+    """Return slopes times a number, and their sizes times its size."""
+    return slopes * np.array([[factor], [abs(factor)]], dtype=object)
+
+
 def _number(x) -> Number:
     return x if isinstance(x, Number) else Number(exact(x))
 
@@ -80,7 +91,7 @@ def _elementwise(value, slope):
 
     def of_number(x):
         x = _number(x)
-        return Number(value(x.value), x.slopes * slope(x.value))
+        return Number(value(x.value), _times(x.slopes, slope(x.value)))
 
     return np.frompyfunc(of_number, 1, 1)
 
@@ -89,12 +100,22 @@ def _sigmoid(x):
     return 1 / (1 + mpmath.exp(-x))
 
 
+_as_numbers = np.frompyfunc(lambda x: x if isinstance(x, Number) else Number(exact(x)), 1, 1)
+
+
+def _where(condition, a, b):
+    return np.where(np.asarray(condition, dtype=bool), _as_numbers(a), _as_numbers(b))
+
+
+_log = _elementwise(mpmath.log, lambda x: 1 / x)
 OPERATIONS = Operations(
+    log=_log,
+    where=_where,
+    held=np.frompyfunc(lambda x: Number(x.value), 1, 1),
     exp=_elementwise(mpmath.exp, mpmath.exp),
     sigmoid=_elementwise(_sigmoid, lambda x: _sigmoid(x) * _sigmoid(-x)),
     log_sigmoid=_elementwise(lambda x: -mpmath.log1p(mpmath.exp(-x)), lambda x: _sigmoid(-x)),
 )
-_log = _elementwise(mpmath.log, lambda x: 1 / x)
 
 
 def _numbers(arrays, positions):
@@ -104,7 +125,7 @@ def _numbers(arrays, positions):
     out, places = {}, {}
     for name, x in arrays.items():
         units = [[int(i == first + k) for i in range(total)] for k in range(own[name])]
-        units = [np.array(unit, dtype=object) for unit in units]
+        units = [np.array([unit, unit], dtype=object) for unit in units]
         flat = [Number(exact(v), units[i % own[name]]) for i, v in enumerate(x.ravel())]
         out[name] = np.array([*flat, None], dtype=object)[:-1].reshape(x.shape)
         places[name] = slice(first, first + own[name])
@@ -112,14 +133,18 @@ def _numbers(arrays, positions):
     return out, places
 
 
-def evaluate(loss, arrays):
+def evaluate(loss, arrays, sizes=False):
     """Return the losses of one row of positions, and the derivatives of each of them.
+
+    With `sizes` these are the sums of the sizes of the terms that each derivative is a sum of:
+    what an error is to be compared with where they cancel by nature.
 
     `loss` is the catalogue's entry; `arrays` has all arguments by their names, each with the
     positions for its first axis and then, if it has one, the class axis (for a kernel two).
     An option that is absent or None is not used. Derivatives have the shapes of the arguments.
     """
-    floats = {k: np.asarray(x) for k, x in arrays.items() if x is not None}
+    keywords = {k: arrays[k] for k in (*loss.masks, *loss.flags) if k in arrays}
+    floats = {k: np.asarray(x) for k, x in arrays.items() if x is not None and k not in keywords}
     integers = None if loss.differentiable_labels else floats.pop("labels").astype(int)
     first = floats["features" if loss.kind == "linear" else "logits"]
     (n,) = {len(x) for x in floats.values()}
@@ -130,7 +155,7 @@ def evaluate(loss, arrays):
         options = [x.get(name) for name in loss.options]
         formula = FORMULAS[loss.name]
         if loss.kind == "elementwise":
-            losses = formula(OPERATIONS, x["logits"], x["labels"], *options)
+            losses = formula(OPERATIONS, x["logits"], x["labels"], *options, **keywords)
         else:
             z = x["logits"] if loss.kind != "linear" else _product(**x)
             log_p = z - _log(OPERATIONS.exp(z).sum(-1, keepdims=True))
@@ -139,8 +164,9 @@ def evaluate(loss, arrays):
             else:
                 own = np.arange(n), integers
                 chosen = [o if o is None or o.ndim == 1 else o[own] for o in options]
-                losses = formula(OPERATIONS, log_p[own], *chosen)
-        slopes = np.array([number.slopes for number in losses], dtype=object)
+                row = {"row": log_p} if loss.name in OF_A_ROW else {}
+                losses = formula(OPERATIONS, log_p[own], *chosen, **row)
+        slopes = np.array([number.slopes[int(sizes)] for number in losses], dtype=object)
         values = np.array([number.value for number in losses], dtype=object)
         return values, {k: slopes[:, places[k]].reshape(v.shape) for k, v in floats.items()}
 
@@ -158,7 +184,8 @@ def worst_error(got, want, tiny, scale=None):
     """Return the largest error relative to the truth; below `tiny` the truth counts as 0.
 
     A truth that the dtype cannot hold as a normal number may come out as anything between 0
-    and itself. With a `scale` the error is relative to that where it is larger.
+    and itself, and so may a term of it. With a `scale` the error is relative to that where it
+    is larger.
     """
     got = np.asarray(got, dtype=np.float64)
     want = np.asarray(want, dtype=object)
@@ -172,5 +199,5 @@ def worst_error(got, want, tiny, scale=None):
         if s < t:
             assert 0 <= abs(a) <= 1.01 * t, (a, b)
         else:
-            worst = max(worst, float(abs(mpmath.mpf(float(a)) - b) / s))
+            worst = max(worst, float((abs(mpmath.mpf(float(a)) - b) - t) / s))
     return worst

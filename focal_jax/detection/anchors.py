@@ -58,7 +58,7 @@ def pyramid_anchors(
     pyramid = [np.zeros((0, 4))]
     for stride in (2**level for level in levels):
         y, x = (stride * (np.arange(-(-size // stride)) + 0.5) for size in image_shape)
-        centers = np.stack(np.broadcast_arrays(x[None], y[:, None]), -1).reshape(-1, 1, 2)
+        centers = np.stack(np.broadcast_inputs(x[None], y[:, None]), -1).reshape(-1, 1, 2)
         anchors = np.tile(centers, 2) + 4 * stride * shapes
         pyramid.append(anchors.reshape(-1, 4))
     return jnp.asarray(np.concatenate(pyramid), jnp.result_type(float))

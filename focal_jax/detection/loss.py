@@ -5,15 +5,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
-from focal_jax._reduction import reduce_loss
+from focal_jax import _checks, _inputs
 from focal_jax._sigmoid import sigmoid_focal_loss
-from focal_jax.detection.boxes import encode_boxes
-from focal_jax.detection.matching import BACKGROUND, IGNORED, match_anchors
+from focal_jax.detection import _options
+from focal_jax.detection.boxes import Box, columns, offsets, rows_of_four
+from focal_jax.detection.matching import BACKGROUND, IGNORED, comparable, nearest
 
 
 class RetinaNetLoss(NamedTuple):
@@ -23,18 +22,51 @@ class RetinaNetLoss(NamedTuple):
     regression: Array
 
 
+class _Targets(NamedTuple):
+    """What an image's anchors are to answer, each an array along the anchors."""
+
+    label: Array  # the class index, BACKGROUND or IGNORED
+    offsets: Array  # `[A, 4]`; those of the positive anchors count
+
+
+def _looked_up(anchors: Array, annotations: Array) -> tuple[Array, Box, Array]:
+    """Return each anchor's IoU with the nearest annotation, its box and class: found by index."""
+    iou, index = nearest(anchors, annotations)
+    box, label = jax.tree.map(
+        lambda x: x[jnp.maximum(index, 0)], (columns(annotations), annotations[:, 4])
+    )
+    return iou, box, label
+
+
+def _carried_along(anchors: Array, annotations: Array) -> tuple[Array, Box, Array]:
+    """Return the same, carried along by the search: a TPU has no quick look-up."""
+    iou, _, *box, label = nearest(anchors, annotations, *columns(annotations), annotations[:, 4])
+    return iou, Box(*box), label
+
+
 def _targets(
     annotations: Array, anchors: Array, positive_iou: float, negative_iou: float
-) -> tuple[Array, Array, Array]:
-    """Return each anchor's match, class and offsets, for one image."""
-    matches = match_anchors(
-        anchors, annotations, positive_iou=positive_iou, negative_iou=negative_iou
+) -> _Targets:
+    """Return the targets of one image."""
+    iou, box, label = lax.platform_dependent(
+        anchors, annotations, tpu=_carried_along, default=_looked_up
     )
-    # A row of padding, the last, for the anchors without an annotation: no class, and a
-    # box with a finite encoding.
-    annotations = jnp.pad(annotations, ((0, 1), (0, 0)), constant_values=-1)
-    matched = annotations[jnp.maximum(matches, BACKGROUND)]
-    return matches, matched[:, 4], encode_boxes(matched[:, :4], anchors)
+    other = jnp.where(iou < negative_iou, BACKGROUND, IGNORED)
+    label = jnp.where(iou >= positive_iou, label.astype(jnp.int32), other)
+    return _Targets(label, jnp.stack(offsets(box, columns(anchors)), -1))
+
+
+def _sound(annotations: Array, classes: int) -> Array:
+    """Return whether each image's annotations are finite and have a class, padding aside."""
+    label = annotations[..., 4]
+    index = (label >= 0) & (label < classes) & (label == jnp.floor(label))
+    sound = index & jnp.all(jnp.isfinite(annotations), -1)
+    return jnp.all(sound | (label == BACKGROUND), 1)
+
+
+def _smooth_l1(error: Array, beta: float) -> Array:
+    size = jnp.abs(error)
+    return jnp.where(size < beta, size * size * (0.5 / beta), size - 0.5 * beta)
 
 
 def retinanet_loss(
@@ -69,8 +101,9 @@ def retinanet_loss(
       box_regression: `[B, A, 4]`, floating: offsets in the units of `encode_boxes`.
       anchors: `[A, 4]`, real: boxes `(x1, y1, x2, y2)`, the same for every image.
       annotations: `[B, M, 5]`, real: `(x1, y1, x2, y2, class)`; rows of class -1 are
-        padding, whatever else they hold. Another class outside `[0, C)` gives NaN at the
-        anchors that match it.
+        padding, whatever else they hold. One that is not finite, or whose class is no index
+        in `[0, C)`, makes both losses of its image NaN, whether an anchor matches it or
+        not.
       alpha: weight of an anchor's own class, the others weigh `1 - alpha`; None weighs
         all 1.
       gamma: focusing exponent, 0 or more.
@@ -95,12 +128,13 @@ def retinanet_loss(
     Raises:
       ValueError: for logits or offsets that are not floating, shapes that do not fit
         each other, an unknown `empty_images` or `normalization`, a `smooth_l1_beta` that
-        is not positive, `negative_iou` above `positive_iou`, or what
-        `sigmoid_focal_loss` refuses.
+        is not a finite Python number above 0, thresholds that `match_anchors` refuses, or
+        what `sigmoid_focal_loss` refuses.
       NameError: for an `axis_name` that is not bound here.
 
     Differentiation: reverse mode in `class_logits`, `box_regression`, `alpha` and
-      `gamma`; never NaN, also for boxes and anchors without area.
+      `gamma`; never NaN for finite annotations with a class, also for boxes and anchors
+      without area. Anchors and annotations are constants.
 
     Example:
       >>> import jax.numpy as jnp
@@ -117,7 +151,7 @@ def retinanet_loss(
       Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
     class_logits, box_regression = jnp.asarray(class_logits), jnp.asarray(box_regression)
-    annotations = _arrays.option("annotations", jnp.asarray(annotations), jnp.dtype(jnp.float32))
+    annotations = _inputs.option("annotations", jnp.asarray(annotations), jnp.dtype(jnp.float32))
     anchors = jnp.asarray(anchors)
     _checks.floating("class_logits", class_logits)
     _checks.floating("box_regression", box_regression)
@@ -139,41 +173,42 @@ def retinanet_loss(
     ):
         if value not in known:
             raise _checks.InputError(f"{name}: got {value!r}, wanted one of {known}")
-    if not smooth_l1_beta > 0:
-        raise _checks.InputError(f"smooth_l1_beta: got {smooth_l1_beta}, wanted more than 0")
+    positive_iou, negative_iou = _options.iou_thresholds(positive_iou, negative_iou)
+    beta = _options.above_zero("smooth_l1_beta", smooth_l1_beta)
+    focal = partial(sigmoid_focal_loss, alpha=alpha, gamma=gamma)
+    jax.eval_shape(lambda z: focal(z, z > 0), class_logits)  # alpha and gamma, before any work
 
+    sound = _sound(annotations, classes)[:, None]
+    (anchors,) = rows_of_four(anchors=anchors)
+    anchors, annotations = comparable(*lax.stop_gradient((anchors, annotations)))
+    # A row of padding more, so that there is one to look up.
+    annotations = jnp.pad(annotations, ((0, 0), (0, 1), (0, 0)), constant_values=BACKGROUND)
     targets = partial(
         _targets, anchors=anchors, positive_iou=positive_iou, negative_iou=negative_iou
     )
-    matches, matched_class, offsets = jax.vmap(targets)(annotations)
-    positive, counts = matches >= 0, matches != IGNORED
+    label, wanted = jax.vmap(targets)(annotations)
+    label = label[..., None]
+    positive, counts = label > BACKGROUND, label != IGNORED
     if empty_images == "skip":
-        counts &= jnp.any(annotations[..., 4] != -1, 1, keepdims=True)
+        counts &= jnp.any(annotations[..., 4:] != BACKGROUND, 1, keepdims=True)
 
-    losses = sigmoid_focal_loss(
-        class_logits,
-        jax.nn.one_hot(matched_class.astype(jnp.int32), classes, dtype=jnp.bool_),
-        alpha=alpha,
-        gamma=gamma,
-        where=counts[..., None],
-    )
-    possible = (matched_class >= -1) & (matched_class < classes)
-    losses *= jnp.where(possible, 1, jnp.nan).astype(losses.dtype)[..., None]
+    index = lax.broadcasted_iota(jnp.int32, (1, 1, classes), 2)
+    losses = focal(class_logits, label == index, where=counts)
+    dtype = _inputs.compute_dtype(box_regression)
+    error = box_regression.astype(dtype) - wanted.astype(dtype)
+    smooth_l1 = _smooth_l1(_inputs.keep(error, positive), beta)
 
-    dtype = _arrays.compute_dtype(box_regression)
-    error = box_regression.astype(dtype) - offsets.astype(dtype)
-    error = _arrays.keep(error, positive[..., None])
-    smooth_l1 = optax.huber_loss(error, delta=smooth_l1_beta) / smooth_l1_beta
+    positives, whole = jnp.sum(positive, 1, dtype=jnp.int32), 1 / max(1, images)
+    if normalization == "batch":
+        positives, whole = jnp.sum(positives), 1
+        if axis_name is not None:
+            positives, whole = lax.psum(positives, axis_name), lax.axis_size(axis_name)
 
-    positives = jnp.sum(positive, 1, dtype=jnp.int32)
-    if normalization == "image":
-        divide = jax.vmap(lambda losses, divisor: reduce_loss(losses, normalization=divisor))
-        losses, smooth_l1 = divide(losses, positives), divide(smooth_l1, 4 * positives)
-        return RetinaNetLoss(reduce_loss(losses), reduce_loss(smooth_l1))
-    positives = jnp.sum(positives)
-    if axis_name is not None:
-        positives = lax.psum(positives, axis_name)
-    return RetinaNetLoss(
-        reduce_loss(losses, normalization=positives, axis_name=axis_name),
-        reduce_loss(smooth_l1, normalization=4 * positives, axis_name=axis_name),
-    )
+    def reduced(losses, each):
+        # Every loss has its share of one sum of them all. The images' own sums would be a
+        # second pass over the logits on a GPU, which adds up an anchor's losses beside the
+        # gradient; and shares before that sum would keep a CPU from its vector instructions.
+        share = whole / jnp.maximum(each * positives.astype(losses.dtype), 1)
+        return jnp.sum(jnp.sum(losses, 2) * jnp.where(sound, share, jnp.nan))
+
+    return RetinaNetLoss(reduced(losses, 1), reduced(smooth_l1, 4))

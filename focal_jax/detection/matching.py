@@ -1,15 +1,74 @@
 """Which annotation each anchor answers for."""
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _arrays, _checks
-from focal_jax.detection.boxes import box_iou, rows_of_four
+from focal_jax import _checks, _inputs
+from focal_jax._varying import aligned_varying
+from focal_jax.detection import _options
+from focal_jax.detection.boxes import Box, bounded, columns, overlap, pairs, rows_of_four
 
 # What an anchor has in place of an annotation's index.
 BACKGROUND = -1
 IGNORED = -2
+
+
+# What of an annotation is no overlap: padding, a box with a NaN, and none at all.
+_NOTHING = -1
+
+
+def _nearer(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Return of two `(IoU, index, ...)` the one with the larger IoU, or else the first."""
+    second = (b[0] > a[0]) | ((b[0] == a[0]) & (b[1] < a[1]))
+    return jax.tree.map(lambda x, y: jnp.where(second, y, x), a, b)
+
+
+def _by_reduction(anchors: Box, boxes: Box, real: Array, *carried: Array) -> tuple[Array, ...]:
+    """Find the nearest in one reduction over all pairs, of which none is written to memory."""
+    iou = jnp.where(real, pairs(anchors, boxes), _NOTHING)
+    operands = (iou, *(jnp.broadcast_to(x, iou.shape) for x in carried))
+    nothing = tuple(jnp.asarray(_NOTHING, x.dtype) for x in operands)
+    return lax.reduce(aligned_varying(*operands), nothing, _nearer, (1,))
+
+
+def _by_turns(anchors: Box, boxes: Box, real: Array, *carried: Array) -> tuple[Array, ...]:
+    """Find the nearest one annotation after another, each for all the anchors at once.
+
+    XLA's CPU backend has vector instructions for this, and none for such a reduction.
+    """
+
+    def step(nearest, annotation):
+        box, real, *carried = annotation
+        iou = jnp.where(real, overlap(anchors, box), _NOTHING)
+        found = (iou, *(jnp.broadcast_to(x, iou.shape) for x in carried))
+        return _nearer(nearest, found), None
+
+    nothing = tuple(jnp.full_like(anchors.x1, _NOTHING, x.dtype) for x in (anchors.x1, *carried))
+    anchors, annotations, nothing = aligned_varying(anchors, (boxes, real, *carried), nothing)
+    return lax.scan(step, nothing, annotations)[0]
+
+
+def comparable(anchors: Array, annotations: Array) -> tuple[Array, Array]:
+    """Return both in one dtype and bounded, as `nearest` wants them."""
+    dtype = np.result_type(anchors.dtype, _inputs.compute_dtype(annotations))
+    both = bounded(anchors.astype(dtype)), bounded(annotations.astype(dtype))
+    return lax.optimization_barrier(both)  # bounded once, and not again in every pair
+
+
+def nearest(anchors: Array, annotations: Array, *carried: Array) -> tuple[Array, ...]:
+    """Return of the annotation nearest to each anchor the IoU, the index, and what else it has.
+
+    The anchors `[A, 4]` and annotations `[M, 5]` are `comparable`; `carried` are more numbers
+    of each annotation, `[M]`. An anchor without an annotation has -1 for all of them. The
+    coordinates lie along the anchors in the whole of it.
+    """
+    real = (annotations[:, 4] != _NOTHING) & ~jnp.any(jnp.isnan(annotations[:, :4]), 1)
+    index = jnp.arange(len(annotations), dtype=jnp.int32)
+    args = (columns(anchors), columns(annotations), real, index, *carried)
+    return lax.platform_dependent(*args, cpu=_by_turns, default=_by_reduction)
 
 
 def match_anchors(
@@ -25,9 +84,9 @@ def match_anchors(
     Args:
       anchors: `[A, 4]`, real: boxes `(x1, y1, x2, y2)`.
       annotations: `[M, 5]`, real: `(x1, y1, x2, y2, class)`; rows of class -1 are
-        padding and match nothing, whatever else they hold.
-      positive_iou: an anchor whose largest IoU is at least this is positive.
-      negative_iou: one whose largest IoU is less than this is background; between the
+        padding and match nothing, whatever else they hold, nor does a box with a NaN.
+      positive_iou: in [0, 1]; an anchor whose largest IoU is at least this is positive.
+      negative_iou: in [0, 1]; one whose largest IoU is less than this is background; between the
         two it is ignored.
       force_match: also make positive, whatever its IoU, every anchor that no other
         overlaps an annotation more than (torchvision's low-quality matches). It gets the
@@ -39,7 +98,8 @@ def match_anchors(
       (-2). The first of several annotations with the same IoU is taken.
 
     Raises:
-      ValueError: for arrays of another shape, or `negative_iou` above `positive_iou`.
+      ValueError: for arrays of another shape, thresholds that are not Python numbers in
+        [0, 1], or `negative_iou` above `positive_iou`.
 
     Differentiation: none; the result is integer.
 
@@ -54,11 +114,8 @@ def match_anchors(
       Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
       Detection](https://arxiv.org/abs/1708.02002). ICCV 2017. Section 4.
     """
-    if negative_iou > positive_iou:
-        raise _checks.InputError(
-            f"negative_iou: got {negative_iou}, wanted at most positive_iou, {positive_iou}"
-        )
-    annotations = _arrays.option("annotations", jnp.asarray(annotations), jnp.dtype(jnp.float32))
+    positive_iou, negative_iou = _options.iou_thresholds(positive_iou, negative_iou)
+    annotations = _inputs.option("annotations", jnp.asarray(annotations), jnp.dtype(jnp.float32))
     _checks.shape(
         "annotations",
         annotations,
@@ -66,14 +123,12 @@ def match_anchors(
         "rows of (x1, y1, x2, y2, class), class -1 for padding",
     )
     (anchors,) = rows_of_four(anchors=anchors)
-    # One row of padding more, the last: what an anchor has where there is no annotation.
-    annotations = jnp.pad(annotations, ((0, 1), (0, 0)), constant_values=-1)
-    iou = box_iou(anchors, annotations[:, :4])
-    iou = jnp.where(annotations[:, 4] == -1, -1, iou)
-    best = jnp.argmax(iou, 1).astype(jnp.int32)
-    largest = jnp.max(iou, 1)
-    positive = largest >= positive_iou
+    anchors, annotations = comparable(anchors, annotations)
+    iou, index = nearest(anchors, annotations)
+    positive = iou >= positive_iou
     if force_match:
-        nearest = iou == jnp.max(iou, 0, keepdims=True, initial=0)
-        positive |= jnp.any(nearest & (iou > 0), 1)
-    return jnp.where(positive, best, jnp.where(largest < negative_iou, BACKGROUND, IGNORED))
+        each = pairs(columns(anchors), columns(annotations))
+        most = jnp.max(each, 0, keepdims=True, initial=0)
+        real = annotations[None, :, 4] != _NOTHING
+        positive |= jnp.any((each == most) & (each > 0) & real, 1)
+    return jnp.where(positive, index, jnp.where(iou < negative_iou, BACKGROUND, IGNORED))

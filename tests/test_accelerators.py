@@ -1,0 +1,265 @@
+"""What the compilers of GPUs and TPUs make of the losses stays within limits.
+
+`make test-accelerators` runs this where the compilers are installed; elsewhere only how their
+output is read is tested.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import focal_jax
+from benchmarks import accelerators, compilers
+from benchmarks.peers import LINEAR, OURS, PLAIN
+
+ROOT = Path(__file__).parents[1]
+INSTALLED = compilers.installed()
+if INSTALLED:  # before any test may have started JAX
+    compilers.prepare()
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """At most: bytes over the fewest, temporaries over the logits, cycles over the plain."""
+
+    device: str
+    workload: str
+    dtype: str
+    bytes: float
+    temporaries: float
+    cycles: float | None = None
+    kernels: int = 8
+
+
+# fmt: off
+LIMITS = [
+    # A kernel, the sum of its partial sums, and at times a scalar.
+    *(
+        Limits(device, workload, dtype, 1.05, 0.01, kernels=3)
+        for device in ("A100", "H200")
+        for workload in ("sigmoid", "sigmoid-1.5", "sigmoid, int8 labels")
+        for dtype in ("float32", "bfloat16")
+    ),
+    Limits("H200", "anchors", "float32", 1.35, 0.2),
+    Limits("H200", "anchors", "bfloat16", 1.60, 0.4),
+    Limits("H200", "segmentation", "float32", 1.35, 0.2),
+    Limits("H200", "segmentation", "bfloat16", 1.60, 0.4),
+    Limits("H200", "segmentation-last", "float32", 1.35, 0.2),
+    Limits("H200", "imagenet", "float32", 1.05, 0.02),
+    Limits("H200", "imagenet", "bfloat16", 1.10, 0.02),
+    Limits("H200", "vocabulary", "float32", 1.05, 0.02),
+    Limits("H200", "vocabulary", "bfloat16", 1.10, 0.02),
+    Limits("H200", "retinanet", "float32", 1.25, 0.1, kernels=24),
+    Limits("H200", "retinanet", "bfloat16", 1.35, 0.1, kernels=24),
+    Limits("v5e", "sigmoid", "float32", 1.05, 0.01, cycles=1.05),
+    Limits("v5e", "sigmoid", "bfloat16", 1.05, 0.01, cycles=1.05),
+    Limits("v5e", "anchors", "float32", 1.40, 0.1, cycles=0.50, kernels=16),
+    Limits("v5e", "anchors", "bfloat16", 1.60, 0.2, cycles=0.65, kernels=16),
+    Limits("v5e", "imagenet", "float32", 1.40, 0.02, cycles=0.50, kernels=16),
+    Limits("v5e", "imagenet", "bfloat16", 1.40, 0.02, cycles=0.65, kernels=16),
+    Limits("v5e", "vocabulary", "float32", 1.40, 0.02, cycles=0.50, kernels=16),
+    Limits("v5e", "vocabulary", "bfloat16", 1.40, 0.02, cycles=0.65, kernels=16),
+    Limits("v5e", "segmentation", "float32", 1.60, 0.1, cycles=0.50, kernels=16),
+]
+# fmt: on
+RETINANET_CYCLES = {"float32": 6e6, "bfloat16": 6e6}  # of a v5e
+
+
+def _narrow_labels(dtype):
+    """Yield the sigmoid's cases with labels of one byte, which are not to become wide ones."""
+    for case in accelerators.workload_cases("sigmoid", dtype):
+        logits, labels = case.args
+        narrow = jax.ShapeDtypeStruct(labels.shape, jnp.int8)
+        saved = labels.size * (labels.dtype.itemsize - 1)
+        yield dataclasses.replace(
+            case, args=(logits, narrow), fewest_bytes=case.fewest_bytes - saved
+        )
+
+
+@cache
+def case_of(workload, dtype, implementation=OURS):
+    makers = {
+        "sigmoid, int8 labels": _narrow_labels,
+        "retinanet": accelerators.retinanet_cases,
+        "linear head": accelerators.linear_cases,
+    }
+    make = makers.get(workload) or partial(accelerators.workload_cases, workload)
+    (found,) = (case for case in make(dtype) if case.implementation == implementation)
+    return found
+
+
+@cache
+def compiled(device, *case):
+    """Return a case's row of the benchmark, and the HLO."""
+    try:
+        known = compilers.device(device)
+    except compilers.Unavailable as error:
+        pytest.skip(str(error))
+    program = compilers.compile_for(known, case_of(*case).function, *case_of(*case).args)
+    row = accelerators.row_of(known, case_of(*case), program)
+    return row, program.as_text()
+
+
+needs_compilers = pytest.mark.skipif(
+    not INSTALLED, reason="no compiler of a GPU or a TPU is installed: make test-accelerators"
+)
+
+
+@pytest.mark.accelerators
+@needs_compilers
+@pytest.mark.parametrize(
+    "limits", LIMITS, ids=lambda x: f"{x.device} {x.workload} {x.dtype}".replace(",", "")
+)
+def test_a_loss_moves_few_bytes(limits):
+    row, hlo = compiled(limits.device, limits.workload, limits.dtype)
+    assert 0.2 < row["bytes_over_fewest"] <= limits.bytes
+    assert row["temporary_share"] <= limits.temporaries
+    assert 1 <= row["kernels"] <= limits.kernels
+    if limits.cycles is not None:
+        plain, _ = compiled(limits.device, limits.workload, limits.dtype, PLAIN)
+        assert row["unestimated"] == 0
+        assert 0 < row["cycles"] <= limits.cycles * plain["cycles"]
+    if limits.workload != "retinanet":  # which looks up the boxes of its anchors
+        for op in ("gather", "scatter", "power"):
+            assert f" {op}(" not in hlo
+
+
+@pytest.mark.accelerators
+@needs_compilers
+@pytest.mark.parametrize("dtype", RETINANET_CYCLES)
+def test_the_cycles_of_retinanet(dtype):
+    row, hlo = compiled("v5e", "retinanet", dtype)
+    assert row["unestimated"] == 0
+    assert 1e6 < row["cycles"] <= RETINANET_CYCLES[dtype]
+    assert " gather(" not in hlo
+
+
+@pytest.mark.accelerators
+@needs_compilers
+@pytest.mark.parametrize("device", ["H200", "v5e"])
+def test_the_linear_head_keeps_no_logits(device):
+    linear, _ = compiled(device, "linear head", "bfloat16", LINEAR)
+    plain, _ = compiled(device, "linear head", "bfloat16", PLAIN)
+    assert linear["temporary_share"] < 0.4 < plain["temporary_share"]
+
+
+@pytest.mark.accelerators
+@needs_compilers
+@pytest.mark.parametrize("device", compilers.DEVICES)
+def test_every_device_compiles(device):
+    try:
+        known = compilers.device(device)
+    except compilers.Unavailable as error:
+        pytest.skip(str(error))
+    shape = jax.ShapeDtypeStruct((4096, 128), "bfloat16")
+    program = compilers.compile_for(known, lambda z: z * 2, shape)
+    assert compilers.read(known, program).bytes == 2 * 2 * 4096 * 128
+
+
+# ---------------------------------------------------------------- how the output is read
+
+HLO = """HloModule m
+
+%body.1 (p.1: (s32[], f32[8,128], f32[4,8,128])) -> (s32[], f32[8,128], f32[4,8,128]) {
+  %p.1 = (s32[], f32[8,128]{1,0}, f32[4,8,128]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p.1), index=0
+  %x = f32[8,128]{1,0} get-tuple-element(%p.1), index=1
+  %all = f32[4,8,128]{2,1,0} get-tuple-element(%p.1), index=2
+  %f = f32[8,128]{1,0} fusion(%x, %all, %i), calls=%one, config={"estimated_cycles":"7"}
+  ROOT %t = (s32[], f32[8,128]{1,0}, f32[4,8,128]{2,1,0}) tuple(%i, %f, %all)
+}
+
+%one (a: f32[8,128], b: f32[4,8,128], c: s32[]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %b = f32[4,8,128]{2,1,0} parameter(1)
+  %c = s32[] parameter(2)
+  %s = f32[1,8,128]{2,1,0} dynamic-slice(%b, %c), dynamic_slice_sizes={1,8,128}
+  %r = f32[8,128]{1,0} bitcast(%s)
+  ROOT %o = f32[8,128]{1,0} add(%a, %r)
+}
+
+%until (p.2: (s32[], f32[8,128], f32[4,8,128])) -> pred[] {
+  %p.2 = (s32[], f32[8,128]{1,0}, f32[4,8,128]{2,1,0}) parameter(0)
+  %n = s32[] constant(4)
+  %j = s32[] get-tuple-element(%p.2), index=0
+  ROOT %less = pred[] compare(%j, %n), direction=LT
+}
+
+ENTRY %main (z: f32[8,128], w: f32[4,8,128]) -> bf16[8,128] {
+  %z = f32[8,128]{1,0} parameter(0)
+  %w = f32[4,8,128]{2,1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %kept = f32[8,128]{1,0:T(8,128)S(1)} copy(%z)
+  %start = (s32[], f32[8,128]{1,0}, /*index=2*/f32[4,8,128]{2,1,0}) tuple(%zero, %z, %w)
+  %loop = (s32[], f32[8,128], f32[4,8,128]) while(%start), condition=%until, body=%body.1TRIPS
+  %y = f32[8,128]{1,0} get-tuple-element(%loop), index=1
+  ROOT %e = bf16[8,128]{1,0} convert(%y)
+}
+"""
+ARRAY = 8 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    "trips", ["", ', backend_config={"known_trip_count":{"n":"4"},"x":1}'], ids=["counted", "told"]
+)
+def test_a_loop_counts_with_its_trips_and_a_slice_as_a_slice(trips):
+    copy, fusion, convert = compilers.kernels(HLO.replace("TRIPS", trips))
+    assert (copy.read, copy.written) == (ARRAY, 0)  # what stays on the chip is not written
+    assert (fusion.times, fusion.read, fusion.written) == (4, 2 * ARRAY + 4, ARRAY)
+    assert (fusion.cycles, fusion.bytes) == (28, 4 * (3 * ARRAY + 4))
+    assert (convert.read, convert.written) == (ARRAY, ARRAY // 2)
+
+
+@pytest.mark.parametrize(
+    ("type_", "expected"),
+    [
+        ("f32[]", 4),
+        ("pred[3,5]{1,0}", 15),
+        ("(bf16[4,2]{1,0}, s8[3], u4[8])", 16 + 3 + 4),
+        ("f8e4m3fn[10]", 10),
+        ("c64[2]", 16),
+        ("f32[16,8]{1,0:T(8,128)S(1)}", 0),
+    ],
+)
+def test_bytes_of_a_type(type_, expected):
+    assert compilers.size(type_) == expected
+
+
+def test_an_unknown_device_is_one_line_and_the_rest_is_written(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.accelerators", "--devices", "X9", "--out", tmp_path],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    (line,) = results["missing"]
+    assert line.startswith("X9: got no device of that name, wanted one of")
+    assert line in (tmp_path / "results.md").read_text()
+
+
+def test_the_fewest_bytes_are_what_is_read_and_written():
+    logits = 400_000 * 21 * 2
+    assert case_of("anchors", "bfloat16").fewest_bytes == 3 * logits + 400_000 * 4
+    assert case_of("soft", "bfloat16").fewest_bytes == 5 * logits
+    logits = 400_000 * 20 * 2
+    assert case_of("sigmoid", "bfloat16").fewest_bytes == 3 * logits
+    assert case_of("sigmoid, int8 labels", "bfloat16").fewest_bytes == 2 * logits + logits // 2
+
+
+def test_the_plain_formulas_are_the_losses():
+    for name, dtype in (("sigmoid", "float32"), ("anchors", "float32"), ("soft", "float32")):
+        workload = accelerators.WORKLOADS[name].quick()
+        found = accelerators.losses(workload)
+        args = workload.inputs(dtype)
+        ours, plain = (jnp.sum(found[key](*args)) for key in (OURS, PLAIN))
+        assert abs(ours - plain) < 1e-4 * abs(ours)
+    assert focal_jax.detection.IGNORED == -2
