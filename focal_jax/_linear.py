@@ -153,16 +153,28 @@ def _gradients(how: _How, args: _Args, of_chunk: Callable[..., Any], totals: Any
 # ---------------------------------------------------------------- the sums of the classes
 
 
-@partial(jax.jit, static_argnums=0)
-def _sums(how: _How, args: _Args) -> ClassSums:
-    kept = _kept(args)
+# In one pass an exponential may be of at most this, above the largest logit of earlier chunks.
+_JUMP = 64.0
+
+
+def _no_sums(args: _Args) -> ClassSums:
+    zero = _nothing(args)
+    # The least top is finite, for where no class is left: -inf less -inf would be NaN.
+    return ClassSums(jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero, zero)
+
+
+def _largest(z: Array) -> Array:
+    return lax.stop_gradient(jnp.max(z, -1, keepdims=True, initial=-jnp.inf))
+
+
+def _in_passes(how: _How, args: _Args) -> ClassSums:
+    """Return the sums by a pass over each chunk for the maximum, and one for the sum."""
 
     @_again
     def step(size, sums, start):
-        chunk = _chunk(how, kept, size, start)
+        chunk = _chunk(how, args, size, start)
         z = chunk.logits
-        largest = lax.stop_gradient(jnp.max(z, -1, keepdims=True, initial=-jnp.inf))
-        top = jnp.maximum(sums.top, largest)
+        top = jnp.maximum(sums.top, _largest(z))
         others = jnp.where(chunk.own, 0, jnp.exp(z - top))
         return ClassSums(
             top,
@@ -170,10 +182,45 @@ def _sums(how: _How, args: _Args) -> ClassSums:
             sums.rest * jnp.exp(sums.top - top) + jnp.sum(others, -1, keepdims=True),
         )
 
-    zero = _nothing(args)
-    # The least top is finite, for where no class is left: -inf less -inf would be NaN.
-    start = ClassSums(jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero, zero)
-    return _fold(step, start, how, args.kernel.shape[1])
+    return _fold(step, _no_sums(args), how, args.kernel.shape[1])
+
+
+def _in_one_pass(how: _How, args: _Args) -> ClassSums:
+    """Return the sums by one pass, which an accelerator takes while it multiplies.
+
+    The exponentials are relative to the largest logit of the chunks before, so that nothing
+    waits for the maximum of this one, and the logits are not written out at all. It serves as
+    well unless a chunk exceeds all before it by so much that they overflow. What is to be
+    done then is what never was to be done on an accelerator: everything again, in passes.
+    """
+
+    @_again
+    def step(size, carry, start):
+        sums, jump = carry
+        chunk = _chunk(how, args, size, start)
+        z = chunk.logits
+        top = jnp.maximum(sums.top, _largest(z))
+        others = jnp.where(chunk.own, 0, jnp.exp(jnp.minimum(z - sums.top, _JUMP)))
+        rest = sums.rest + jnp.sum(others, -1, keepdims=True)
+        own = jnp.sum(jnp.where(chunk.own, z, 0), -1, keepdims=True)
+        sums = ClassSums(top, sums.true + own, rest * jnp.exp(sums.top - top))
+        return sums, jnp.maximum(jump, top - carry[0].top)
+
+    classes, nothing = args.kernel.shape[1], _no_sums(args)
+    # A few classes give the first chunk what the chunks before give to the others.
+    few = _chunk(how, args, min(128, classes), jnp.int32(0))
+    sums = nothing._replace(top=jnp.maximum(nothing.top, _largest(few.logits)))
+    sums, jump = _fold(step, (sums, jnp.zeros_like(sums.top)), how, classes)
+    within = jnp.all(jump <= _JUMP)  # False also for NaN
+    # Selected out here: a conditional's own results stay in a TPU's slow memory.
+    again = lax.cond(within, _no_sums, partial(_in_passes, how), args)
+    return jax.tree.map(partial(jnp.where, within), sums, again)
+
+
+@partial(jax.jit, static_argnums=0)
+def _sums(how: _How, args: _Args) -> ClassSums:
+    on_cpu, elsewhere = partial(_in_passes, how), partial(_in_one_pass, how)
+    return lax.platform_dependent(_kept(args), cpu=on_cpu, default=elsewhere)
 
 
 def _sums_forward(how, args):
@@ -266,11 +313,11 @@ _every_class.defvjp(_every_forward, _every_backward)
 
 
 def _chunk_size(chunk_size: int | None, positions: int, classes: int) -> int:
-    """Return the classes of a step, as `linear_softmax_focal_loss_...` says."""
+    """Return the classes of a step, by default as the public function says."""
     if chunk_size is None:
         unit = 16 if classes < 40 * 128 else 128
         fortieth = unit * -(-classes // (40 * unit))
-        most = 128 * (2**24 // (128 * max(1, positions)))
+        most = 128 * (2**23 // (128 * max(1, positions)))
         chunk_size = min(fortieth, max(1024, most))
     elif not isinstance(chunk_size, numbers.Integral) or chunk_size < 1:
         raise _checks.InputError(
@@ -466,9 +513,11 @@ def linear_softmax_focal_loss_with_integer_labels(
       return_logsumexp: whether to return `(losses, logsumexp)`, the second being the
         logarithm of the sum over the classes of `exp(logit)`. A z-loss is one line then:
         `losses + 1e-4 * logsumexp**2`.
-      chunk_size: how many classes to take per step, or None for a fortieth of them, in
-        multiples of 16: a step has its logits in memory twice, and a slice of the kernel
-        and of its gradient, which with no more than D positions in all weigh the most.
+      chunk_size: how many classes to take per step. None takes a fortieth of them, so that
+        a step's logits, which are in memory twice, stay below a tenth of all; or fewer, for
+        many positions: as many as have 2**23 logits (32 MiB, which a TPU holds on the
+        chip), but not below 1,024, since every step reads all the features. In multiples of
+        128, which fill the matrix units, or of 16 where there are less than 5,120 classes.
 
     Returns:
       The losses, `[...]` as the labels, not reduced. float32 for 16-bit features and

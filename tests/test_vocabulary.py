@@ -14,7 +14,7 @@ from helpers import assert_close
 from jax.sharding import AxisType, PartitionSpec as P
 
 import focal_jax
-from focal_jax import reference
+from focal_jax import _linear as _linear_room, reference
 
 DEPTH, CLASSES, POSITIONS = 5, 12, (4, 3)
 
@@ -462,3 +462,86 @@ def test_smoothing_of_0_is_no_other_program():
         for options in ({}, {"label_smoothing": 0.0})
     ]
     assert texts[0] == texts[1]
+
+
+# ---------------------------------------------------------------- the sums in one pass
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [0.0, 1.0, 2.0, 3.0, 2.0, 1.0, 0.0],
+        [0.0, 0.0, 0.0, 60.0, 0.0, 0.0, 30.0],  # up by almost what is allowed, and down
+        [0.0, 0.0, 0.0, 1e3, 1.0, 1e4, 0.0],  # by more
+        [0.0, 0.0, 0.0, -1e4, 0.0, 100.0, 99.0],
+        [-np.inf, -np.inf, -np.inf, 3.0, 4.0, -np.inf, 5.0],  # nothing to begin from
+        [-1e30, 1e30, 0.0, 0.0, 0.0, 0.0, 0.0],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("label", [0, 3, 6, 7])
+def test_the_sums_in_one_pass_are_those_in_passes(logits, label):
+    how = _linear_room._How(size=2, softcap=None)
+    # The logits come by the bias, at a second position with something added.
+    features, kernel = jnp.array([[0.0], [1.0]]), jnp.cos(jnp.arange(7.0))[None]
+    place = jnp.full((2, 1), label, jnp.int32)
+
+    def sums(form):
+        def total(features, kernel, bias):
+            args = _linear_room._Args(features, kernel, bias, place, None)
+            top, true, rest = form(how, args)
+            return jnp.sum(jnp.log1p(rest)) + jnp.sum(jnp.cos(true - top)), (top, true, rest)
+
+        # Differentiated by JAX, as the second derivatives have it.
+        gradients = jax.jit(jax.grad(total, range(3), has_aux=True))
+        return gradients(features, kernel, jnp.array(logits))
+
+    few = _linear_room._chunk
+    try:
+        # All seven classes would be the few to begin from.
+        _linear_room._chunk = lambda how, args, size, start: few(how, args, min(size, 2), start)
+        got = sums(_linear_room._in_one_pass)
+    finally:
+        _linear_room._chunk = few
+    assert_close(got, sums(_linear_room._in_passes), 1e-6)
+
+
+# ---------------------------------------------------------------- sixteen bits
+
+
+@pytest.mark.parametrize("probability", [0.9, 0.99, 0.999])
+def test_the_true_classs_gradient_in_bfloat16(probability, x64):
+    rng = np.random.default_rng(17)
+    features, kernel = (
+        jnp.asarray(rng.normal(size=shape) / 4, jnp.bfloat16) for shape in ((32, 64), (64, 50))
+    )
+    exact = np.asarray(features, np.float64) @ np.asarray(kernel, np.float64)
+    labels = jnp.asarray(rng.integers(0, 50, 32), jnp.int32)
+    own = np.eye(50, dtype=bool)[labels]
+    others = np.log(np.sum(np.where(own, 0, np.exp(exact)), 1))
+    # A shift of the true logit gives it the probability; in bfloat16, and so the same for all.
+    shift = np.log(probability / (1 - probability)) + others - exact[own]
+    shifts = jnp.asarray(np.where(own, shift[:, None], 0), jnp.bfloat16)
+
+    def ours(shift, x, label):
+        head = focal_jax.linear_softmax_focal_loss_with_integer_labels
+        return head(x, kernel, label, bias=shift)
+
+    def plain(shift, x, label):
+        log_p = jax.nn.log_softmax(x @ kernel + shift)[label]
+        return -((1 - jnp.exp(log_p)) ** 2) * log_p
+
+    def slopes(loss, shifts):
+        return jax.jit(jax.vmap(jax.grad(loss)))(shifts, features, labels)[own]
+
+    logits = exact + np.asarray(shifts, np.float64)
+    rest = np.sum(np.where(own, 0, np.exp(logits - logits[own][:, None])), 1)
+    p, q = 1 / (1 + rest), rest / (1 + rest)
+    want = -(q**2) * (q + 2 * p * np.log1p(rest))
+
+    def error(got):
+        return np.max(np.abs(np.asarray(got, np.float64) / want - 1))
+
+    rounding = float(jnp.finfo(jnp.bfloat16).eps) / 2
+    assert error(slopes(ours, shifts)) <= 1.01 * rounding < error(slopes(plain, shifts))
+    assert error(slopes(ours, shifts.astype(jnp.float32))) < 1e-5
