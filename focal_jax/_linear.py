@@ -140,7 +140,10 @@ def _gradients(how: _How, args: _Args, of_chunk: Callable[..., Any], totals: Any
             jax.tree.map(put, by_class, of_classes),
         )
 
-    parameters, by_class = jax.tree.map(jnp.zeros_like, ((args.kernel, args.bias), by_class))
+    # Every class is put in its place once, so it does not matter what was there: from the
+    # arguments' own values a TPU's compiler makes less of them than of zeros.
+    whole = (args.kernel, args.bias), by_class
+    parameters, by_class = jax.tree.map(lax.stop_gradient, whole)
     features = jnp.zeros_like(args.features, _inputs.compute_dtype(args.features))
     carry = features, parameters, totals, by_class
     features, parameters, totals, by_class = _fold(step, carry, how, args.kernel.shape[1])
@@ -190,8 +193,8 @@ def _in_one_pass(how: _How, args: _Args) -> ClassSums:
 
     The exponentials are relative to the largest logit of the chunks before, so that nothing
     waits for the maximum of this one, and the logits are not written out at all. It serves as
-    well unless a chunk exceeds all before it by so much that they overflow. What is to be
-    done then is what never was to be done on an accelerator: everything again, in passes.
+    well unless a chunk exceeds all before it by so much that they would overflow: then, and
+    only then, everything is done again in passes.
     """
 
     @_again
