@@ -196,7 +196,32 @@ def static_margin(name: str, value: numbers.Real) -> None:
         raise InputError(f"{name}: got {value}, wanted a number in [0, 1)")
 
 
-def static_stretch(name: str, value: numbers.Real) -> None:
+def static_stretch(name: str, value: numbers.Real | float) -> None:
     """A Python number to divide by is finite and above 0."""
     if not 0 < float(value) <= jnp.finfo(jnp.float32).max:
         raise InputError(f"{name}: got {value}, wanted a finite number > 0")
+
+
+def _number(value: Any) -> float | None:
+    """Return a real number of Python's, None for anything else."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if real else None
+
+
+def label_smoothing(value: Any) -> float:
+    """Return `value` as a Python number in [0, 1)."""
+    number = _number(value)
+    if number is None or not 0 <= number < 1:
+        raise InputError(f"label_smoothing: got {_shown(value)}, wanted a number in [0, 1)")
+    return number
+
+
+def logit_softcap(value: Any) -> float | None:
+    """Return `value` as a Python number that can be divided by, or None."""
+    if value is None:
+        return None
+    number = _number(value)
+    if number is None:
+        raise InputError(f"logit_softcap: got {_shown(value)}, wanted None or a number")
+    static_stretch("logit_softcap", number)
+    return number

@@ -157,10 +157,30 @@ def class_sums(
     and the sums are over the slices of all: out here, where JAX transposes the collectives
     rightly in every mode of `shard_map`, and a number a position each.
     """
-    sums = _core(axis, *aligned_varying(logits, place, where))
+    return over_slices(_core(axis, *aligned_varying(logits, place, where)), class_axis_name)
+
+
+def over_slices(sums: ClassSums, class_axis_name: str | tuple[str, ...] | None) -> ClassSums:
+    """Return the sums over the slices of all the devices, from those of this device's slice."""
     if class_axis_name is None:
         return sums
     own_top = lax.stop_gradient(sums.top)
     top = lax.pmax(own_top, class_axis_name)
     true, rest = lax.psum((sums.true, sums.rest * jnp.exp(own_top - top)), class_axis_name)
     return ClassSums(top, true, rest)
+
+
+def log_whole(sums: ClassSums, impossible: Array) -> Array:
+    """Return the logarithm of the sum over all the classes of exp(logit - top).
+
+    That sum is never less than 1: as its excess over 1 it keeps its digits where the true class
+    outweighs the others. A label that is no class has no part in it.
+    """
+    true = jnp.where(impossible, -jnp.inf, sums.true - lax.stop_gradient(sums.top))
+    return jnp.log1p(jnp.expm1(true) + sums.rest)
+
+
+def logsumexp(sums: ClassSums, impossible: Array, where: Array | None) -> Array:
+    """Return the log-sum-exp of the logits, 0 where masked."""
+    top = lax.stop_gradient(sums.top)
+    return _inputs.keep(top + log_whole(sums, impossible), where)

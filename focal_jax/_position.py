@@ -7,6 +7,7 @@ up the numbers of several devices.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,21 @@ from focal_jax._scalar import Terms
 from focal_jax._varying import aligned_varying
 
 
+class PositionLoss(NamedTuple):
+    """A loss of a softmax position: its two functions, and the losses that are made of them."""
+
+    value: Callable[..., Array]
+    slopes: Callable[..., tuple[Array | None, ...]]
+    losses: Callable[..., Array]
+
+    def __call__(self, *args) -> Array:
+        """Return `losses(*args)`."""
+        return self.losses(*args)
+
+
 def position(
     value: Callable[..., Array], slopes: Callable[..., tuple[Array | None, ...]]
-) -> Callable[..., Array]:
+) -> PositionLoss:
     """Make a loss of a position of its value and its slopes.
 
     Args:
@@ -30,10 +43,11 @@ def position(
         then the derivative in each option. JAX differentiates these for the higher ones.
 
     Returns:
-      `losses(true, rest, options, where, impossible)`. `true` and `rest` are the true
-      class's logit and the sum over the other classes of exp(logit), both less the largest
-      logit of the position; the options are None, an `Exponent` or an array each; `impossible`
-      marks labels that are no class, whose loss and slopes are NaN. All of one rank.
+      The loss, which is called as `loss(true, rest, options, where, impossible)`. `true` and
+      `rest` are the true class's logit and the sum over the other classes of exp(logit),
+      both less the largest logit of the position; the options are None, an `Exponent` or an
+      array each; `impossible` marks labels that are no class, whose loss and slopes are NaN.
+      All of one rank.
     """
 
     def losses(true, rest, options, where, impossible):
@@ -73,7 +87,7 @@ def position(
 
     core = jax.custom_vjp(primal)
     core.defvjp(forward, backward)
-    return lambda *args: core(*aligned_varying(*args))
+    return PositionLoss(value, slopes, lambda *args: core(*aligned_varying(*args)))
 
 
 def _focal_value(t: Terms, weight: Array, gamma: _inputs.Exponent) -> Array:

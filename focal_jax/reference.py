@@ -466,10 +466,12 @@ def softmax_focal_loss_with_integer_labels(
     alpha: ArrayLike | None = None,
     gamma: ArrayLike = 2.0,
     axis: int = -1,
+    label_smoothing: float = 0.0,
     ignore_label: int | None = None,
     where: ArrayLike | None = None,
     class_axis_name: str | tuple[str, ...] | None = None,
-) -> Array:
+    return_logsumexp: bool = False,
+) -> Any:
     """Compute `focal_jax.softmax_focal_loss_with_integer_labels` from its formula.
 
     Arguments, results and errors are those of
@@ -479,7 +481,10 @@ def softmax_focal_loss_with_integer_labels(
     """
     options = {"gamma": gamma}
     return _integer(
-        _softmax_focal, logits, labels, alpha, axis, ignore_label, where, class_axis_name, options
+        *(_softmax_focal, logits, labels, alpha, axis, ignore_label, where, class_axis_name),
+        options,
+        label_smoothing=label_smoothing,
+        return_logsumexp=return_logsumexp,
     )
 
 
@@ -494,13 +499,16 @@ def _integer(
     class_axis_name: str | tuple[str, ...] | None,
     options: Mapping[str, ArrayLike],
     of_a_row: bool = False,
-) -> Array:
+    label_smoothing: float = 0.0,
+    return_logsumexp: bool = False,
+) -> Any:
     """Return the losses of one class index a position.
 
     Besides the weight of the label, the formula takes the options; gamma is an exponent.
     """
     z = _float("logits", logits)
     axis = _checks.axis(axis, z.ndim)
+    smoothing = _checks.label_smoothing(label_smoothing)
     slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
     classes = slices * z.shape[axis]
     losses = z.shape[:axis] + z.shape[axis + 1 :]
@@ -512,18 +520,26 @@ def _integer(
         for name, x in options.items()
     ]
     known = (labels >= 0) & (labels < classes)
-    index = jnp.where(known & where, labels, 0)
+    index = jnp.expand_dims(jnp.where(known & where, labels, 0), axis)
     if alpha is not None:
-        weights = _class_weights(alpha, z.dtype, classes)
-        alpha = jnp.where(where, weights[index] if weights.ndim else weights, 1)
+        alpha = _class_weights(alpha, z.dtype, classes)
 
-    if of_a_row and class_axis_name is not None:
-        z, class_axis_name = _gathered(z, axis, class_axis_name), None
-    pick = _picked_log_softmax if class_axis_name is None else _picked_from_slices(class_axis_name)
-    log_p = pick(z, jnp.expand_dims(index, axis), axis).squeeze(axis)
-    row = {"row": jnp.moveaxis(jax.nn.log_softmax(z, axis), axis, -1)} if of_a_row else {}
-    losses = formula(_JAX, log_p, alpha, *given, **row)
-    return jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
+    total = _logsumexp(z, axis, class_axis_name)
+    pick = _picked if class_axis_name is None else _picked_from_slices(class_axis_name)
+    log_p = pick(z, index, axis) - total
+    weight = alpha
+    if alpha is not None:
+        weight = jnp.where(where, alpha[index.squeeze(axis)] if alpha.ndim else alpha, 1)
+    row = {}
+    if of_a_row:
+        whole = z if class_axis_name is None else _gathered(z, axis, class_axis_name)
+        row = {"row": jnp.moveaxis(jax.nn.log_softmax(whole, axis), axis, -1)}
+    losses = formula(_JAX, log_p.squeeze(axis), weight, *given, **row)
+    if smoothing:
+        every = _every_class(formula, z - total, alpha, given, axis, class_axis_name)
+        losses = (1 - smoothing) * losses + smoothing / classes * every
+    losses = jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
+    return (losses, jnp.where(where, total.squeeze(axis), 0)) if return_logsumexp else losses
 
 
 def _gathered(z: Array, axis: int, name: str | tuple[str, ...]) -> Array:
@@ -534,20 +550,41 @@ def _gathered(z: Array, axis: int, name: str | tuple[str, ...]) -> Array:
     return jnp.concatenate(list(slices), axis)
 
 
-def _picked_log_softmax(z: Array, index: Array, axis: int) -> Array:
-    return jnp.take_along_axis(jax.nn.log_softmax(z, axis), index, axis)
+def _logsumexp(z: Array, axis: int, name: str | tuple[str, ...] | None) -> Array:
+    """Return the log-sum-exp of the logits, which may be a slice of a mapped axis's classes."""
+    if name is None:
+        return jax.nn.logsumexp(z, axis, keepdims=True)
+    top = lax.pmax(lax.stop_gradient(jnp.max(z, axis, keepdims=True)), name)
+    return top + jnp.log(lax.psum(jnp.sum(jnp.exp(z - top), axis, keepdims=True), name))
+
+
+def _every_class(formula, log_p: Array, alpha: Array | None, options, axis: int, name) -> Array:
+    """Return the sum over all the classes of the loss that each would have as the label."""
+    options = [
+        jnp.broadcast_to(jnp.expand_dims(x, axis), log_p.shape) if isinstance(x, Array) else x
+        for x in options
+    ]
+    if alpha is not None:
+        if alpha.ndim and name is not None:
+            own = log_p.shape[axis]
+            alpha = lax.dynamic_slice_in_dim(alpha, own * lax.axis_index(name), own)
+        alpha = lax.broadcast_in_dim(alpha, log_p.shape, (axis,) if alpha.ndim else ())
+        log_p = jnp.where((alpha == 0) & (log_p == -jnp.inf), 0, log_p)
+    every = jnp.sum(formula(_JAX, log_p, alpha, *options), axis)
+    return every if name is None else lax.psum(every, name)
+
+
+def _picked(z: Array, index: Array, axis: int) -> Array:
+    return jnp.take_along_axis(z, index, axis)
 
 
 def _picked_from_slices(name: str | tuple[str, ...]):
     """Return the same for logits that are a slice of the classes of a mapped axis."""
 
     def pick(z: Array, index: Array, axis: int) -> Array:
-        top = lax.pmax(lax.stop_gradient(jnp.max(z, axis, keepdims=True)), name)
-        total = lax.psum(jnp.sum(jnp.exp(z - top), axis, keepdims=True), name)
         place = lax.broadcasted_iota(jnp.int32, z.shape, axis)
         true = place + z.shape[axis] * lax.axis_index(name) == index
-        own = lax.psum(jnp.sum(jnp.where(true, z, 0), axis, keepdims=True), name)
-        return own - top - jnp.log(total)
+        return lax.psum(jnp.sum(jnp.where(true, z, 0), axis, keepdims=True), name)
 
     return pick
 
@@ -697,10 +734,14 @@ def linear_softmax_focal_loss_with_integer_labels(
     bias: ArrayLike | None = None,
     alpha: ArrayLike | None = None,
     gamma: ArrayLike = 2.0,
+    label_smoothing: float = 0.0,
+    logit_softcap: float | None = None,
     ignore_label: int | None = None,
     where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+    return_logsumexp: bool = False,
     chunk_size: int | None = None,
-) -> Array:
+) -> Any:
     """Compute `focal_jax.linear_softmax_focal_loss_with_integer_labels` from its formula.
 
     Arguments, results and errors are those of
@@ -719,8 +760,18 @@ def linear_softmax_focal_loss_with_integer_labels(
         bias = _float("bias", bias)
         _checks.shape("bias", bias, kernel.shape[1:], "one number per class")
         logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
+    cap = _checks.logit_softcap(logit_softcap)
+    if cap is not None:  # what is switched off stays off
+        logits = jnp.where(logits == -jnp.inf, logits, cap * jnp.tanh(logits / cap))
     return softmax_focal_loss_with_integer_labels(
-        logits, labels, alpha=alpha, gamma=gamma, where=where
+        logits,
+        labels,
+        alpha=alpha,
+        gamma=gamma,
+        label_smoothing=label_smoothing,
+        where=where,
+        class_axis_name=class_axis_name,
+        return_logsumexp=return_logsumexp,
     )
 
 
