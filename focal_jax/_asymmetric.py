@@ -84,8 +84,9 @@ def _slopes(
     return (
         jnp.where(counts, not_y * rises, 0) - y * falls,
         positive - negative,
-        y * positive * of_positive[1],
-        not_y * negative * of_negative[1],
+        # The larger factors first: the others alone may underflow.
+        y * (positive * of_positive[1]),
+        not_y * (negative * of_negative[1]),
         jnp.where(counts, -not_y * by_margin, 0),
     )
 

@@ -76,12 +76,11 @@ def _value(t: Terms, weight: Array, gamma: _inputs.Exponent, share: Array) -> Ar
 def _slopes(t: Terms, weight: Array, gamma: _inputs.Exponent, share: Array):
     t = _enlarged(t, share)
     unweighted = _scalar.unweighted(t, gamma.value)
-    loss = weight * unweighted
     return (
         weight * _scalar.minus_dloss_dlogp(t, gamma.value),
         unweighted,
-        loss * t.log_q,
-        gamma.value * loss / (1 + share),
+        weight * (unweighted * t.log_q),
+        gamma.value * (weight * unweighted) / (1 + share),
     )
 
 

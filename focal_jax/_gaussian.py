@@ -32,7 +32,7 @@ def _slopes(x: Logit, y: Array, alpha: _inputs.Exponent, beta: _inputs.Exponent)
     unweighted = _scalar.unweighted(t, alpha.value)
     dz = -sign * weight * (_scalar.minus_dloss_dlogp(t, alpha.value) * t.q)
     dy = jnp.where(y == 1, 0, -beta.value * weight / not_y * unweighted)
-    return dz, dy, weight * unweighted * t.log_q, weight * unweighted * log_not_y
+    return dz, dy, weight * (unweighted * t.log_q), weight * unweighted * log_not_y
 
 
 _losses = elementwise(_value, _slopes)

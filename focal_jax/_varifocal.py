@@ -45,7 +45,7 @@ def _slopes(
     rise = s.q if held else s.q + g * (s.p * n)
     dz = jnp.where(positive, y * ((1 - y) * s.q - y * s.p), alpha * (power * rise))
     unweighted = jnp.where(positive, 0, power * n)
-    return dz, jnp.where(positive, n - y * z, 0), unweighted, alpha * unweighted * log_q
+    return dz, jnp.where(positive, n - y * z, 0), unweighted, alpha * (unweighted * log_q)
 
 
 _LOSSES = {held: elementwise(_value, partial(_slopes, held)) for held in (False, True)}

@@ -108,9 +108,10 @@ def _asymmetric(
 ):
     weight = ops.held if stop_weight_gradient else lambda x: x
     s = ops.sigmoid(z)
-    m = ops.where(s > margin, s - margin, 0)
+    counts = s > margin
+    m = ops.where(counts, s - margin, 0.5)  # whatever: a root of 0 has no derivative
     positive = -(weight(1 - s) ** gamma_positive) * ops.log_sigmoid(z)
-    negative = -(weight(m) ** gamma_negative) * ops.log(1 - m)
+    negative = ops.where(counts, -(weight(m) ** gamma_negative) * ops.log(1 - m), 0)
     return y * positive + (1 - y) * negative
 
 

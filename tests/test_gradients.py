@@ -45,6 +45,8 @@ def test_every_cotangent_is_autodiffs(row, data):
 def test_python_exponents(row, x64):
     arguments = row.all(2, (5, 4), scale=1.0, dtype=np.float64)
     inside, fixed = row.split(arguments)
+    if row.labels in ("hard", "one-hot"):  # the plain formula may divide 0 by 0 in the labels
+        fixed["labels"] = inside.pop("labels")
     cotangent = np.random.default_rng(2).normal(size=row.positions((5, 4)))
     rest = {k: v for k, v in inside.items() if k not in row.exponents}
 
