@@ -7,6 +7,8 @@ import jax
 import pytest
 from pages import code_blocks
 
+from focal_jax import _catalogue
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -26,3 +28,10 @@ def test_links_lead_somewhere(page):
     assert links
     for link in links:
         assert (page.parent / link).exists(), link
+
+
+def test_every_loss_of_the_catalogue_is_in_the_readmes_table():
+    table = [line for line in README.read_text().splitlines() if line.startswith("| `")]
+    named = {name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert {loss.name for loss in _catalogue.LOSSES} <= named
+    assert named - {"reduce_loss"} <= {loss.name for loss in _catalogue.LOSSES}
