@@ -80,13 +80,13 @@ def _slopes(
     by_margin = w_negative * (1 / jnp.maximum(m.p, jnp.finfo(y.dtype).tiny))
     by_margin = by_margin + w_negative * (g_negative * n_over_m)
     counts = m.q > 0
-    positive, negative = (w * _scalar.bounded(u.n) for w, u in ((w_positive, t), (w_negative, m)))
+    n_positive, n_negative = _scalar.bounded(t.n), _scalar.bounded(m.n)
     return (
         jnp.where(counts, not_y * rises, 0) - y * falls,
-        positive - negative,
+        w_positive * n_positive - w_negative * n_negative,
         # The larger factors first: the others alone may underflow.
-        y * (positive * of_positive[1]),
-        not_y * (negative * of_negative[1]),
+        y * (w_positive * (n_positive * of_positive[1])),
+        not_y * (w_negative * (n_negative * of_negative[1])),
         jnp.where(counts, -not_y * by_margin, 0),
     )
 

@@ -94,7 +94,8 @@ def options(
     """
 
     def prepared(name, leaf):
-        leaf = option(name, leaf, dtype)
+        if not (isinstance(leaf, Array) and leaf.dtype == jnp.bool_):
+            leaf = option(name, leaf, dtype)
         _checks.broadcastable(name, leaf, losses, "the losses")
         return aligned(leaf, losses, axis)
 
