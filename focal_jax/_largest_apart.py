@@ -67,7 +67,8 @@ def _winner_first(size_a, a: Apart, size_b, b: Apart) -> tuple[Apart, Apart]:
 
 
 def _places(v: Array, axis: int) -> Array:
-    return jnp.broadcast_to(classes_along(v, axis), v.shape)
+    # Added to an array of its own kind, so that on a mesh it is spread as the entries are.
+    return classes_along(v, axis) + jnp.zeros_like(v, jnp.int32)
 
 
 # ---------------------------------------------------------------- entries as they are

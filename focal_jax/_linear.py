@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from focal_jax import _checks, _inputs, _position, _smoothing
@@ -329,6 +330,17 @@ def _chunk_size(chunk_size: int | None, positions: int, classes: int) -> int:
     return min(int(chunk_size), classes)
 
 
+def _on_the_mesh(x: Array, of: Array) -> Array:
+    """Return `x` as an array of the mesh that `of` is spread over, whole on each device.
+
+    On a mesh with explicit axes a loop adds up only what is of one mesh.
+    """
+    mesh = jax.typeof(of).sharding.mesh
+    if mesh.empty or jax.typeof(x).sharding.mesh == mesh:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+
 def _unspread(name: str, x: Array) -> None:
     """Check that the classes, the last axis of `x`, are whole on every device.
 
@@ -398,6 +410,8 @@ def linear_head(
     labels = jnp.expand_dims(labels, axis)
     mask = _inputs.not_ignored(labels, ignore_label, mask)
     place = labels if start is None else labels - start
+    kernel = _on_the_mesh(kernel, features)
+    bias = None if bias is None else _on_the_mesh(bias, features)
     args = aligned_varying(_Args(features, kernel, bias, place, mask))[0]
     sums = over_slices(_class_sums(how, args), class_axis_name)
     weight, impossible = _position.label_weight(alpha, labels, classes)

@@ -21,9 +21,9 @@ def _mesh(kind=jax.sharding.AxisType.Auto, shape=(4, 2)):
     return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
 
 
-def _inputs(row, shape=SHAPE):
+def _inputs(row, shape=SHAPE, dtype=np.float32):
     """Return what has the positions and what all share, each a dictionary, and statics."""
-    arguments = row.arguments(0, shape) | row.scalars()
+    arguments = row.arguments(0, shape, dtype=dtype) | row.scalars(dtype)
     static = row.axis(-1)
     own = {k: arguments.pop(k) for k in (row.first, "labels")}
     return own, {k: v for k, v in arguments.items() if k not in static}
@@ -43,9 +43,9 @@ def _mean_over_data(row):
     return lambda *args: lax.pmean(_reduced(row, "data")(*args), "data")
 
 
-def _arguments(row, shape=SHAPE):
+def _arguments(row, shape=SHAPE, dtype=np.float32):
     """Return arrays by position that are differentiable, shared ones, and the labels if not."""
-    own, shared = _inputs(row, shape)
+    own, shared = _inputs(row, shape, dtype)
     fixed = {"labels": own.pop("labels")} if row.integer else {}
     return own, shared, fixed
 
@@ -107,9 +107,8 @@ def test_pmap(row):
     own, shared, fixed = _arguments(row)
     local = _gradient_inside(_mean_over_data(row), "data", check_vma=False)
     split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), (own, fixed))
-    value, (by_own, by_shared) = jax.pmap(local, "data", in_axes=(0, None, 0))(
-        split[0], shared, split[1]
-    )
+    everywhere = jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *x.shape)), shared)
+    value, (by_own, by_shared) = jax.pmap(local, "data")(split[0], everywhere, split[1])
     want = jax.jit(_value_and_grad(_reduced(row)))(own, shared, fixed)
     by_own = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), by_own)
     for i in range(8):
@@ -143,8 +142,9 @@ _LAYOUTS = [
 
 
 @pytest.mark.parametrize(("row", "spec"), _LAYOUTS)
-def test_jit_over_a_mesh_gathers_nothing(row, spec):
-    args = _arguments(row, (16, 8, 64 if not row.linear else 16))
+def test_jit_over_a_mesh_gathers_nothing(row, spec, x64):
+    # In float64, since the order in which an option's gradient is added up is another one.
+    args = _arguments(row, (16, 8, 64 if not row.linear else 16), np.float64)
     mesh = _mesh()
     placed = _placed(mesh, spec, args)
     function = jax.jit(_value_and_grad(_reduced(row)))
@@ -152,7 +152,7 @@ def test_jit_over_a_mesh_gathers_nothing(row, spec):
     # At most a number or two of each position: where a device has its largest logit.
     assert max(_gathered(compiled.as_text()), default=0) <= 16 * 8
     got = compiled(*placed)
-    assert_close(got, function(*args), 1e-5)
+    assert_close(got, function(*args), 1e-10)
     assert got[1][0][row.first].sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
 
 
