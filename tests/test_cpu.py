@@ -38,6 +38,15 @@ def _compiled(function, *args, **options):
     return jax.jit(function, **options).lower(*args).compile()
 
 
+# Of these XLA's CPU backend writes out a mask of the labels, a byte an element.
+_MASKED = ("gaussian_focal_loss", "sigmoid_poly_focal_loss", "sigmoid_focal_loss_star")
+
+
+def _at_most(row):
+    """Return the temporaries over the logits that an elementwise loss may need."""
+    return 0.26 if row.name in _MASKED else 0.1
+
+
 @pytest.mark.parametrize("row", ELEMENTWISE, ids=str)
 def test_on_one_device_the_losses_are_flat_and_nothing_but_the_gradient_is_kept(row):
     logits, labels, _ = _inputs(row, 0, SHAPE)
@@ -46,7 +55,7 @@ def test_on_one_device_the_losses_are_flat_and_nothing_but_the_gradient_is_kept(
         text = compiled.as_text()
         assert text.count(" conditional(") == 4
         assert len(re.findall(r"= f32\[80000\]\S* fusion\(", text)) == 2
-        assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * logits.nbytes
+        assert compiled.memory_analysis().temp_size_in_bytes < _at_most(row) * logits.nbytes
 
 
 @pytest.mark.parametrize("row", [row for row in PROGRAMS if not row.linear], ids=str)
@@ -55,7 +64,7 @@ def test_temporaries(row):
     compiled = _compiled(_function(row, static), logits, labels)
     # One array of the logits' size at most, and a few numbers a position.
     numbers = 10 * 4 * np.prod(row.positions(SHAPE))
-    at_most = numbers + logits.nbytes if row.softmax else 0.1 * logits.nbytes
+    at_most = numbers + logits.nbytes if row.softmax else _at_most(row) * logits.nbytes
     assert compiled.memory_analysis().temp_size_in_bytes <= at_most
 
 
