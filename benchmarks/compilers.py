@@ -425,6 +425,14 @@ def _trips(loop: Operation, computations: dict[str, Computation]) -> int:
     return int(limits[0].attributes.partition("(")[2].partition(")")[0])
 
 
+def _branches(conditional: Operation) -> list[str]:
+    """Return the names of a conditional's computations, which stand in a list or one by one."""
+    listed = re.search(r"branch_computations=\{(.*?)\}", conditional.attributes)
+    if listed:
+        return re.findall(r"%([\w.-]+)", listed[1])
+    return [conditional.called("true_computation"), conditional.called("false_computation")]
+
+
 def kernels(hlo: str) -> list[Kernel]:
     """Return what a module runs on the device, loops' bodies with the number of their trips."""
     computations, entry = parse(hlo)
@@ -437,9 +445,9 @@ def kernels(hlo: str) -> list[Kernel]:
             elif op.op == "call":
                 yield from run(op.called("to_apply"), times)
             elif op.op == "conditional":
-                branches = re.search(r"branch_computations=\{(.*?)\}", op.attributes)[1]
-                names = re.findall(r"%([\w.-]+)", branches)
-                yield from max(
+                # The cheaper branch counts: the other is there for numbers out of the ordinary.
+                names = _branches(op)
+                yield from min(
                     (list(run(x, times)) for x in names), key=lambda ks: sum(k.bytes for k in ks)
                 )
             elif op.op not in _FREE and not op.op.endswith("-done") and _SCALARS not in op.type:

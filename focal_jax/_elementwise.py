@@ -47,20 +47,21 @@ def elementwise(
       None, an `Exponent`, a number or an array.
     """
 
-    def prepared(logits, labels, options, where):
+    def prepared(again, logits, labels, options, where):
         kept = _inputs.Kept(_inputs.compute_dtype(logits), where)
         z, y, options = kept((logits, labels, options))
-        wrong = impossible(y)
-        return z, jnp.where(wrong, 0, y), options, wrong
+        if again:  # in other words, as the logit: see `_scalar.logit`
+            y = _scalar.in_other_words(y)
+        wrong = jnp.array(False) if labels.dtype == bool else impossible(y)
+        return _scalar.logit(z, again=again), jnp.where(wrong, 0, y), options, wrong
 
     def losses(*args):
-        z, y, options, wrong = prepared(*args)
-        result = value(_scalar.logit(z, again=False), y, *options)
-        return _inputs.finished(result, wrong, args[-1])
+        x, y, options, wrong = prepared(False, *args)
+        return _inputs.finished(value(x, y, *options), wrong, args[-1])
 
     def every_slope(*args):
-        z, y, options, wrong = prepared(*args)
-        every = slopes(_scalar.logit(z, again=True), y, *options)
+        x, y, options, wrong = prepared(True, *args)
+        every = slopes(x, y, *options)
         return tuple(x if x is None else _inputs.finished(x, wrong, args[-1]) for x in every)
 
     @jax.jit
