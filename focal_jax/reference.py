@@ -534,7 +534,7 @@ def _integer(
     row = {}
     if of_a_row:
         whole = z if class_axis_name is None else _gathered(z, axis, class_axis_name)
-        row = {"row": jnp.moveaxis(jax.nn.log_softmax(whole, axis), axis, -1)}
+        row = {"row": jnp.moveaxis(whole - total, axis, -1)}  # the true class's is `log_p`
     losses = formula(_JAX, log_p.squeeze(axis), weight, *given, **row)
     if smoothing:
         every = _every_class(formula, z - total, alpha, given, axis, class_axis_name)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import truth
-from helpers import assert_close
+from helpers import assert_close, figure_of
 from jax.sharding import AxisType, PartitionSpec
 
 import focal_jax
@@ -17,6 +17,7 @@ from focal_jax import _catalogue, _linear, reference
 from focal_jax._poly import poly
 from focal_jax._probability_weighted import probability_weighted
 
+PLAIN_CALLS = True
 LOSSES = {loss.name: loss for loss in _catalogue.LOSSES}
 MEMBERS = [
     "quality_focal_loss",
@@ -45,6 +46,7 @@ def _slopes(function, *arguments, **options):
 # ---------------------------------------------------------------- others' figures
 
 
+@figure_of("asymmetric_loss")
 def test_mmpretrain_asymmetric():
     # tests/test_models/test_losses.py: with a clip of 0.05 and without, the mean over the rows.
     logits = jnp.array([[5.0, -5, 0], [5, -5, 0]])
@@ -54,6 +56,7 @@ def test_mmpretrain_asymmetric():
         np.testing.assert_allclose(losses.mean(), total / 3, rtol=2e-5)
 
 
+@figure_of("softmax_poly_focal_loss_with_integer_labels", "sigmoid_poly_focal_loss")
 def test_optax_poly():
     # optax's own expected values, which are those of the paper's listing.
     logits = jnp.array([[4.0, 2.0, 1.0], [0.0, 5.0, 1.0]])
@@ -65,8 +68,15 @@ def test_optax_poly():
                 logits, jnp.full(2, label), epsilon=epsilon, gamma=0
             )
             assert_close(ours, theirs, 1e-5)
+        # Of two classes the softmax is the sigmoid of the difference of their logits.
+        pair, positive = logits[:, :2], jnp.array([0.0, 1.0])
+        theirs = optax.losses.poly_loss_cross_entropy(pair, jnp.eye(2), epsilon=epsilon)
+        difference = pair[:, 1] - pair[:, 0]
+        ours = focal_jax.sigmoid_poly_focal_loss(difference, positive, epsilon=epsilon, gamma=0)
+        assert_close(ours, theirs, 1e-5)
 
 
+@figure_of("focal_tversky_loss")
 def test_monai_tversky():
     # tests/losses/test_tversky_loss.py: softmax, reduction "none", of each image and class.
     logits = jnp.array([[[-1.0, 0, 1], [1, 0, -1]], [[0, 0, 0], [0, 0, 0]]])
@@ -142,6 +152,10 @@ PUBLISHED = {
 }
 
 
+FIGURES = [function.__name__ for function, *_ in PUBLISHED.values()]
+
+
+@figure_of(*FIGURES)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_formula(name):
     function, options, formula = PUBLISHED[name]
@@ -152,6 +166,7 @@ def test_the_published_formula(name):
     np.testing.assert_allclose(got, _published(formula)(z, y), rtol=1e-5, atol=1e-12)
 
 
+@figure_of("dual_focal_loss_with_integer_labels")
 def test_the_published_dual_focal_loss():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(0, 3, (30, 6)), rng.integers(6, size=30)
@@ -166,6 +181,7 @@ def test_the_published_dual_focal_loss():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@figure_of("distribution_focal_loss")
 def test_the_published_distribution_focal_loss():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(0, 3, (40, 8)), rng.uniform(0, 7, 40)
@@ -233,6 +249,7 @@ def test_a_held_weight_to_60_digits(name, flags):
         assert truth.worst_error(got, want[argument], 100 * tiny, scale) < 1e-5, argument
 
 
+@figure_of("softmax_probability_weighted_loss_with_integer_labels")
 def test_a_held_probability_scales_the_gradient():
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(0, 3, (9, 5)), jnp.float32)

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_family
 import truth
-from helpers import EXPONENTS, LOSSES, Row, assert_close
+from helpers import EXPONENTS, LOSSES, OUTSIDE, Row, assert_close, figure_of
 
 import focal_jax
+from focal_jax import _catalogue
 
 # ---------------------------------------------------------------- 60 digits
 
@@ -211,17 +213,10 @@ def test_the_plain_formula(row):
 # ------------------------------------------------------------ peers' published figures
 # Inputs and results as the projects' own tests and documentation print them.
 
-OUTSIDE: set[str] = set()  # the losses that have a figure
-
-
-def figure_of(*names):
-    """Mark a test that holds losses against figures from outside."""
-    OUTSIDE.update(names)
-    return lambda test: test
-
 
 def test_every_loss_has_a_figure_from_outside():
-    assert {row.name for row in LOSSES} == OUTSIDE
+    assert test_family.FIGURES  # whose module has been read, and counts its own
+    assert {loss.name for loss in _catalogue.LOSSES} == OUTSIDE
 
 
 _MMCV = [  # tests/test_ops/test_focal_loss.py: alpha 0.25, gamma 2, mean over the rows
