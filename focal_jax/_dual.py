@@ -17,6 +17,8 @@ def _place_below(axis: int, logits: Array, true: Array, where: Array | None) -> 
     """Return the place of the largest logit that is less than the true one's."""
     z = kept(logits, where)
     below = jnp.where(z < true, z, -jnp.inf)
+    if not z.shape[axis]:
+        return jnp.zeros_like(true, jnp.int32)
     return jnp.argmax(below, axis, keepdims=True).astype(jnp.int32)
 
 
@@ -54,8 +56,18 @@ def _share_below(axis: int, class_axis_name, logits: Array, sums: ClassSums, whe
         first = lax.pmin(holds, class_axis_name) == index
         below = lax.psum(jnp.where(first, below, 0), class_axis_name)
     # Of the sum's logarithm the derivative is never a product that underflows on the way.
-    log_rest = jnp.log(jnp.maximum(sums.rest, jnp.finfo(sums.rest.dtype).tiny))
-    return jnp.exp(below - sums.top - log_rest)
+    return jnp.exp(below - sums.top - _log(sums.rest))
+
+
+@jax.custom_jvp
+def _log(x: Array) -> Array:
+    return jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+
+
+@_log.defjvp
+def _log_jvp(primals, tangents):
+    # Never 1 / x**2, which is infinite where the derivatives that it is part of are not.
+    return _log(*primals), _scalar.divide(tangents[0], primals[0])
 
 
 def _enlarged(t: Terms, share: Array) -> Terms:

@@ -29,7 +29,8 @@ def _losses(
     where,
 ):
     """Return the losses, and the log-sum-exp if wanted, with a class axis of one."""
-    if smoothing:  # two cotangents, which cancel, are added up before they are rounded
+    if smoothing or of_row is not None:
+        # Two cotangents, which may cancel, are added up before they are rounded.
         logits = logits.astype(_inputs.compute_dtype(logits))
     place, slice_size = labels, logits.shape[axis]
     classes, start = slice_size, None

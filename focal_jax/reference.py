@@ -146,7 +146,7 @@ def _probability_weighted(ops: Operations, log_p, alpha):
 
 def _dual(ops: Operations, log_p, alpha, gamma, row):
     """Return the loss of a class in a row of logarithmic probabilities, the last axis."""
-    below = ops.where(row < log_p[..., None], row, -math.inf).max(-1)
+    below = ops.where(row < log_p[..., None], row, -math.inf).max(-1, initial=-math.inf)
     return _weighted(alpha, (1 - ops.exp(log_p) + ops.exp(below)) ** gamma * -log_p)
 
 
