@@ -16,7 +16,7 @@ ablation: $(READY)
 	$(BIN)/python -m examples.retinanet_digits.ablation $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -32,7 +32,7 @@ accelerators: $(COMPILERS)/.compilers
 	$(COMPILERS)/bin/python -m benchmarks.accelerators $(ARGS)
 
 test-accelerators: $(COMPILERS)/.compilers
-	$(COMPILERS)/bin/python -m pytest -m accelerators -n $(WORKERS) tests/test_accelerators.py
+	$(COMPILERS)/bin/python -m pytest -m accelerators tests/test_accelerators.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

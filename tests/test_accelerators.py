@@ -61,8 +61,8 @@ LIMITS = [
     Limits("H200", "vocabulary", "float32", 1.05, 0.02),
     Limits("H200", "vocabulary", "bfloat16", 1.10, 0.02),
     Limits("H200", "retinanet", "float32", 1.25, 0.1, kernels=24),
-    # optax's Huber loss keeps a mask for its gradient: a form of our own would take 1.32.
-    Limits("H200", "retinanet", "bfloat16", 1.37, 0.1, kernels=24),
+    # optax's Huber loss keeps masks for its gradient: a form of our own would take 1.32 and 0.06.
+    Limits("H200", "retinanet", "bfloat16", 1.37, 0.12, kernels=24),
     Limits("v5e", "sigmoid", "float32", 1.05, 0.01, cycles=1.05),
     Limits("v5e", "sigmoid", "bfloat16", 1.05, 0.01, cycles=1.05),
     Limits("v5e", "anchors", "float32", 1.40, 0.1, cycles=0.50, kernels=16),
