@@ -63,6 +63,10 @@ def test_residuals_are_the_inputs_and_a_few_numbers_a_position(row, dtype):
     # Eight numbers a position; an elementwise loss keeps its value alone.
     numbers = (8 if row.softmax else 1) * 4 * np.prod(row.positions(shape))
     size = sum(x.size * x.dtype.itemsize for x in (inside | arrays).values())
+    if row.name == "dual_focal_loss_with_integer_labels":
+        # Its logits have two cotangents, which are added up before they are rounded: it keeps
+        # the logits in float32.
+        size += 4 * np.prod(shape)
 
     def forward(options, inside, arrays):
         return jax.vjp(lambda x: row.eager(**x, **arrays, **static, **options), inside)[1]
