@@ -439,7 +439,9 @@ def test_three_derivatives_are_finite_for_finite_logits(name):
 
     found = [derivatives(z, y, {}, **settings[-1])]
     for options in settings:
-        found.append(derivatives(z, y, {k: jnp.full(z.shape, float(v)) for k, v in options.items()}))
+        found.append(
+            derivatives(z, y, {k: jnp.full(z.shape, float(v)) for k, v in options.items()})
+        )
     for leaf in jax.tree.leaves(found):
         assert np.all(np.isfinite(leaf))
 
