@@ -245,6 +245,24 @@ LOSSES = [Row(loss, labels) for loss in _OF_A_POSITION for labels in loss.labels
 PROGRAMS = [Row(loss, loss.labels[-1]) for loss in _OF_A_POSITION]
 
 
+# Losses that a soft label has an edge in, where the score meets it: as close to it as the
+# label's own rounding, an exponent below 1 multiplies the error without bound.
+_EDGES = {"quality_focal_loss"}
+
+
+def near_labels(row, arguments, dtype):
+    """Return labels that are wrong in the last digits of `dtype`, where the loss has an edge.
+
+    Either way, by a part of what they lack to the nearer end of their range. How far something
+    moves with them is how far it may be off: nowhere else is there any such label.
+    """
+    if not (row.soft and row.name in _EDGES):
+        return []
+    y = np.asarray(arguments["labels"], np.float64)
+    room = 8 * np.finfo(dtype).eps * np.minimum(y, 1 - y)
+    return [y + room, y - room]
+
+
 OUTSIDE: set[str] = set()  # the losses that have a figure from outside
 
 

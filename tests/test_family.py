@@ -1,6 +1,7 @@
 """The focal loss's relatives: what others' figures, and what holds between the members."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -423,18 +424,24 @@ def test_three_derivatives_are_finite_for_finite_logits(name):
     z, y = _grid(logits)
     function, settings = getattr(focal_jax, name), SETTINGS[name]
 
+    @partial(jax.jit, static_argnames=tuple(settings[-1]))
     def derivatives(z, y, given, **static):
-        total = lambda z, y, given: jnp.sum(function(z, y, **static, **given))  # noqa: E731
-        first = jax.grad(total, (0, 1, 2))
-        second = jax.grad(lambda z, y: jnp.sum(first(z, y, given)[0]), (0, 1))
-        third = jax.grad(lambda z: jnp.sum(second(z, y)[0]))
-        return total(z, y, given), first(z, y, given), second(z, y), third(z)
+        # Each carries along what it is the derivative of: nothing is traced or compiled twice.
+        def first(z, y, given):
+            total = lambda z, y, given: jnp.sum(function(z, y, **static, **given))  # noqa: E731
+            return jax.value_and_grad(total, (0, 1, 2))(z, y, given)
 
-    traced = jax.jit(derivatives)
-    found = [jax.jit(lambda z, y: derivatives(z, y, {}, **settings[-1]))(z, y)]
+        def of_sum(slopes):
+            return jnp.sum(slopes[1][0]), slopes
+
+        second = jax.value_and_grad(lambda z, y: of_sum(first(z, y, given)), (0, 1), has_aux=True)
+        return jax.value_and_grad(lambda z: of_sum(second(z, y)), has_aux=True)(z)
+
+    found = [derivatives(z, y, {}, **settings[-1])]
     for options in settings:
-        given = {k: jnp.full(z.shape, float(v)) for k, v in options.items()}
-        found.append(traced(z, y, given))
+        found.append(
+            derivatives(z, y, {k: jnp.full(z.shape, float(v)) for k, v in options.items()})
+        )
     for leaf in jax.tree.leaves(found):
         assert np.all(np.isfinite(leaf))
 

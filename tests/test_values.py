@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import test_family
 import truth
-from helpers import EXPONENTS, LOSSES, OUTSIDE, Row, assert_close, figure_of
+from helpers import EXPONENTS, LOSSES, OUTSIDE, Row, assert_close, figure_of, near_labels
 
 import focal_jax
 from focal_jax import _catalogue
@@ -80,16 +80,11 @@ def _settings(row: Row, complete):
     return out
 
 
-# Losses that a soft label has an edge in, where the score meets it: as close to it as the
-# label's own rounding, an exponent below 1 multiplies the error without bound.
-EDGES = {"quality_focal_loss"}
-
-
 @functools.cache
-def _truth(row: Row, dtype, setting, sizes=False, moved=0.0):
+def _truth(row: Row, dtype, setting, sizes=False, near=None):
     """Return the losses and the derivatives of every position, or the sizes of their terms.
 
-    All labels can be moved by a part of what they lack to the nearer end of their range.
+    With `near` they are those of labels that are wrong in their last digits.
     """
     arguments = _arguments(row, dtype)
     n, classes = len(arguments["labels"]), arguments[row.first].shape[-1]
@@ -98,9 +93,8 @@ def _truth(row: Row, dtype, setting, sizes=False, moved=0.0):
     for name, value in setting:
         shape = (n, classes) if row.options[name].per_class else (n,)
         arguments[name] = np.full(shape, value, dtype)
-    if moved:
-        y = arguments["labels"].astype(np.float64)
-        arguments["labels"] = y + moved * np.minimum(y, 1 - y)
+    if near is not None:
+        arguments["labels"] = near_labels(row, arguments, dtype)[near]
     return truth.evaluate(row.loss, arguments, sizes)
 
 
@@ -119,11 +113,11 @@ def _scale(row: Row, name, dtype, setting, want):
 
 def _moved(row: Row, dtype, setting, what):
     """Return how far something moves with labels that are wrong in their last digits, in 1e-5."""
-    if not (row.soft and row.name in EDGES):
-        return 0
-    digits = 8 * np.finfo(dtype).eps
-    here, *near = (what(_truth(row, dtype, setting, moved=m)) for m in (0, digits, -digits))
-    return np.maximum(*(np.abs(x - here) for x in near)) / (1e-5 if dtype == np.float32 else 1e-12)
+    here = what(_truth(row, dtype, setting))
+    labels = near_labels(row, _arguments(row, dtype), dtype)
+    near = [what(_truth(row, dtype, setting, near=i)) for i in range(len(labels))]
+    error = np.max([np.abs(x - here) for x in near], 0, initial=0)
+    return error / (1e-5 if dtype == np.float32 else 1e-12)
 
 
 def _check(row, dtype, setting, losses, slopes, limit):
