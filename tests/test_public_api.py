@@ -103,6 +103,7 @@ def test_the_catalogue_says_what_the_signature_says(loss):
         assert signature[name] == (inspect.Parameter.KEYWORD_ONLY, option.default)
     # No option that the catalogue does not know, and none that is not there.
     known = {"where", "axis", "axis_name", "bias", "ignore_label", "class_axis_name", "chunk_size"}
+    known |= {"label_smoothing", "logit_softcap", "return_logsumexp"}  # of the heads, not a loss's
     options = {
         name for name, (kind, _) in signature.items() if kind == inspect.Parameter.KEYWORD_ONLY
     }
