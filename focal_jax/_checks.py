@@ -73,6 +73,15 @@ def given(name: str, x: Any) -> Any:
     return x
 
 
+def saturated(labels: Array) -> Array:
+    """Return integers as int32, never another class: what is too wide is the last of them.
+
+    Compared in a narrow dtype they would wrap.
+    """
+    own, wanted = jnp.iinfo(labels.dtype), INT32
+    return labels.clip(max(own.min, wanted.min), min(own.max, wanted.max)).astype(jnp.int32)
+
+
 def floating(name: str, x: Array) -> None:
     """`x` holds floating-point numbers."""
     message = f"{name}: got dtype {x.dtype}, wanted a floating dtype"
@@ -176,11 +185,6 @@ def static_exponent(name: str, value: numbers.Real) -> None:
     """A Python exponent is a finite number, zero or more, and so in float32 too."""
     if not 0 <= value <= float(jnp.finfo(jnp.float32).max):  # type: ignore[operator]
         raise InputError(f"{name}: got {_shown(value)}, wanted a finite number >= 0")
-
-
-def static_gamma(value: numbers.Real) -> None:
-    """A Python `gamma` is a finite number, zero or more."""
-    static_exponent("gamma", value)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -111,15 +111,6 @@ def class_weights(alpha: ArrayLike | None, classes: int, dtype: jnp.dtype) -> Ar
     return alpha
 
 
-def saturated(labels: Array) -> Array:
-    """Return integers as int32, never another class: what is too wide is the last of them.
-
-    Compared in a narrow dtype they would wrap.
-    """
-    own, wanted = jnp.iinfo(labels.dtype), _checks.INT32
-    return labels.clip(max(own.min, wanted.min), min(own.max, wanted.max)).astype(jnp.int32)
-
-
 def int32_labels(labels: ArrayLike, logits: tuple[int, ...], axis: int | None = None) -> Array:
     """Return class indices checked, as int32.
 
@@ -130,7 +121,7 @@ def int32_labels(labels: ArrayLike, logits: tuple[int, ...], axis: int | None = 
     hint = ": softmax_focal_loss takes a distribution over the classes" if distribution else ""
     _checks.integer("labels", labels, hint)
     _checks.index_shape(labels, logits, axis)
-    return saturated(labels)
+    return _checks.saturated(labels)
 
 
 def not_ignored(labels: Array, ignore_label: int | None, where: Array | None) -> Array | None:

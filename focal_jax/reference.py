@@ -265,8 +265,7 @@ def _indices(labels: ArrayLike, losses: tuple[int, ...], why: str) -> Array:
     labels = _checks.array("labels", labels)
     _checks.integer("labels", labels)
     _checks.shape("labels", labels, losses, why)
-    own, wanted = jnp.iinfo(labels.dtype), _checks.INT32
-    return labels.clip(max(own.min, wanted.min), min(own.max, wanted.max)).astype(jnp.int32)
+    return _checks.saturated(labels)
 
 
 def _not_ignored(labels: Array, ignore_label: int | None, where: Array) -> Array:

@@ -16,7 +16,7 @@ def class_indices(name: str, labels: ArrayLike) -> Array:
     labels = _checks.array(name, labels, "class indices")
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         _checks.integer(name, labels)
-        return _inputs.saturated(labels)
+        return _checks.saturated(labels)
     labels = labels.astype(_inputs.compute_dtype(labels))
     int32 = _checks.INT32
     return jnp.where(jnp.abs(labels) < int32.max, labels.astype(jnp.int32), int32.min)
