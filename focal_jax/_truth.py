@@ -6,7 +6,7 @@ the tests hold the losses against it. It needs mpmath, which the package itself 
 """
 
 import operator
-from collections.abc import Hashable, Mapping
+from collections.abc import Container, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import mpmath
@@ -124,9 +124,11 @@ def _sigmoid(x):
     return 1 / (1 + mpmath.exp(-x))
 
 
-_exact = np.frompyfunc(exact, 1, 1)
-_exp, _log = (np.frompyfunc(f, 1, 1) for f in (mpmath.exp, mpmath.log))
-_as_numbers = np.frompyfunc(_number, 1, 1)
+# Arrays of such numbers are of NumPy's dtype "object", of which a type checker knows nothing.
+_exact: Any = np.frompyfunc(exact, 1, 1)
+_exp: Any = np.frompyfunc(mpmath.exp, 1, 1)
+_log: Any = np.frompyfunc(mpmath.log, 1, 1)
+_as_numbers: Any = np.frompyfunc(_number, 1, 1)
 
 OPERATIONS = Operations(
     exp=_elementwise(mpmath.exp, mpmath.exp),
@@ -147,7 +149,7 @@ def _objects(x: Any, shape: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def _variables(name: str, x: np.ndarray) -> np.ndarray:
+def _variables(name: str, x: np.ndarray) -> Any:
     """Return numbers that are each a variable, called by its name and its place.
 
     Of the first axis, the positions, each has variables of the same names.
@@ -157,7 +159,7 @@ def _variables(name: str, x: np.ndarray) -> np.ndarray:
     return _objects(np.array([*numbers, None], dtype=object)[:-1], x.shape)
 
 
-def _slopes(losses: np.ndarray, name: str, shape: tuple[int, ...]) -> _Slope:
+def _slopes(losses: Any, name: str, shape: tuple[int, ...]) -> _Slope:
     """Return the losses' slopes in one argument: arrays of its shape."""
     found = [losses[at[0]].slopes.get((name, *at[1:]), _NONE) for at in np.ndindex(shape)]
     return _Slope(*(_objects([s[i] for s in found], shape) for i in range(2)))
@@ -171,7 +173,9 @@ class Truth(NamedTuple):
     sizes: Mapping[str, np.ndarray]
 
 
-def evaluate(loss: _catalogue.Loss, arrays: Mapping[str, Any]) -> Truth:
+def evaluate(
+    loss: _catalogue.Loss, arrays: Mapping[str, Any], by: Container[str] | None = None
+) -> Truth:
     """Return the losses of one row of positions, and the derivatives of each of them.
 
     Args:
@@ -179,6 +183,8 @@ def evaluate(loss: _catalogue.Loss, arrays: Mapping[str, Any]) -> Truth:
       arrays: all arguments by their names, each with the positions for its first axis and
         then, if it has one, the class axis (for a kernel two). An option that is absent or
         None is not used. Of a region the options are numbers, or have an entry a class.
+      by: the arguments in which the losses are derived, all by default: the fewer, the faster.
+        Of what a softmax is made of the derivatives cost nothing.
 
     Returns:
       Arrays of mpmath's numbers. The losses have one entry a position; derivatives, and the
@@ -197,13 +203,18 @@ def evaluate(loss: _catalogue.Loss, arrays: Mapping[str, Any]) -> Truth:
             return _region(loss, floats)
         formula = FORMULAS[loss.name]
         within = ("features", "kernel", "bias", *(["logits"] if loss.softmax else []))
-        x = {k: _variables(k, v) for k, v in floats.items() if k not in within}
+        plain = {k: _exact(v) for k, v in floats.items()}
+        x = {
+            k: _variables(k, v) if by is None or k in by else plain[k]
+            for k, v in floats.items()
+            if k not in within
+        }
         options = [x.get(name) for name in loss.options]
         if loss.kind == "elementwise":
             losses = formula(OPERATIONS, x["logits"], x["labels"], *options, **given)
             return _found(losses, {k: _slopes(losses, k, v.shape) for k, v in floats.items()})
-        plain = {k: _exact(floats[k]) for k in within if k in floats}
-        logits = _product(**plain) if loss.kind == "linear" else plain["logits"]
+        product = {k: plain[k] for k in within if k in plain}
+        logits = _product(**product) if loss.kind == "linear" else plain["logits"]
         p = _softmax(logits)
         log_p = _variables("log_p", _log(p))
         positions = np.arange(len(p))
@@ -222,7 +233,7 @@ def evaluate(loss: _catalogue.Loss, arrays: Mapping[str, Any]) -> Truth:
         slopes = {k: _slopes(losses, k, v.shape) for k, v in floats.items() if k in x}
         by_logits = _through_softmax(_slopes(losses, "log_p", p.shape), p)
         if loss.kind == "linear":
-            slopes |= _through_product(by_logits, **plain)
+            slopes |= _through_product(by_logits, **product)
         else:
             slopes["logits"] = by_logits
         return _found(losses, slopes)
@@ -236,7 +247,7 @@ def _found(losses: np.ndarray, slopes: Mapping[str, _Slope]) -> Truth:
     )
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def _softmax(logits: Any) -> Any:
     e = _exp(logits)
     return e / e.sum(-1, keepdims=True)
 
@@ -247,7 +258,7 @@ def _through_softmax(by_log_p: _Slope, p: np.ndarray) -> _Slope:
     return _Slope(by_log_p.value - value, by_log_p.size + size)
 
 
-def _product(features, kernel, bias=0):
+def _product(features: Any, kernel: Any, bias: Any = 0) -> Any:
     return (features[..., None] * kernel).sum(-2) + bias
 
 
@@ -273,15 +284,11 @@ def _region(loss: _catalogue.Loss, floats: Mapping[str, np.ndarray]) -> Truth:
     options = [_exact(floats[name]) for name in loss.options]
     losses = FORMULAS[loss.name](OPERATIONS, *counts, *options)
     classes = range(p.shape[-1])
-    by_p = [
-        _chain(
-            *(
-                ({"p": losses[c].slopes[name, c]}, slope[:, c])
-                for name, (_, slope) in shares.items()
-            )
-        )["p"]
-        for c in classes
-    ]
+    by_p = []  # of each class, the slopes in its probability at every position
+    for c in classes:
+        found = [(losses[c].slopes[name, c], slope[:, c]) for name, (_, slope) in shares.items()]
+        value = sum(by_count.value * slope for by_count, slope in found)
+        by_p.append(_Slope(value, sum(by_count.size * abs(slope) for by_count, slope in found)))
     # The class's own logit raises its probability, every other lowers it.
     unit = [np.array([int(j == c) for j in classes]) for c in classes]
     slopes = _Slope(
