@@ -71,7 +71,7 @@ def _hooks(name: str):
 
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
-    named = set(re.findall(r"- (\S+\.md)$", navigation, re.MULTILINE))
+    named = set(re.findall(r"(?:- |: )(\S+\.md)$", navigation, re.MULTILINE))
     made = {f"api/{page}.md" for page in _hooks("API")} | set(_hooks("ELSEWHERE").values())
     assert named == {page.name for page in PAGES} | made
 
