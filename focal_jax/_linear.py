@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -167,6 +168,20 @@ def _gradients(how: _How, args: _Args, of_chunk: Callable[..., Any], totals: Any
 _JUMP = 64.0
 
 
+@custom_vmap
+def _within(jump: Array) -> Array:
+    """Return whether no jump is too high; one that is NaN is."""
+    return jnp.all(jump <= _JUMP)
+
+
+@_within.def_vmap
+def _(size, batched, jump):
+    # One condition for all the examples: each its own would make a select of the conditional,
+    # and everything would always be done again.
+    del size, batched
+    return _within(jump), False
+
+
 def _no_sums(args: _Args) -> ClassSums:
     zero = _nothing(args)
     # The least top is finite, for where no class is left: -inf less -inf would be NaN.
@@ -221,7 +236,7 @@ def _in_one_pass(how: _How, args: _Args) -> ClassSums:
     few = _chunk(how, args, min(128, classes), jnp.int32(0))
     sums = nothing._replace(top=jnp.maximum(nothing.top, _largest(few.logits)))
     sums, jump = _fold(step, (sums, jnp.zeros_like(sums.top)), how, classes)
-    within = jnp.all(jump <= _JUMP)  # False also for NaN
+    within = _within(lax.stop_gradient(jump))
     # Selected out here: a conditional's own results stay in a TPU's slow memory.
     again = lax.cond(within, _no_sums, partial(_in_passes, how), args)
     return jax.tree.map(partial(jnp.where, within), sums, again)
