@@ -371,7 +371,7 @@ def test_ours_is_theirs(theirs, ours):
     names = {"image_shape": image_shape, "prototxt": prototxt}
     # optax computes in float32 here, the formulas in float64.
     precise = not theirs.startswith("`optax")
-    with jax.enable_x64(precise):
+    with jax.enable_x64(precise), jax.numpy_rank_promotion("allow"):
         names |= jax.tree.map(jnp.asarray, INPUTS)
         exec(IMPORTS, names)
         result = jax.jit(lambda inputs: eval(ours, {**names, **inputs}))(
