@@ -7,11 +7,12 @@ little lighter. What stands for "no method at all" (cross entropy, a bound, an a
 in ink.
 """
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+
+from focal_jax._extras import extra
 
 INK = "#757575"
 BLUE, VERMILION, GREEN, PURPLE = "#1f7fc1", "#d55e00", "#009e73", "#cc79a7"
@@ -55,23 +56,14 @@ RC: dict[str, Any] = {
 }
 
 
-def _matplotlib(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'matplotlib is missing: pip install "focal_jax[benchmarks]" brings it ({error})'
-        ) from error
-
-
 def _settings() -> dict[str, Any]:
-    return {**RC, "axes.prop_cycle": _matplotlib("cycler").cycler(color=PALETTE)}
+    return {**RC, "axes.prop_cycle": extra("cycler").cycler(color=PALETTE)}
 
 
 @contextmanager
 def applied() -> Iterator[None]:
     """Draw in the project's style, as a `with` block or as a decorator, and leave no trace."""
-    with _matplotlib("matplotlib").rc_context(_settings()):
+    with extra("matplotlib").rc_context(_settings()):
         yield
 
 
@@ -93,11 +85,11 @@ def figure(
         A `matplotlib.figure.Figure`, and what its `subplots` returns.
     """
     size = (width, rows * HEIGHT if height is None else height)
-    drawn = _matplotlib("matplotlib.figure").Figure(figsize=size)
+    drawn = extra("matplotlib.figure").Figure(figsize=size)
     return drawn, drawn.subplots(rows, columns, **grid)
 
 
 def pyplot() -> ModuleType:
     """Return `matplotlib.pyplot` with the project's style, for scripts, until they end."""
-    _matplotlib("matplotlib").rcParams.update(_settings())
-    return _matplotlib("matplotlib.pyplot")
+    extra("matplotlib").rcParams.update(_settings())
+    return extra("matplotlib.pyplot")
