@@ -34,7 +34,8 @@ def test_every_loss_of_the_catalogue_is_in_the_table():
 def test_the_speeds_are_those_of_the_performance_page():
     def rows(text):
         table = text.partition("<!-- speed:")[2].partition("<!-- end of speed -->")[0]
-        cells = [line.strip("| ").split(" | ") for line in re.findall(r"^\| .*$", table, re.M)]
+        lines = re.findall(r"^\|(.*)\|$", table, re.MULTILINE)
+        cells = [[cell.strip() for cell in line.split("|")] for line in lines]
         return {row[0]: (row[1], row[2], row[-1]) for row in cells if not row[0].startswith("-")}
 
     every = rows((README.parent / "docs" / "performance.md").read_text(encoding="utf-8"))
