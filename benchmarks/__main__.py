@@ -1,11 +1,12 @@
 """Measure what the losses cost beside their peers, in time and in memory.
 
-The sections: `losses`, every workload in every implementation; `growth`, how the cost
-grows with positions and classes; `scaling`, one batch on 1 to 8 host devices; `linear`,
-the head that never makes the logits beside the plain one. Tables go to the terminal,
-results.json and figures to the folder of --out.
+The sections: `losses`, every workload in every implementation; `family`, every other loss of
+the catalogue beside its formula; `linear`, the head that never makes the logits beside the
+plain one; `growth`, how the cost grows with positions and classes; `scaling`, one batch on 1 to
+8 host devices. Tables go to the terminal, results.json and figures to the folder of --out.
 
     python -m benchmarks --workloads sigmoid anchors --dtype float32
+    python -m benchmarks --sections losses linear --against ../another-checkout
 """
 
 import argparse
@@ -13,9 +14,11 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Before JAX and PyTorch start: PyTorch shares a GPU's memory, and on a CPU its idle threads
@@ -31,6 +34,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from benchmarks import report, scaling
 from benchmarks.measure import GRADIENT, compile_program, measure, relate
 from benchmarks.peers import (
+    BEFORE,
     OURS,
     PLAIN,
     in_mode,
@@ -38,23 +42,31 @@ from benchmarks.peers import (
     linear_programs,
     losses,
     torch_programs,
+    version_in,
 )
-from benchmarks.workloads import WORKLOADS, Workload, fewest_bytes, growth
+from benchmarks.workloads import FAMILY, WORKLOADS, Workload, fewest_bytes, growth
 
 DTYPES = ("float32", "bfloat16")
-SECTIONS = ("losses", "growth", "scaling", "linear")
+SECTIONS = ("losses", "family", "linear", "growth", "scaling")
 Rows = list[dict[str, Any]]
-Case = tuple[str, int, Callable[[Callable[[], None]], Rows]]  # what, rounds, how
+Case = tuple[str, int, Callable[..., Rows]]  # what, rounds, how: a function of a tick
 
 
 # ---------------------------------------------------------------- what is measured
 
 
-def losses_rows(workload: Workload, dtype: str, rounds: int, tick: Callable[[], None]) -> Rows:
+def losses_rows(
+    workload: Workload,
+    dtype: str,
+    before: ModuleType | None,
+    rounds: int,
+    tick: Callable[[], None],
+) -> Rows:
     """Measure every implementation, and a copy of the logits to hold them against."""
     logits, labels = workload.inputs(dtype)
     on_device = jax.device_put((logits, labels))
-    programs = jax_programs(workload, *on_device) + torch_programs(workload, logits, labels)
+    programs = jax_programs(workload, *on_device, before)
+    programs += torch_programs(workload, logits, labels)
     programs.append(compile_program("copy", "copy", jnp.copy, on_device[0]))
     rows = measure(
         programs,
@@ -62,8 +74,7 @@ def losses_rows(workload: Workload, dtype: str, rounds: int, tick: Callable[[], 
         tick,
         section="losses",
         workload=workload.name,
-        head=workload.head,
-        gamma=workload.gamma,
+        kind=workload.kind,
         shape=workload.shape,
         dtype=dtype,
     )
@@ -77,23 +88,30 @@ def losses_rows(workload: Workload, dtype: str, rounds: int, tick: Callable[[], 
     return rows
 
 
-def growth_rows(
-    curve: str, size: int, workload: Workload, rounds: int, tick: Callable[[], None]
+def beside_plain(
+    workload: Workload,
+    before: ModuleType | None,
+    rounds: int,
+    tick: Callable[[], None],
+    **about: Any,
 ) -> Rows:
-    """Measure ours and autodiff of the plain formula at one point of a curve."""
+    """Measure ours and autodiff of the plain formula, value and gradient in float32."""
     logits, labels = jax.device_put(workload.inputs("float32"))
     programs = [
         compile_program(name, GRADIENT, in_mode(GRADIENT, loss), logits, labels)
-        for name, loss in losses(workload).items()
-        if name in (OURS, PLAIN)
+        for name, loss in losses(workload, before).items()
+        if name in (OURS, PLAIN, BEFORE)
     ]
-    about = {"section": "growth", "curve": curve, "size": size, "dtype": "float32"}
-    rows = measure(programs, rounds, tick, **about, shape=workload.shape)
-    return relate(rows, PLAIN, logits.nbytes)
+    about |= {"workload": workload.name, "shape": workload.shape, "dtype": "float32"}
+    return relate(measure(programs, rounds, tick, **about), PLAIN, logits.nbytes)
 
 
 def linear_rows(
-    shape: tuple[int, int, int], dtype: str, rounds: int, tick: Callable[[], None]
+    shape: tuple[int, int, int],
+    dtype: str,
+    before: ModuleType | None,
+    rounds: int,
+    tick: Callable[[], None],
 ) -> Rows:
     """Measure the vocabulary heads at `(positions, depth, classes)`."""
     positions, depth, classes = shape
@@ -101,47 +119,56 @@ def linear_rows(
     features = rng.standard_normal((positions, depth), np.float32).astype(dtype)
     kernel = (rng.standard_normal((depth, classes), np.float32) / depth**0.5).astype(dtype)
     labels = rng.integers(classes, size=positions, dtype=np.int32)
-    programs = linear_programs(*jax.device_put((features, kernel, labels)))
+    programs = linear_programs(*jax.device_put((features, kernel, labels)), before)
     rows = measure(programs, rounds, tick, section="linear", shape=shape, dtype=dtype)
     return relate(rows, OURS, positions * classes * features.itemsize)
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def _scaling_rows(devices: int, anchors: int, rounds: int, tick: Callable[[], None]) -> Rows:
+    del tick  # a process of its own
+    return scaling.rows(devices, anchors, rounds)
+
+
+def cases(options: argparse.Namespace, before: ModuleType | None) -> Iterator[Case]:
     """Yield what is to be measured, section by section."""
     quick, rounds = options.quick, options.rounds
+
+    def sized(workloads: Mapping[Any, Workload]) -> Iterator[tuple[Any, Workload]]:
+        return ((key, x.quick() if quick else x) for key, x in workloads.items())
+
     if "losses" in options.sections:
-        for name in options.workloads:
-            workload = WORKLOADS[name].quick() if quick else WORKLOADS[name]
+        for name, workload in sized({name: WORKLOADS[name] for name in options.workloads}):
             for dtype in options.dtype:
                 yield (
                     f"{name} {dtype}",
                     rounds,
-                    lambda tick, w=workload, d=dtype: losses_rows(w, d, rounds, tick),
+                    partial(losses_rows, workload, dtype, before, rounds),
                 )
-    if "growth" in options.sections:
-        for curve, workloads in growth(quick).items():
-            for size, workload in workloads.items():
-                yield (
-                    f"{curve}: {size:,}",
-                    rounds,
-                    lambda tick, at=(curve, size, workload): growth_rows(*at, rounds, tick),
-                )
+    if "family" in options.sections:
+        for name, workload in sized(FAMILY):
+            about = {"section": "family", "kind": workload.kind}
+            yield name, rounds, partial(beside_plain, workload, before, rounds, **about)
     if "linear" in options.sections:
         shape = (64, 16, 128) if quick else (2048, 512, 32_000)
         few = -(-rounds // 3)  # a call takes seconds
         for dtype in options.dtype:
-            yield (
-                f"linear head {dtype}",
-                few,
-                lambda tick, d=dtype: linear_rows(shape, d, few, tick),
-            )
+            yield f"linear head {dtype}", few, partial(linear_rows, shape, dtype, before, few)
+    if "growth" in options.sections:
+        for curve, workloads in growth(quick).items():
+            for size, workload in workloads.items():
+                about = {"section": "growth", "curve": curve, "size": size}
+                yield (
+                    f"{curve}: {size:,}",
+                    rounds,
+                    partial(beside_plain, workload, None, rounds, **about),
+                )
     if "scaling" in options.sections:
         anchors = 32 if quick else 50_000
         for devices in scaling.DEVICES:
             yield (
                 f"{devices} host devices",
                 0,
-                lambda tick, n=devices: scaling.rows(n, anchors, rounds),
+                partial(_scaling_rows, devices, anchors, rounds),
             )
 
 
@@ -195,6 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--rounds", type=int, help="timed calls of each program (15; quick: 3)")
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR", help="another checkout, to measure its losses too"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), metavar="DIR")
     parser.add_argument("--no-figures", action="store_true")
     return parser
@@ -205,14 +235,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     options.rounds = options.rounds or (3 if options.quick else 15)
     options.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"machine": machine(), "quick": options.quick, "rows": []}
+    about = machine() | ({"against": str(options.against)} if options.against else {})
+    results: dict[str, Any] = {"machine": about, "quick": options.quick, "rows": []}
 
-    todo = list(cases(options))
+    before = options.against and version_in(options.against.resolve())
+    todo = list(cases(options, before))
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
         total = progress.add_task("all", total=len(todo))
         for what, rounds, run in todo:
             task = progress.add_task(what, total=rounds or None)
-            results["rows"] += run(lambda task=task: progress.advance(task))
+            results["rows"] += run(tick=partial(progress.advance, task))
             progress.remove_task(task)
             progress.advance(total)
             # Each time: what was measured outlives whatever may break later.

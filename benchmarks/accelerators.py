@@ -6,6 +6,7 @@ of --out. Nothing runs and nothing is timed: "bound" is the time that the bytes 
 device's bandwidth, below which no run can come.
 
     make accelerators ARGS='--devices H200 v5e --workloads sigmoid anchors'
+    make accelerators ARGS='--pod'   # vocabulary heads and training steps on 1,024 TPUs
 """
 
 import argparse
@@ -14,7 +15,7 @@ import datetime
 import importlib.metadata
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,26 @@ import jax.numpy as jnp
 from rich.progress import Progress, TimeElapsedColumn
 
 import focal_jax
-from benchmarks import compilers, report
+from benchmarks import compilers, pod, report
 from benchmarks.measure import GRADIENT
 from benchmarks.peers import LINEAR, OURS, PLAIN, in_mode, linear_losses, losses
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import FAMILY, WORKLOADS
 
 DTYPES = ("float32", "bfloat16")
 RETINANET, HEAD = "retinanet", "linear head"
-NAMES = (*WORKLOADS, RETINANET, HEAD)
+LOSSES = WORKLOADS | FAMILY
+NAMES = (*LOSSES, RETINANET, HEAD)
+
+# How often the logits and the labels are read at least. A position's sums come before its
+# gradient. The slopes of a distribution need these sums, and are added up in their turn. So
+# are those of a region, which need the sums over all the positions.
+PASSES: Mapping[str, tuple[int, int]] = {
+    "elementwise": (1, 1),
+    "position": (2, 1),
+    "interval": (2, 1),
+    "distribution": (3, 2),
+    "region": (4, 3),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +67,13 @@ def _bytes(*arrays: jax.ShapeDtypeStruct) -> int:
 def workload_cases(name: str, dtype: str) -> Iterator[Case]:
     """Yield the implementations of a loss.
 
-    A sigmoid's logits and labels are read once and the gradient is written. A softmax needs
-    the sums over a position's classes before it can begin with their gradient: what has a
-    class axis is read twice.
+    What is a function of one logit reads it and its label once, and writes the gradient. What
+    has a class axis goes through it in passes, each of which needs what the last one added up.
     """
-    workload = WORKLOADS[name]
+    workload = LOSSES[name]
     logits, labels = workload.shapes(dtype)
-    fewest = {
-        "sigmoid": _bytes(logits, labels, logits),
-        "softmax": _bytes(logits, labels, logits, logits),
-        "soft": _bytes(logits, labels, logits, labels, logits),
-    }[workload.head]
+    of_logits, of_labels = PASSES[workload.kind]
+    fewest = _bytes(*[logits] * of_logits, *[labels] * of_labels, logits)
     for implementation, loss in losses(workload).items():
         if implementation in (OURS, PLAIN, "optax"):
             yield Case(
@@ -81,7 +90,7 @@ def workload_cases(name: str, dtype: str) -> Iterator[Case]:
 def _plain_retinanet(class_logits, box_regression, anchors, annotations):
     """Return RetinaNet's loss as one writes it: one-hot labels, and a mask for the ignored."""
     detection = focal_jax.detection
-    sigmoid = losses(WORKLOADS["sigmoid"])[PLAIN]
+    sigmoid = losses(LOSSES["sigmoid"])[PLAIN]
 
     def image(logits, offsets, annotations):
         matches = detection.match_anchors(anchors, annotations)
@@ -193,47 +202,77 @@ def _kilocycles(row: dict[str, Any]) -> str:
     return f"{row['cycles'] / 1e3:,.0f}" + "+" * bool(row["unestimated"])
 
 
-def tables(results: dict[str, Any]) -> list[report.Table]:
-    """Return a table for each device, and one for what could not be had."""
-    found = []
-    headings = (
-        "workload",
-        "dtype",
-        "implementation",
-        "kernels",
-        "MB",
-        "over fewest",
-        "temporaries",
-        "bound ms",
-        "kcycles",
-        "over plain",
+_HEADINGS = (
+    *("workload", "dtype", "implementation", "kernels", "MB", "over fewest"),
+    *("temporaries", "bound ms", "kcycles", "over plain"),
+)
+
+
+def _of_device(name: str, rows: Sequence[dict[str, Any]]) -> report.Table:
+    cells = [
+        (
+            row["workload"],
+            row["dtype"],
+            row["implementation"],
+            f"{row['kernels']:,}",
+            f"{row['bytes'] / 1e6:,.1f}",
+            f"{row['bytes_over_fewest']:.2f}",
+            f"{row['temporary_share']:.3f}",
+            f"{row['bound_seconds'] * 1e3:.3f}",
+            _kilocycles(row),
+            _two_places(row["cycles_over_plain"]),
+        )
+        for row in rows
+    ]
+    used = [i for i in range(len(_HEADINGS)) if any(row[i] != "-" for row in cells)]
+    cells = [tuple(row[i] for i in used) for row in cells]
+    bandwidth = compilers.DEVICES[name].bandwidth / 1e12
+    title = f"{name}, {GRADIENT}, as compiled; bound: the bytes at {bandwidth:.2f} TB/s"
+    return report.Table(title, [_HEADINGS[i] for i in used], cells, 3)
+
+
+def _two_places(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}"
+
+
+def _of_ours(rows: Sequence[dict[str, Any]]) -> report.Table:
+    """Return a line a workload: on each device the bytes over the fewest, of a TPU the cycles."""
+    ours = [row for row in rows if row["implementation"] in (OURS, LINEAR)]
+    ours = [row for row in ours if row["workload"] != HEAD or row["implementation"] == LINEAR]
+    found = {(row["device"], row["workload"], row["dtype"]): row for row in ours}
+    devices, lines = (
+        [*dict.fromkeys(x)]
+        for x in (
+            (row["device"] for row in ours),
+            ((row["workload"], row["dtype"]) for row in ours),
+        )
     )
-    rows = related(results["rows"])
-    for device in dict.fromkeys(row["device"] for row in rows):
-        bandwidth = compilers.DEVICES[device].bandwidth / 1e12
-        cells = [
-            (
-                row["workload"],
-                row["dtype"],
-                row["implementation"],
-                f"{row['kernels']:,}",
-                f"{row['bytes'] / 1e6:,.1f}",
-                f"{row['bytes_over_fewest']:.2f}",
-                f"{row['temporary_share']:.3f}",
-                f"{row['bound_seconds'] * 1e3:.3f}",
-                _kilocycles(row),
-                "-" if row["cycles_over_plain"] is None else f"{row['cycles_over_plain']:.2f}",
-            )
-            for row in report.select(rows, device=device)
-        ]
-        title = f"{device}, {GRADIENT}, as compiled; bound: the bytes at {bandwidth:.2f} TB/s"
-        used = [i for i in range(len(headings)) if any(row[i] != "-" for row in cells)]
-        cells = [tuple(row[i] for i in used) for row in cells]
-        found.append(report.Table(title, [headings[i] for i in used], cells, 3))
-    if results["missing"]:
-        lines = [(line,) for line in results["missing"]]
-        found.append(report.Table("Not compiled", ("",), lines, 1))
-    return found
+    columns = [(name, "bytes_over_fewest", name) for name in devices] + [
+        (name, "cycles_over_plain", f"{name} cycles")
+        for name in devices
+        if compilers.DEVICES[name].platform == "tpu"
+    ]
+
+    def cell(device: str, line: tuple[str, str], field: str) -> str:
+        return _two_places(found.get((device, *line), {}).get(field))
+
+    cells = [(*line, *(cell(name, line, field) for name, field, _ in columns)) for line in lines]
+    title = "focal_jax on every device: bytes over the fewest; of a TPU, cycles over the plain"
+    return report.Table(title, ["workload", "dtype", *(x for _, _, x in columns)], cells, 2)
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> list[report.Table]:
+    """Return a table for all devices, and one for each; or one for the programs of a pod."""
+    if any("program" in row for row in rows):
+        return [pod.table(rows)]
+    rows = related(rows)
+    devices = dict.fromkeys(row["device"] for row in rows)
+    each = [_of_device(name, report.select(rows, device=name)) for name in devices]
+    return [_of_ours(rows), *each] if each else []
+
+
+def _not_compiled(missing: Sequence[str]) -> list[report.Table]:
+    return [report.Table("Not compiled", ("",), [(x,) for x in missing], 1)] if missing else []
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -247,6 +286,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--only-ours", action="store_true", help="leave out what it is held to")
+    parser.add_argument(
+        "--pod",
+        nargs="*",
+        choices=pod.PROGRAMS,
+        metavar="PROGRAM",
+        help=f"instead, on a pod, all or some of: {', '.join(pod.PROGRAMS)}",
+    )
     parser.add_argument("--out", type=Path, default=Path("out/accelerators"), metavar="DIR")
     return parser
 
@@ -256,43 +302,56 @@ def _write(results: dict[str, Any], folder: Path) -> None:
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
 
 
+Work = tuple[str, Callable[[], dict[str, Any]]]  # what to compile, and how to make its row of it
+
+
+def _work(options: argparse.Namespace, missing: list[str]) -> Iterator[Work]:
+    """Yield what is to be compiled, and note the devices that there is no compiler for."""
+    if options.pod is not None:
+        for name in options.pod or pod.PROGRAMS:
+            yield name, partial(pod.row, name)
+        return
+    programs = list(cases(options.workloads, options.dtype))
+    if options.only_ours:
+        programs = [case for case in programs if case.implementation in (OURS, LINEAR)]
+    for name in options.devices:
+        try:
+            device = compilers.device(name)
+        except compilers.Unavailable as error:
+            missing.append(str(error))
+            continue
+        for case in programs:
+            what = f"{name} {case.workload} {case.dtype} {case.implementation}"
+            yield what, partial(row, device, case)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile everything, write results.json and results.md, and print the tables."""
     options = _parser().parse_args(arguments)
     compilers.prepare()
     options.out.mkdir(parents=True, exist_ok=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
+    rows, missing = [], []
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "versions": versions,
-        "rows": [],
-        "missing": [],
+        "rows": rows,
+        "missing": missing,
     }
-    programs = list(cases(options.workloads, options.dtype))
-    if options.only_ours:
-        programs = [case for case in programs if case.implementation in (OURS, LINEAR)]
-
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
-        task = progress.add_task("compile", total=len(options.devices) * len(programs))
-        for name in options.devices:
+        work = list(_work(options, missing))
+        task = progress.add_task("compile", total=len(work))
+        for what, make in work:
+            progress.update(task, description=what)
             try:
-                device = compilers.device(name)
+                rows.append(make())
             except compilers.Unavailable as error:
-                results["missing"].append(str(error))
-                progress.advance(task, len(programs))
-                continue
-            for case in programs:
-                what = f"{case.workload} {case.dtype} {case.implementation}"
-                progress.update(task, description=f"{name} {what}")
-                try:
-                    results["rows"].append(row(device, case))
-                except compilers.Unavailable as error:
-                    results["missing"].append(f"{what}: {error}")
-                progress.advance(task)
-            _write(results, options.out)
+                missing.append(f"{what}: {error}")
+            progress.advance(task)
+            _write(results, options.out)  # what was compiled outlives whatever may break later
 
     _write(results, options.out)
-    made = tables(results)
+    made = [*tables(rows), *_not_compiled(missing)]
     (options.out / "results.md").write_text(report.markdown(made), encoding="utf-8")
     report.show(made)
 

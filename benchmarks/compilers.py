@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -44,14 +44,15 @@ class Device:
         try:
             return topologies.get_topology_desc(self.topology, self.platform, **options).devices
         except Exception as error:  # each plugin raises in a way of its own
-            raise Unavailable(f"{self.name}: {_first_line(error)}") from error
+            raise Unavailable(f"{self.name}: {first_line(error)}") from error
 
 
 class Unavailable(Exception):
     """A compiler that is not installed, does not know a device or refuses a program."""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its name."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
@@ -250,7 +251,7 @@ def compile_for(device: Device, function: Callable, *args: Any) -> jax.stages.Co
     try:
         return jax.jit(function, in_shardings=one, out_shardings=one).lower(*args).compile()
     except Exception as error:
-        raise Unavailable(f"{device.name}: {_first_line(error)}") from error
+        raise Unavailable(f"{device.name}: {first_line(error)}") from error
 
 
 # ---------------------------------------------------------------- HLO
@@ -266,6 +267,12 @@ class Operation:
     operands: tuple[str, ...]
     attributes: str
     root: bool
+
+    @property
+    def scope(self) -> str:
+        """The name that it was traced under."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
 
     def called(self, attribute: str) -> str | None:
         """Return the computation that an attribute names, such as a loop's `body`."""
@@ -359,14 +366,55 @@ class Kernel:
         return self.times * int(found[1]) if found else 0
 
 
+def _read_of(name: str, whole: int, computation: Computation, computations: dict) -> int:
+    """Return the bytes that a computation reads of one of its arrays, which has `whole`."""
+    return min(
+        whole,
+        sum(
+            _read_by(user, i, whole, computation, computations)
+            for user in computation.values()
+            for i, operand in enumerate(user.operands)
+            if operand == name
+        ),
+    )
+
+
+def _read_by(
+    op: Operation, i: int, whole: int, computation: Computation, computations: dict
+) -> int:
+    """Return the bytes that an operation reads of its operand `i`, which has `whole`.
+
+    Of what it only slices, the slices count, and of what it puts a part in, nothing.
+    """
+    if i == 0 and op.op in _SLICES:
+        return min(whole, size(op.type))
+    if i == 0 and op.op == "dynamic-update-slice":
+        return 0
+    if op.op == "bitcast" and not op.root:
+        return _read_of(op.name, whole, computation, computations)
+    inner = computations.get(op.called("calls") or "", {})
+    for x in inner.values():
+        if x.op == "parameter" and x.attributes.startswith(f"({i})"):
+            return _read_of(x.name, whole, inner, computations)
+    return whole
+
+
+def _written_by(op: Operation, computation: Computation, computations: dict) -> int:
+    """Return the bytes that an operation writes: of an array that it puts a part in, the part."""
+    if op.op == "dynamic-update-slice":
+        return size(computation[op.operands[1]].type)
+    inner = computations.get(op.called("calls") or "", {})
+    parts = [(x, inner) for x in inner.values() if x.root]
+    if op.op in ("tuple", "bitcast"):
+        parts = [(computation[x], computation) for x in op.operands if x in computation]
+    parts = [_written_by(x, place, computations) for x, place in parts if x.op != "parameter"]
+    return min(size(op.type), sum(parts)) if parts else size(op.type)
+
+
 def _read_and_written(
     op: Operation, computation: Computation, computations: dict[str, Computation]
 ) -> tuple[int, int]:
-    """Return the bytes that an operation reads and writes.
-
-    Of an operand that a kernel only slices, the slices count; of a result that is an
-    operand with a part of it replaced, the part.
-    """
+    """Return the bytes that an operation reads and writes."""
     if op.op.endswith("-start"):  # its type names the operand once more, a slice's as the first
         operand = sum(size(computation[name].type) for name in op.operands)
         read = operand
@@ -374,36 +422,12 @@ def _read_and_written(
             _, (brought, _), *_ = _arrays(op.type)
             read = min(operand, brought)
         return read, max(0, size(op.type) - operand)
-    body = computations.get(op.called("calls") or "", {})
-    inner = list(body.values())
-    parameters = {
-        int(re.match(r"\((\d+)\)", x.attributes)[1]): x for x in inner if x.op == "parameter"
-    }
-    root = next((x for x in inner if x.root), op)
-    place = body if inner else computation
-    whole = place.get(root.operands[0]) if root.op == "dynamic-update-slice" else None
-    if root.op == "dynamic-update-slice":
-        written = size(place[root.operands[1]].type)
-    else:
-        written = size(op.type)
-    read = 0
-    for i, name in enumerate(op.operands):
-        operand = computation.get(name)
-        if operand is None:
-            continue
-        parameter = parameters.get(i)
-        users = [x for x in inner if parameter and parameter.name in x.operands]
-        if parameter is not None and parameter is whole:
-            continue
-        if not inner and whole is not None and i == 0:
-            continue
-        if users and all(x.op in _SLICES and x.operands[0] == parameter.name for x in users):
-            read += min(size(operand.type), sum(size(x.type) for x in users))
-        elif not inner and op.op in _SLICES and i == 0:
-            read += size(op.type)
-        else:
-            read += size(operand.type)
-    return read, written
+    read = sum(
+        _read_by(op, i, size(computation[name].type), computation, computations)
+        for i, name in enumerate(op.operands)
+        if name in computation
+    )
+    return read, _written_by(op, computation, computations)
 
 
 def _trips(loop: Operation, computations: dict[str, Computation]) -> int:
@@ -460,10 +484,19 @@ def kernels(hlo: str) -> list[Kernel]:
 _RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2}
 
 
-def sent(hlo: str) -> list[tuple[str, int, float]]:
-    """Return of each collective its name, the devices that it joins, and the bytes each sends.
+class Sent(NamedTuple):
+    """A collective."""
 
-    As rings send them; a collective's `-start` counts, and not its `-done`. A TPU writes a
+    name: str
+    devices: int  # that it joins
+    bytes: float  # that each of them sends, as in a ring
+    scope: str
+
+
+def sent(hlo: str) -> list[Sent]:
+    """Return the collectives of a module, a loop's as often as it runs.
+
+    A collective's `-start` counts, and not its `-done`. A TPU writes a
     reduce-scatter as an all-reduce within a fusion.
     """
     computations, _ = parse(hlo)
@@ -474,10 +507,22 @@ def sent(hlo: str) -> list[tuple[str, int, float]]:
         fused = [x for x in inner if x.op == "all-reduce"]
         op, name = (fused[0], "reduce-scatter") if fused else (op, op.op.removesuffix("-start"))
         if name in _RINGS:
-            group = re.search(r"replica_groups=\{\{([\d,]*)", op.attributes)[1].split(",")
-            share = _RINGS[name] * (len(group) - 1) / len(group)
-            found.append((name, len(group), kernel.times * share * size(op.type)))
+            devices = _group(op)
+            share = _RINGS[name] * (devices - 1) / devices
+            found.append(Sent(name, devices, kernel.times * share * size(op.type), op.scope))
     return found
+
+
+def _group(collective: Operation) -> int:
+    """Return how many devices a collective joins, in any of the ways in which HLO says so."""
+    text = collective.attributes
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)", text):
+        return listed[1].count(",") + 1
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(counted[1])
+    sizes, axes = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text).groups()
+    named = dict(re.findall(r"('\w+')=(\d+)", sizes))
+    return math.prod(int(named[axis]) for axis in axes.split(","))
 
 
 @dataclasses.dataclass(frozen=True)

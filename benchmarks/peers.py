@@ -1,10 +1,14 @@
 """The implementations that are measured side by side."""
 
+import importlib
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -15,33 +19,34 @@ from jax import Array
 
 import focal_jax
 from benchmarks.measure import MODES, VALUE, Program, compile_program
-from benchmarks.workloads import Workload
+from benchmarks.workloads import SIGMOID, SOFT, SOFTMAX, Workload
 
 # PLAIN is the formula as one writes it down, in the logits' dtype and without any mask.
 OURS, PLAIN, LINEAR = "focal_jax", "plain", "focal_jax linear"
+BEFORE, LINEAR_BEFORE = "before", "before, linear"  # another version of the package
 
 # ---------------------------------------------------------------- JAX
 
 
-def _plain_sigmoid(logits: Array, labels: Array, gamma: float) -> Array:
+def _plain_sigmoid(logits: Array, labels: Array, gamma: float = 2.0) -> Array:
     p = jax.nn.sigmoid(logits)
     p_t = labels * p + (1 - labels) * (1 - p)
     log_p_t = labels * jax.nn.log_sigmoid(logits) + (1 - labels) * jax.nn.log_sigmoid(-logits)
     return -((1 - p_t) ** gamma) * log_p_t
 
 
-def _plain_softmax(logits: Array, labels: Array, gamma: float, axis: int) -> Array:
+def _plain_softmax(logits: Array, labels: Array, axis: int, gamma: float = 2.0) -> Array:
     log_p = jax.nn.log_softmax(logits, axis)
     log_p_t = jnp.take_along_axis(log_p, jnp.expand_dims(labels, axis), axis)
     return -((1 - jnp.exp(log_p_t)) ** gamma) * log_p_t
 
 
-def _plain_soft(logits: Array, labels: Array, gamma: float, axis: int) -> Array:
+def _plain_soft(logits: Array, labels: Array, axis: int, gamma: float = 2.0) -> Array:
     log_p = jax.nn.log_softmax(logits, axis)
     return -jnp.sum(labels * (1 - jnp.exp(log_p)) ** gamma * log_p, axis)
 
 
-def _one_hot_softmax(logits: Array, labels: Array, gamma: float, axis: int) -> Array:
+def _one_hot_softmax(logits: Array, labels: Array, axis: int, gamma: float = 2.0) -> Array:
     """Return what Keras's `CategoricalFocalCrossentropy` computes of logits.
 
     The softmax, normalized once more and clipped by 1e-7, against one-hot or soft labels, in
@@ -55,24 +60,49 @@ def _one_hot_softmax(logits: Array, labels: Array, gamma: float, axis: int) -> A
     return jnp.sum((1 - p) ** gamma * (-y * jnp.log(p)), axis)
 
 
-def losses(workload: Workload) -> dict[str, Callable[[Array, Array], Array]]:
-    """Return the losses per position of every implementation in JAX."""
-    gamma, axis = workload.gamma, workload.axis
-    if workload.head == "sigmoid":
-        return {
-            OURS: partial(focal_jax.sigmoid_focal_loss, gamma=gamma),
-            PLAIN: partial(_plain_sigmoid, gamma=gamma),
-            "optax": partial(optax.losses.sigmoid_focal_loss, gamma=gamma),
-        }
-    ours, plain = {
-        "softmax": (focal_jax.softmax_focal_loss_with_integer_labels, _plain_softmax),
-        "soft": (focal_jax.softmax_focal_loss, _plain_soft),
-    }[workload.head]
-    return {
-        OURS: partial(ours, gamma=gamma, axis=axis),
-        PLAIN: partial(plain, gamma=gamma, axis=axis),
-        "one-hot": partial(_one_hot_softmax, gamma=gamma, axis=axis),
-    }
+_PLAIN = {SIGMOID: _plain_sigmoid, SOFTMAX: _plain_softmax, SOFT: _plain_soft}
+_PEERS = {
+    SIGMOID: {"optax": optax.losses.sigmoid_focal_loss},
+    SOFTMAX: {"one-hot": _one_hot_softmax},
+    SOFT: {"one-hot": _one_hot_softmax},
+}
+
+
+def losses(
+    workload: Workload, before: ModuleType | None = None
+) -> dict[str, Callable[[Array, Array], Array]]:
+    """Return the losses per position of every implementation in JAX.
+
+    What is nobody's three lines has the formula of `focal_jax.reference` for the plain one.
+    `before` is another version of the package, which may lack the loss.
+    """
+    name = workload.loss
+    plain = _PLAIN.get(name) or getattr(focal_jax.reference, name)
+    found = {OURS: getattr(focal_jax, name), PLAIN: plain, **_PEERS.get(name, {})}
+    if hasattr(before, name):
+        found[BEFORE] = getattr(before, name)
+    return {who: partial(loss, **workload.static) for who, loss in found.items()}
+
+
+def version_in(checkout: Path) -> ModuleType:
+    """Return the `focal_jax` of another checkout, beside the one that is imported already."""
+    package = focal_jax.__name__
+
+    def taken() -> dict[str, ModuleType]:
+        names = [name for name in sys.modules if name.partition(".")[0] == package]
+        return {name: sys.modules.pop(name) for name in names}
+
+    ours = taken()
+    sys.path.insert(0, str(checkout))
+    try:
+        found = importlib.import_module(package)
+        if not Path(found.__file__ or "").is_relative_to(checkout):
+            raise FileNotFoundError(f"{checkout}: got a folder without {package}")
+        return found
+    finally:
+        sys.path.remove(str(checkout))
+        taken()
+        sys.modules.update(ours)
 
 
 def in_mode(mode: str, loss: Callable[..., Array], argnums: Any = 0) -> Callable[..., Any]:
@@ -84,11 +114,13 @@ def in_mode(mode: str, loss: Callable[..., Array], argnums: Any = 0) -> Callable
     return total if mode == VALUE else jax.value_and_grad(total, argnums)
 
 
-def jax_programs(workload: Workload, logits: Array, labels: Array) -> list[Program]:
+def jax_programs(
+    workload: Workload, logits: Array, labels: Array, before: ModuleType | None = None
+) -> list[Program]:
     """Compile every implementation in JAX, in every mode."""
     return [
         compile_program(name, mode, in_mode(mode, loss), logits, labels)
-        for name, loss in losses(workload).items()
+        for name, loss in losses(workload, before).items()
         for mode in MODES
     ]
 
@@ -98,7 +130,7 @@ def jax_programs(workload: Workload, logits: Array, labels: Array) -> list[Progr
 
 def _torch_loss(torch, workload: Workload) -> Callable:
     """Return torchvision's `sigmoid_focal_loss`, or the like with a softmax."""
-    functional, gamma = torch.nn.functional, workload.gamma
+    functional, gamma = torch.nn.functional, workload.options.get("gamma", 2.0)
 
     def sigmoid(z, y):
         p = torch.sigmoid(z)
@@ -115,7 +147,7 @@ def _torch_loss(torch, workload: Workload) -> Callable:
         log_p = functional.log_softmax(z, workload.axis)
         return torch.sum(-y * (1 - torch.exp(log_p)) ** gamma * log_p, workload.axis)
 
-    return {"sigmoid": sigmoid, "softmax": softmax, "soft": soft}[workload.head]
+    return {SIGMOID: sigmoid, SOFTMAX: softmax, SOFT: soft}[workload.loss]
 
 
 def torch_programs(workload: Workload, logits: np.ndarray, labels: np.ndarray) -> list[Program]:
@@ -181,21 +213,28 @@ def torch_programs(workload: Workload, logits: np.ndarray, labels: np.ndarray) -
 # ---------------------------------------------------------------- the linear head
 
 
-def linear_losses(gamma: float = 2.0) -> dict[str, Callable[[Array, Array, Array], Array]]:
+def linear_losses(
+    before: ModuleType | None = None,
+) -> dict[str, Callable[[Array, Array, Array], Array]]:
     """Return the losses of `features @ kernel`: by way of the logits, and without them."""
 
     def of_logits(loss):
         return lambda features, kernel, labels: loss(features @ kernel, labels)
 
-    loss = losses(Workload("linear", "softmax", (), gamma=gamma))
-    linear = partial(focal_jax.linear_softmax_focal_loss_with_integer_labels, gamma=gamma)
-    return {name: of_logits(loss[name]) for name in (OURS, PLAIN)} | {LINEAR: linear}
+    loss = losses(Workload("linear", SOFTMAX, ()))
+    name = "linear_softmax_focal_loss_with_integer_labels"
+    linear = {LINEAR: getattr(focal_jax, name)}
+    if hasattr(before, name):
+        linear[LINEAR_BEFORE] = getattr(before, name)
+    return {name: of_logits(loss[name]) for name in (OURS, PLAIN)} | linear
 
 
-def linear_programs(features: Array, kernel: Array, labels: Array) -> list[Program]:
+def linear_programs(
+    features: Array, kernel: Array, labels: Array, before: ModuleType | None = None
+) -> list[Program]:
     """Compile the vocabulary heads."""
     return [
         compile_program(name, mode, in_mode(mode, head, (0, 1)), features, kernel, labels)
-        for name, head in linear_losses().items()
+        for name, head in linear_losses(before).items()
         for mode in MODES
     ]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.measure import GRADIENT, MODES, OPS, VALUE
-from benchmarks.peers import LINEAR, OURS, PLAIN
+from benchmarks.peers import BEFORE, LINEAR, LINEAR_BEFORE, OURS, PLAIN
 from benchmarks.workloads import SMALL
 
 Rows = list[dict[str, Any]]
@@ -96,8 +96,8 @@ class Goal(NamedTuple):
 LEAST, MOST = "\N{GREATER-THAN OR EQUAL TO}", "\N{LESS-THAN OR EQUAL TO}"
 
 
-# Of each head: the speed-up over the plain formula, and the temporaries over the logits.
-_BOUNDS = {"sigmoid": (3.0, 1.1), "softmax": (1.5, 1.3), "soft": (1.0, 1.5)}
+# Of each kind: the speed-up over the plain formula, and the temporaries over the logits.
+_BOUNDS = {"elementwise": (3.0, 1.1), "position": (1.5, 1.3), "distribution": (1.0, 1.5)}
 
 
 def _losses_goals(rows: Rows) -> list[Goal]:
@@ -105,7 +105,7 @@ def _losses_goals(rows: Rows) -> list[Goal]:
     (ours,) = select(rows, implementation=OURS, mode=GRADIENT)
     (value,) = select(rows, implementation=OURS, mode=VALUE)
     name = ours["workload"]
-    speedup, memory = (1.0, None) if name == SMALL else _BOUNDS[ours["head"]]
+    speedup, memory = (1.0, None) if name == SMALL else _BOUNDS[ours["kind"]]
     found = [
         Goal(f"{name}: speed-up over {PLAIN}", ours["speedup"], LEAST, speedup),
         Goal(f"{name}: speed-up over {PLAIN}, value alone", value["speedup"], LEAST, 1.0),
@@ -116,7 +116,7 @@ def _losses_goals(rows: Rows) -> list[Goal]:
     if ours["temporary_share"] is not None and memory is not None:
         what = f"{name}: temporaries over the logits"
         found.append(Goal(what, ours["temporary_share"], MOST, memory))
-    banned = ["scatter", "transpose"] + ["power"] * (ours["gamma"] % 1 == 0)
+    banned = ("scatter", "transpose", "power")
     count = sum(ours["ops"][op] for op in banned)
     return [*found, Goal(f"{name}: {', '.join(banned)}", count, MOST, 0)]
 
@@ -128,6 +128,48 @@ def _linear_goals(row: dict[str, Any]) -> list[Goal]:
         what = "linear head: temporaries over the logits"
         found.append(Goal(what, row["temporary_share"], MOST, 0.1))
     return found
+
+
+def _family_goals(row: dict[str, Any]) -> list[Goal]:
+    """Return the goals of a loss of the family, in its row."""
+    name = row["workload"]
+    bound, memory = (2.0, 0.05) if row["kind"] == "elementwise" else (1.0, None)
+    found = [Goal(f"{name}: speed-up over {PLAIN}", row["speedup"], LEAST, bound)]
+    if row["temporary_share"] is not None and memory is not None:
+        found.append(
+            Goal(f"{name}: temporaries over the logits", row["temporary_share"], MOST, memory)
+        )
+    return found
+
+
+def _against(results: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
+    """Return the rows of ours that another version has too, and the speed-up over that one."""
+    names = {OURS: BEFORE, LINEAR: LINEAR_BEFORE}
+    key = ("section", "workload", "dtype", "mode")
+    found = []
+    for ours in results["rows"]:
+        before = names.get(ours["implementation"])
+        same = {name: ours.get(name) for name in key}
+        for row in select(results["rows"], implementation=before, **same) if before else ():
+            found.append((ours, row["seconds"]["median"] / ours["seconds"]["median"]))
+    return found
+
+
+def _against_goals(results: dict[str, Any]) -> list[Goal]:
+    """Return that nothing is slower than before; a tenth is what two equal programs differ by."""
+    found = [
+        Goal(f"{_label(row)}, {row['mode']}: speed-up over {BEFORE}", ratio, LEAST, 0.9)
+        for row, ratio in _against(results)
+        if row["dtype"] == "float32"
+    ]
+    if found:
+        mean = statistics.geometric_mean(goal.measured for goal in found)
+        found.append(Goal(f"geometric mean of the speed-ups over {BEFORE}", mean, LEAST, 1.0))
+    return found
+
+
+def _label(row: dict[str, Any]) -> str:
+    return row.get("workload") or row["implementation"]
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
@@ -144,15 +186,17 @@ def goals(results: dict[str, Any]) -> list[Goal]:
         return [Goal(what.format(row["workload"]), row["copy_share"], LEAST, 0.7) for row in ours]
     found = [goal for row in ours for goal in _losses_goals(select(rows, workload=row["workload"]))]
     speedups = [
-        row["speedup"] for row in ours if row["head"] == "softmax" and row["workload"] != SMALL
+        row["speedup"] for row in ours if row["kind"] == "position" and row["workload"] != SMALL
     ]
     if speedups:
         mean = statistics.geometric_mean(speedups)
         found.append(Goal("softmax: geometric mean of the speed-ups", mean, LEAST, 2.5))
+    for row in select(results["rows"], section="family", implementation=OURS):
+        found += _family_goals(row)
     chosen = {"dtype": "float32", "implementation": LINEAR, "mode": GRADIENT}
     for row in select(results["rows"], section="linear", **chosen):
         found += _linear_goals(row)
-    return found
+    return found + _against_goals(results)
 
 
 # ---------------------------------------------------------------- tables
@@ -252,6 +296,25 @@ def _growth(results: dict[str, Any]) -> list[Table]:
     return [Table(f"Growth, {GRADIENT}, float32", headings, cells, 2)] if rows else []
 
 
+def _family(results: dict[str, Any]) -> list[Table]:
+    cells = [
+        (f"{row['workload']} {_shape(row['shape'])}", row["implementation"], *_cost(row))
+        for row in select(results["rows"], section="family")
+    ]
+    headings = ("loss", "implementation", *_COST, *_COMPILED)
+    return [Table(f"Family, {GRADIENT}, float32", headings, cells, 2)] if cells else []
+
+
+def _before(results: dict[str, Any]) -> list[Table]:
+    cells = [
+        (_label(row), row["dtype"], row["mode"], _ms(row["seconds"]["median"]), _ratio(ratio))
+        for row, ratio in _against(results)
+    ]
+    headings = ("workload", "dtype", "mode", "median ms", "speed-up")
+    title = f"Against another version: {results['machine'].get('against')}"
+    return [Table(title, headings, cells, 3)] if cells else []
+
+
 def _linear(results: dict[str, Any]) -> list[Table]:
     rows = select(results["rows"], section="linear")
     if not rows:
@@ -294,7 +357,9 @@ def tables(results: dict[str, Any]) -> list[Table]:
     return [
         _machine(results),
         *_goals(results),
+        *_before(results),
         *_losses(results),
+        *_family(results),
         *_linear(results),
         *_growth(results),
         *_scaling(results),
@@ -334,6 +399,7 @@ def markdown(tables: Sequence[Table]) -> str:
 _COLOURS = {
     OURS: "#0072b2",
     PLAIN: "#d55e00",
+    BEFORE: "#56b4e9",
     "optax": "#cc79a7",
     "one-hot": "#009e73",
     "torch": "#999999",

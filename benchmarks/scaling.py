@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.measure import GRADIENT, compile_program, measure, relate
 from benchmarks.peers import OURS, PLAIN, in_mode, losses
-from benchmarks.workloads import Workload
+from benchmarks.workloads import SOFTMAX, Workload
 
 DEVICES = (1, 2, 4, 8)
 
@@ -28,7 +28,7 @@ def _rows(devices: int, anchors: int, rounds: int) -> list[dict[str, Any]]:
     rows = []
     # Eight images in all, or one image for each device.
     for kind, images in (("strong", max(DEVICES)), ("weak", devices)):
-        workload = Workload(kind, "softmax", (images, anchors, 21))
+        workload = Workload(kind, SOFTMAX, (images, anchors, 21))
         logits, labels = jax.device_put(workload.inputs("float32"), batch)
         programs = [
             compile_program(name, GRADIENT, in_mode(GRADIENT, loss), logits, labels)

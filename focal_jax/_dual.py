@@ -1,31 +1,68 @@
 """Dual focal loss: it also looks at the class that comes next below the true one."""
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _inputs, _scalar
+from focal_jax import _checks, _inputs, _scalar
 from focal_jax._class_sums import ClassSums, classes_along, kept, picked
+from focal_jax._largest_apart import no_tangent, places
 from focal_jax._position import position
 from focal_jax._scalar import Terms
 from focal_jax._softmax_integer import integer_head
 from focal_jax._varying import aligned_varying
 
 
-def _place_below(axis: int, logits: Array, true: Array, where: Array | None) -> Array:
-    """Return the place of the largest logit that is less than the true one's."""
+class _Next(NamedTuple):
+    """The largest logit that is less than the true one's, -inf where there is none."""
+
+    z: Array
+    place: Array
+
+
+def _below_in_passes(axis: int, z: Array) -> _Next:
+    """Return the largest entry, the first of several, as a CPU likes it."""
+    if not z.shape[axis]:
+        none = jnp.sum(z, axis, keepdims=True)
+        return _Next(none, jnp.zeros_like(none, jnp.int32))
+    place = jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
+    return _Next(picked(z, place, axis), place)
+
+
+def _below_in_one_pass(axis: int, z: Array) -> _Next:
+    """Return the same by one reduction, which reads the logits once and looks nothing up."""
+
+    def larger(a, b):
+        (z_a, place_a), (z_b, place_b) = a, b
+        first = (z_a > z_b) | ((z_a == z_b) & (place_a < place_b))
+        return jnp.where(first, z_a, z_b), jnp.where(first, place_a, place_b)
+
+    nothing = jnp.asarray(-jnp.inf, z.dtype), jnp.int32(_checks.INT32.max)
+    found = lax.reduce((z, places(z, axis)), nothing, larger, (axis,))
+    return _Next(*(jnp.expand_dims(x, axis) for x in found))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _next_below(axis: int, logits: Array, true: Array, where: Array | None) -> _Next:
     z = kept(logits, where)
     below = jnp.where(z < true, z, -jnp.inf)
-    if not z.shape[axis]:
-        return jnp.zeros_like(true, jnp.int32)
-    return jnp.argmax(below, axis, keepdims=True).astype(jnp.int32)
+    on_cpu, elsewhere = (partial(form, axis) for form in (_below_in_passes, _below_in_one_pass))
+    return lax.platform_dependent(below, cpu=on_cpu, default=elsewhere)
 
 
-def _largest_below(axis: int, logits: Array, true: Array, where: Array | None) -> Array:
-    """Return the largest logit that is less than the true one's; -inf where there is none."""
-    z = picked(kept(logits, where), _place_below(axis, logits, true, where), axis)
-    return jnp.where(z < true, z, -jnp.inf)
+@_next_below.defjvp
+def _next_below_jvp(axis, primals, tangents):
+    found, dz = _next_below(axis, *primals), kept(tangents[0], primals[2])
+    dz = jnp.where(found.z == -jnp.inf, 0, picked(dz, found.place, axis))
+    return found, _Next(dz, no_tangent(found.place))
+
+
+def _largest_below(axis: int, *args) -> Array:
+    return _next_below(axis, *args).z
 
 
 def _below_forward(axis, *args):
@@ -35,7 +72,7 @@ def _below_forward(axis, *args):
 def _below_backward(axis, args, ct):
     # A comparison with the place, where the derivative of picking is a scatter.
     logits, true, where = args
-    at = classes_along(logits, axis) == _place_below(axis, logits, true, where)
+    at = classes_along(logits, axis) == _next_below(axis, logits, true, where).place
     ct = _inputs.keep(jnp.where(at & (kept(logits, where) < true), ct, 0), where)
     return ct.astype(logits.dtype), jnp.zeros_like(true), None
 

@@ -37,7 +37,8 @@ class Row(NamedTuple):
     apart: Apart  # of exp(logit - top)
 
 
-def _no_tangent(x: Array) -> Any:
+def no_tangent(x: Array) -> Any:
+    """Return the tangent that JAX has for integers."""
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
@@ -66,7 +67,8 @@ def _winner_first(size_a, a: Apart, size_b, b: Apart) -> tuple[Apart, Apart]:
     return Apart(*(x for x, _ in pairs)), Apart(*(y for _, y in pairs))
 
 
-def _places(v: Array, axis: int) -> Array:
+def places(v: Array, axis: int) -> Array:
+    """Return the place of each entry along the axis."""
     # Added to an array of its own kind, so that on a mesh it is spread as the entries are.
     return classes_along(v, axis) + jnp.zeros_like(v, jnp.int32)
 
@@ -98,7 +100,7 @@ def in_one_pass(axis: int, v: Array, beside: Any) -> tuple[Apart, Any]:
     zero = jnp.zeros((), v.dtype)
     none = jax.tree.map(lambda x: jnp.zeros((), x.dtype), beside)
     of_nothing = Apart(jnp.int32(_checks.INT32.max), zero, zero), none
-    operands = Apart(_places(v, axis), v, jnp.zeros_like(v)), beside
+    operands = Apart(places(v, axis), v, jnp.zeros_like(v)), beside
     return _reduced(axis, operands, of_nothing, joined)
 
 
@@ -114,7 +116,7 @@ def _largest_apart_jvp(form, axis, primals, tangents):
     dv, d_beside = tangents
     total = partial(jnp.sum, axis=axis, keepdims=True)
     rest = total(without(dv, classes_along(dv, axis), apart.place))
-    d_apart = Apart(_no_tangent(apart.place), picked(dv, apart.place, axis), rest)
+    d_apart = Apart(no_tangent(apart.place), picked(dv, apart.place, axis), rest)
     return (apart, sums), (d_apart, jax.tree.map(total, d_beside))
 
 
@@ -141,7 +143,7 @@ def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
     of_nothing = Row(zero + least, Apart(jnp.int32(_checks.INT32.max), zero, zero))
     # Of a class alone, exp(logit - top) is 1, or 0 for one that is switched off.
     one = jnp.where(z == -jnp.inf, 0, jnp.ones_like(z))
-    operands = Row(jnp.maximum(z, least), Apart(_places(z, axis), one, jnp.zeros_like(z)))
+    operands = Row(jnp.maximum(z, least), Apart(places(z, axis), one, jnp.zeros_like(z)))
     return _reduced(axis, operands, of_nothing, joined)
 
 
@@ -160,7 +162,7 @@ def _row_jvp(axis, primals, tangents):
     return Row(top, apart), Row(
         jnp.zeros_like(top),
         Apart(
-            _no_tangent(apart.place),
+            no_tangent(apart.place),
             apart.own * picked(dz, apart.place, axis),
             jnp.sum(e * dz, axis, keepdims=True),
         ),

@@ -20,8 +20,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import focal_jax
-from benchmarks import accelerators, compilers
+from benchmarks import accelerators, compilers, pod
 from benchmarks.peers import LINEAR, OURS, PLAIN
+from benchmarks.workloads import FAMILY, WORKLOADS
+from focal_jax import _catalogue
 
 ROOT = Path(__file__).parents[1]
 INSTALLED = compilers.installed()
@@ -72,8 +74,51 @@ LIMITS = [
     Limits("v5e", "vocabulary", "float32", 1.40, 0.02, cycles=0.50, kernels=16),
     Limits("v5e", "vocabulary", "bfloat16", 1.40, 0.02, cycles=0.65, kernels=16),
     Limits("v5e", "segmentation", "float32", 1.60, 0.1, cycles=0.50, kernels=16),
+    Limits("H200", "soft", "float32", 1.30, 0.5),
+    Limits("H200", "soft", "bfloat16", 1.50, 0.9),
+    Limits("H200", "soft-imagenet", "float32", 1.05, 0.02),
+    Limits("H200", "soft-imagenet", "bfloat16", 1.90, 2.1),  # writes the probabilities out, wide
 ]
 # fmt: on
+
+# Of the family, by kind, the classes of a position's loss and dtype.
+_FAMILY = {
+    ("elementwise", "float32"): (1.05, 0.01, 3),
+    ("elementwise", "bfloat16"): (1.05, 0.01, 3),
+    ("position 21", "float32"): (1.35, 0.2, 6),
+    ("position 21", "bfloat16"): (1.60, 0.4, 6),
+    ("position 1000", "float32"): (1.05, 0.02, 6),
+    ("position 1000", "bfloat16"): (1.10, 0.02, 6),
+    # Two cross entropies, each with its own sums: what a position keeps is as much as its row.
+    ("interval", "float32"): (2.25, 0.75, 10),
+    ("interval", "bfloat16"): (3.05, 1.45, 10),
+    # The probabilities and what they lack of 1 are written out for the sums of the classes.
+    ("region", "float32"): (1.55, 1.3, 12),
+    ("region", "bfloat16"): (1.40, 0.8, 12),
+}
+# The class that comes next below the true one is found in a pass of its own, after the sums.
+_DUAL = {
+    ("position 21", "float32"): (1.85, 0.45, 7),
+    ("position 21", "bfloat16"): (2.30, 0.90, 7),
+    ("position 1000", "float32"): (1.40, 0.02, 6),
+    ("position 1000", "bfloat16"): (1.40, 0.02, 6),
+}
+
+
+def _of_the_family():
+    for name, workload in FAMILY.items():
+        dual = workload.loss == "dual_focal_loss_with_integer_labels"
+        kind = workload.kind
+        if kind == "position":
+            kind += f" {workload.shape[workload.axis]}"
+        for dtype in accelerators.DTYPES:
+            most, temporaries, kernels = (_DUAL if dual else _FAMILY)[kind, dtype]
+            yield Limits("H200", name, dtype, most, temporaries, kernels=kernels)
+            if kind == "elementwise":
+                yield Limits("v5e", name, dtype, most, temporaries, kernels=2)
+
+
+LIMITS += _of_the_family()
 RETINANET_CYCLES = {"float32": 6e6, "bfloat16": 6e6}  # of a v5e
 
 
@@ -303,10 +348,22 @@ def test_an_unknown_device_is_one_line_and_the_rest_is_written(tmp_path):
     assert line in (tmp_path / "results.md").read_text()
 
 
+def test_every_loss_of_the_catalogue_has_limits():
+    measured = {
+        (WORKLOADS | FAMILY)[limits.workload].loss
+        for limits in LIMITS
+        if limits.workload in WORKLOADS | FAMILY
+    }
+    linear = {loss.name for loss in _catalogue.LOSSES if loss.kind == "linear"}
+    assert measured | linear == {loss.name for loss in _catalogue.LOSSES}
+
+
 def test_the_fewest_bytes_are_what_is_read_and_written():
     logits = 400_000 * 21 * 2
     assert case_of("anchors", "bfloat16").fewest_bytes == 3 * logits + 400_000 * 4
-    assert case_of("soft", "bfloat16").fewest_bytes == 5 * logits
+    assert case_of("soft", "bfloat16").fewest_bytes == 6 * logits
+    logits = 4 * 21 * 256 * 256 * 2
+    assert case_of("focal-tversky-loss", "bfloat16").fewest_bytes == 8 * logits
     logits = 400_000 * 20 * 2
     assert case_of("sigmoid", "bfloat16").fewest_bytes == 3 * logits
     assert case_of("sigmoid, int8 labels", "bfloat16").fewest_bytes == 2 * logits + logits // 2
