@@ -232,8 +232,8 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "logits, class parallel": partial(head, "logits", 8),
     "linear head, data parallel": partial(head, "linear", 1),
     "linear head, class parallel": partial(head, "linear", 8),
-    "detector's step": detector,
-    "transformer's step": transformer,
+    "detector step": detector,
+    "transformer step": transformer,
 }
 
 

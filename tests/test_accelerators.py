@@ -6,8 +6,10 @@ output is read is tested.
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 
@@ -15,9 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import focal_jax
 from benchmarks import accelerators, compilers, pod
@@ -216,48 +215,60 @@ def test_every_device_compiles(device):
 # ---------------------------------------------------------------- a pod
 
 
-def _vocabulary(slices, tokens=4096, depth=4096, classes=2**18):
-    """Return the bytes that a device of 1,024 sends, with the classes cut into `slices`."""
+@cache
+def on_the_pod(name):
     try:
-        compilers.device("v5p")
+        return pod.row(name)
     except compilers.Unavailable as error:
         pytest.skip(str(error))
-    devices = topologies.get_topology_desc("v5p:8x8x16", "tpu").devices
-    mesh = Mesh(np.array(devices).reshape(-1, slices), ("data", "model"))
 
-    def share(kernel, features, labels):
-        features = lax.all_gather(features, "model", tiled=True)
-        losses = focal_jax.softmax_focal_loss_with_integer_labels(
-            jnp.matmul(features, kernel), labels, class_axis_name="model"
-        )
-        return lax.pmean(focal_jax.reduce_loss(losses), "data")
 
-    specs = P(None, "model"), P(("data", "model")), P("data")
-    mapped = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P())
-    shapes = (depth, classes), (mesh.size * tokens, depth), (mesh.size * tokens,)
-    args = [
-        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-        for shape, dtype, spec in zip(shapes, ("bfloat16", "bfloat16", "int32"), specs)
-    ]
-    compiled = jax.jit(jax.value_and_grad(mapped, (0, 1))).lower(*args).compile()
-    return compilers.sent(compiled.as_text())
+SCALING = (ROOT / "docs" / "scaling.md").read_text()
+COMPILED = dict(re.findall(r"^\| ([a-z, ]+) \| ([\d., %|]+) \|$", SCALING, re.MULTILINE))
+
+
+def test_the_guide_has_every_program_of_the_pod():
+    assert list(COMPILED) == list(pod.PROGRAMS)
+
+
+@pytest.mark.accelerators
+@pytest.mark.slow
+@needs_compilers
+@pytest.mark.parametrize("name", pod.PROGRAMS)
+def test_a_program_on_the_pod_is_what_the_guide_says(name):
+    (_, *cells), *_ = pod.table([on_the_pod(name)]).rows
+    for got, stated in zip(cells, COMPILED[name].split(" | "), strict=True):
+        close = {"atol": 3} if stated.endswith("%") else {"rtol": 0.1, "atol": 0.02}
+        got, stated = (float(cell.rstrip("%").replace(",", "")) for cell in (got, stated))
+        np.testing.assert_allclose(got, stated, **close)
 
 
 @pytest.mark.accelerators
 @needs_compilers
-def test_a_pod_sends_what_the_paper_says():
+@pytest.mark.parametrize("head", ["logits", "linear head"])
+def test_a_pod_sends_what_the_paper_says(head):
     """The table of docs/scaling.md, "On paper", eight slices of the classes."""
-    sent = _vocabulary(8)
-    megabytes = {name: 0.0 for name, _, _ in sent}
-    for name, devices, count in sent:
-        key = "scores" if name == "all-reduce" and devices == 8 else name
-        megabytes[key] = megabytes.get(key, 0) + count / 1e6
-    assert {devices for _, devices, _ in sent} <= {8, 128, 1024}
-    np.testing.assert_allclose(
-        megabytes["all-gather"] + megabytes["reduce-scatter"], 469.8, rtol=0.01
-    )
+    row = on_the_pod(f"{head}, class parallel")
+    megabytes = Counter()
+    for x in row["sent"]:
+        scores = x["name"] == "all-reduce" and x["devices"] == 8
+        megabytes["scores" if scores else x["name"]] += x["bytes"] / 1e6
+    assert {x["devices"] for x in row["sent"]} <= {8, 128, 1024}
+    features = megabytes["all-gather"] + megabytes["reduce-scatter"]
+    np.testing.assert_allclose(features, 469.8, rtol=0.01)
     np.testing.assert_allclose(megabytes["scores"], 0.7, atol=0.05)
     np.testing.assert_allclose(megabytes["all-reduce"], 532.7, rtol=0.01)
+    assert row["loss_sent_bytes"] > 0.99 * row["sent_bytes"]
+
+
+@pytest.mark.accelerators
+@needs_compilers
+def test_the_linear_head_on_a_pod_sends_the_kernels_gradient_once():
+    row = on_the_pod("linear head, data parallel")
+    large = [x for x in row["sent"] if x["bytes"] > 1e6]
+    assert [(x["name"], x["devices"]) for x in large] == [("all-reduce", 1024)]
+    np.testing.assert_allclose(row["sent_bytes"] / 1e6, 4290.8, rtol=0.001)
+    assert row["temporaries"] < 0.1 * 4096 * 2**18 * 2  # of a device's logits
 
 
 # ---------------------------------------------------------------- how the output is read
@@ -356,6 +367,36 @@ def test_every_loss_of_the_catalogue_has_limits():
     }
     linear = {loss.name for loss in _catalogue.LOSSES if loss.kind == "linear"}
     assert measured | linear == {loss.name for loss in _catalogue.LOSSES}
+
+
+COLLECTIVES = """HloModule m
+
+ENTRY %main (z: f32[8,128], w: f32[4,8,128]) -> (f32[8,128], f32[4,8,128]) {
+  %z = f32[8,128]{1,0} parameter(0), metadata={op_name="z"}
+  %w = f32[4,8,128]{2,1,0} parameter(1), metadata={op_name="jvp(focal_loss)/w"}
+  %n = f32[8,128]{1,0} negate(%z)
+  %a = (f32[8,128]{1,0}, f32[4,8,128]{2,1,0}) all-reduce(%n, %w), replica_groups=GROUPS, to=%add
+  %x = f32[8,128]{1,0} get-tuple-element(%a), index=0
+  %y = f32[4,8,128]{2,1,0} get-tuple-element(%a), index=1
+  ROOT %t = (f32[8,128]{1,0}, f32[4,8,128]{2,1,0}) tuple(%x, %y)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        "{{0,1,2,3},{4,5,6,7}}",
+        "[2,4]<=[8]",
+        "mesh['axis_0'=2,'axis_1'=4] {'axis_1'}",
+        "mesh['a'=2,'b'=2,'c'=2] {'a','c'}",
+    ],
+)
+def test_what_is_sent_together_is_told_apart(groups):
+    text = COLLECTIVES.replace("GROUPS", groups)
+    one, other = compilers.sent(text)
+    assert one == ("all-reduce", 4, 2 * 3 / 4 * ARRAY, "z")
+    assert other == ("all-reduce", 4, 2 * 3 / 4 * 4 * ARRAY, "jvp(focal_loss)/w")
 
 
 def test_the_fewest_bytes_are_what_is_read_and_written():
