@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = compilers.DEVICES
-    parser.add_argument("--devices", nargs="+", default=list(known), metavar="NAME")
+    parser.add_argument("--devices", nargs="*", default=list(known), metavar="NAME")
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument(
@@ -290,6 +290,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="NAME",
         help="leave out what it is held to, on these devices or on all",
+    )
+    parser.add_argument(
+        "--join",
+        nargs="+",
+        type=Path,
+        default=(),
+        metavar="JSON",
+        help="results.json of other runs, to be in the tables too",
     )
     parser.add_argument(
         "--pod",
@@ -336,7 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compilers.prepare()
     options.out.mkdir(parents=True, exist_ok=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
-    rows, missing = [], []
+    before = [json.loads(path.read_text(encoding="utf-8")) for path in options.join]
+    rows, missing = ([x for run in before for x in run[key]] for key in ("rows", "missing"))
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "versions": versions,
