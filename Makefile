@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 COMPILERS := .venv-accelerators
 WORKERS ?= 2
 
-.PHONY: demo ablation test lint types bench accelerators test-accelerators clean
+.PHONY: demo ablation test lint types docs figures bench accelerators test-accelerators clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.retinanet_digits $(ARGS)
@@ -25,6 +25,14 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site, in out/site: built strictly, then looked through by its tests.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m pytest -q tests/test_site.py -m slow
+
+figures: $(READY)
+	$(BIN)/python docs/figures.py
+
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -39,6 +47,10 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 # Beside the JAX that the tests have. A compiler that this platform has no wheel of is left out,

@@ -240,8 +240,7 @@ def test_a_held_weight_to_60_digits(name, flags):
     arrays = {"logits": np.asarray(z), "labels": np.asarray(y)}
     options = {k: o.default for k, o in LOSSES[name].options.items() if o.default is not None}
     arrays |= {k: np.full(z.shape, v, np.float32) for k, v in options.items()}
-    values, want = truth.evaluate(LOSSES[name], arrays | flags)
-    _, sizes = truth.evaluate(LOSSES[name], arrays | flags, sizes=True)
+    values, want, sizes = truth.evaluate(LOSSES[name], arrays | flags)
     function = getattr(focal_jax, name)
     tiny = float(np.finfo(np.float32).tiny)
     assert truth.worst_error(function(z, y, **flags), values, tiny) < 1e-5
@@ -473,20 +472,6 @@ def test_16_bits_are_computed_in_32(name, dtype):
     assert by_logits.dtype == dtype
 
 
-def _tversky_truth(logits, labels, options):
-    """Return the losses of the classes and their derivatives in the logits, to 60 digits."""
-    with mpmath.workdps(truth.DIGITS + int(np.ptp(logits))):
-        x, _ = truth._numbers({"logits": np.asarray(logits)[None]}, 1)
-        z, y = x["logits"][0], np.vectorize(truth.exact, otypes=[object])(labels)
-        e = truth.OPERATIONS.exp(z)
-        p = e / e.sum(-1, keepdims=True)
-        counts = [(a * b).sum(0) for a, b in ((p, y), (1 - p, y), (p, 1 - y))]
-        numbers = [truth.exact(np.float32(v)) for v in options.values()]
-        losses = reference.FORMULAS["focal_tversky_loss"](truth.OPERATIONS, *counts, *numbers)
-        slopes = np.array([n.slopes[0].reshape(z.shape) for n in losses])
-        return np.array([n.value for n in losses]), slopes
-
-
 @pytest.mark.parametrize("reach", [3, 30, 80])
 @pytest.mark.parametrize("gamma", [0.75, 1.3, 2.0])
 def test_tversky_to_60_digits(reach, gamma):
@@ -497,7 +482,11 @@ def test_tversky_to_60_digits(reach, gamma):
         logits += reach * (labels if confident else np.roll(labels, 1, 0))
         logits = logits.astype(np.float32)
         options = {"alpha": 0.7, "beta": 0.3, "gamma": gamma, "smooth": 1.0}
-        values, slopes = _tversky_truth(logits, labels, options)
+        numbers = {name: np.float32(x) for name, x in options.items()}
+        found = truth.evaluate(
+            LOSSES["focal_tversky_loss"], {"logits": logits, "labels": labels} | numbers
+        )
+        values, slopes = found.losses, found.slopes["logits"]
         loss = lambda z: focal_jax.focal_tversky_loss(z, labels, gamma=gamma)  # noqa: E731
         tiny = float(np.finfo(np.float32).tiny)
         assert truth.worst_error(loss(logits), values, tiny) < 1e-5

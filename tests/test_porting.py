@@ -93,6 +93,27 @@ def low_quality_matches():
     return np.where(forced, best, matches)
 
 
+def corner_anchors():
+    """Return torchvision's anchors, one at a time."""
+    rows = []
+    for level in range(3, 8):
+        cells = [-(-size // 2**level) for size in image_shape]
+        steps = [size // n for size, n in zip(image_shape, cells)]
+        for y, x, ratio, octave in itertools.product(*map(range, cells), (0.5, 1, 2), range(3)):
+            side = int(4 * 2**level * 2 ** (octave / 3))
+            half = np.round(np.array([side / ratio**0.5, side * ratio**0.5]) / 2)
+            center = np.array([x * steps[1], y * steps[0]])
+            rows.append([*(center - half), *(center + half)])
+    return np.array(rows)
+
+
+def encoded(boxes, anchors):
+    """Return torchvision's offsets."""
+    (w, h), (aw, ah) = ((b[:, 2:] - b[:, :2]).T for b in (boxes, anchors))
+    (x, y), (ax, ay) = ((b[:, 2:] + b[:, :2]).T / 2 for b in (boxes, anchors))
+    return np.stack([(x - ax) / aw, (y - ay) / ah, np.log(w / aw), np.log(h / ah)], 1)
+
+
 def anchors_of_an_image():
     """Return pytorch-retinanet's anchors, one at a time."""
     rows = []
@@ -122,6 +143,9 @@ quality = np.where(positive, np.array([0.7, 0.0, 0.4, 0.9])[:, None], 0)
 heat = np.where(positive & (np.arange(N) == 0)[:, None], 1, rng.uniform(0, 0.95, (N, C)))
 distance = np.array([0.0, 0.3, 1.7, 1.0])
 num_boxes = 3.0
+tokens = np.array([0, -100, 1, -100])
+counts = np.array([900.0, 90.0, 10.0])
+matched_boxes = anchors + rng.uniform(-1, 1, anchors.shape)
 detached = (0.75 * sigmoid(logits) ** 2 * ~positive + quality) * entropy(logits, quality)
 mal = np.where(positive, 1, sigmoid(logits) ** 1.5) * entropy(logits, quality**1.5)
 
@@ -168,6 +192,9 @@ INPUTS = {
     "heat": heat,
     "distance": distance,
     "num_boxes": num_boxes,
+    "tokens": tokens,
+    "counts": counts,
+    "matched": matched_boxes,
     "scores": scores,
     "labels": labels,
     "target": labels[:, None],
@@ -232,6 +259,10 @@ EXPECTED = {
     "`ops.box_iou(boxes, anchors)`": iou(),
     "`Matcher(0.5, 0.4, allow_low_quality_matches=True)(ops.box_iou(boxes, anchors))`": (
         low_quality_matches()
+    ),
+    "`RetinaNet.anchor_generator` of an image of `image_shape`": corner_anchors(),
+    "`BoxCoder((1.0, 1.0, 1.0, 1.0)).encode_single(matched, anchors)`": (
+        encoded(matched_boxes, anchors)
     ),
     # PyTorch
     "`nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0))(logits, targets)`": (
@@ -299,6 +330,11 @@ EXPECTED = {
     "transformers: `loss_labels_vfl` of RT-DETR and D-FINE": detached.sum() / num_boxes,
     "DEIM: `loss_labels_mal`": mal.sum() / num_boxes,
     "CornerNet, CenterNet: `_neg_loss(logits.sigmoid(), heat)`": gaussian(logits, heat).sum(),
+    "CenterPoint: `FastFocalLoss()`": gaussian(logits, heat).sum(),
+    "Leng et al.: `poly1_focal_loss(logits, targets, epsilon=1.0)`": (
+        binary(logits, targets)
+        + (1 - np.where(targets == 1, sigmoid(logits), sigmoid(-logits))) ** 3
+    ),
     "ASL: `AsymmetricLoss()(logits, targets)`": asl(logits, targets).sum(),
     "fvcore: `sigmoid_focal_loss_star(logits, targets, gamma=2)`": star(logits, targets),
     "fvcore: `sigmoid_focal_loss_star(logits, targets, alpha=0.25, gamma=2)`": (
@@ -309,6 +345,12 @@ EXPECTED = {
     ),
     "DFT: the mean cross entropy of `logits`, each times `softmax(logits)[classes].detach()`": (
         (softmax(logits) * categorical(logits, y_true, 0)).sum(1).mean()
+    ),
+    'TRL: `SFTConfig(loss_type="dft")`, of tokens labelled -100 or `tokens`': (
+        (softmax(logits) * categorical(logits, np.eye(C)[tokens.clip(0)], 0))[[0, 2]].sum() / 2
+    ),
+    "Menon et al.: cross entropy of `logits + log(counts / counts.sum())`": (
+        categorical(logits + np.log(counts / counts.sum()), y_true, 0).sum(1).mean()
     ),
     "dual focal loss: `DualFocalLoss(gamma=5)(logits, classes)`": dual(logits, classes).sum(),
     "MONAI: `TverskyLoss(softmax=True, alpha=0.3, beta=0.7, batch=True)(scores, one_hot)`": (
@@ -329,7 +371,7 @@ def test_ours_is_theirs(theirs, ours):
     names = {"image_shape": image_shape, "prototxt": prototxt}
     # optax computes in float32 here, the formulas in float64.
     precise = not theirs.startswith("`optax")
-    with jax.enable_x64(precise):
+    with jax.enable_x64(precise), jax.numpy_rank_promotion("allow"):
         names |= jax.tree.map(jnp.asarray, INPUTS)
         exec(IMPORTS, names)
         result = jax.jit(lambda inputs: eval(ours, {**names, **inputs}))(

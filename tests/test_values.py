@@ -81,8 +81,8 @@ def _settings(row: Row, complete):
 
 
 @functools.cache
-def _truth(row: Row, dtype, setting, sizes=False, near=None):
-    """Return the losses and the derivatives of every position, or the sizes of their terms.
+def _truth(row: Row, dtype, setting, near=None):
+    """Return the losses and the derivatives of every position, with the sizes of their terms.
 
     With `near` they are those of labels that are wrong in their last digits.
     """
@@ -95,7 +95,7 @@ def _truth(row: Row, dtype, setting, sizes=False, near=None):
         arguments[name] = np.full(shape, value, dtype)
     if near is not None:
         arguments["labels"] = near_labels(row, arguments, dtype)[near]
-    return truth.evaluate(row.loss, arguments, sizes)
+    return truth.evaluate(row.loss, arguments)
 
 
 def _scale(row: Row, name, dtype, setting, want):
@@ -106,8 +106,8 @@ def _scale(row: Row, name, dtype, setting, want):
     if row.loss.kind == "elementwise":
         # The sides that a soft label weighs cancel somewhere, and so do a weight that falls
         # and a loss that rises.
-        sizes = _truth(row, dtype, setting, sizes=True)[1][name] / 10
-        return np.maximum(sizes, _moved(row, dtype, setting, lambda found: found[1][name]))
+        sizes = _truth(row, dtype, setting).sizes[name] / 10
+        return np.maximum(sizes, _moved(row, dtype, setting, lambda found: found.slopes[name]))
     return None
 
 
@@ -121,10 +121,10 @@ def _moved(row: Row, dtype, setting, what):
 
 
 def _check(row, dtype, setting, losses, slopes, limit):
-    values, want = _truth(row, dtype, setting)
+    values, want, _ = _truth(row, dtype, setting)
     tiny = float(jnp.finfo(dtype).tiny)
     assert losses.dtype == dtype
-    scale = _moved(row, dtype, setting, lambda found: found[0])
+    scale = _moved(row, dtype, setting, lambda found: found.losses)
     assert truth.worst_error(losses, values, tiny, scale) < limit, ("loss", setting)
     # Where the loss underflows so does its product with a logarithm.
     tiny = np.where(np.abs(values) < tiny, 100, 1) * tiny

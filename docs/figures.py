@@ -1,0 +1,284 @@
+"""The figures of the documentation, and the numbers that stand in its tables.
+
+    python docs/figures.py                   # writes docs/figures/*.svg, a minute on two cores
+    python docs/figures.py --out elsewhere
+    python docs/figures.py --numbers         # prints the table of docs/numerics.md
+
+Everything is drawn from the library's own losses; the truth beside them is the formula in
+float64, in a form that loses nothing.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import focal_jax
+from focal_jax import _catalogue, _style
+
+FIGURES = Path(__file__).parent / "figures"
+
+# ---------------------------------------------------------------- what others write
+
+
+def textbook(x: jax.Array, gamma: float) -> jax.Array:
+    """Return the loss of a positive as one writes it down."""
+    p = jax.nn.sigmoid(x)
+    return -((1 - p) ** gamma) * jnp.log(p)
+
+
+def _clipped(least: float) -> Callable:
+    def loss(x, gamma):
+        p = jnp.clip(jax.nn.sigmoid(x), least, 1 - least)
+        return -((1 - p) ** gamma) * jnp.log(p)
+
+    return loss
+
+
+def torchvision(x: jax.Array, gamma: float) -> jax.Array:
+    """Return the loss of a positive by the steps of torchvision's function."""
+    return jax.nn.softplus(-x) * (1 - jax.nn.sigmoid(x)) ** gamma
+
+
+# The loss of a positive, as this library, optax, and four ways of writing it have it.
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "focal_jax": lambda x, gamma: focal_jax.sigmoid_focal_loss(x, jnp.ones_like(x), gamma=gamma),
+    "optax": lambda x, gamma: optax.losses.sigmoid_focal_loss(x, jnp.ones_like(x), gamma=gamma),
+    "textbook": textbook,
+    "torchvision's steps": torchvision,
+    "Keras's clipping, 1e-7": _clipped(1e-7),
+    "pytorch-retinanet's clipping, 1e-4": _clipped(1e-4),
+}
+
+
+def truth(x: np.ndarray, gamma: float) -> np.ndarray:
+    """Return the gradient of a positive in float64: `-q**gamma (q + gamma p n)`."""
+    x = np.asarray(x, np.float64)
+    e = np.exp(-np.abs(x))
+    p, q = np.where(x >= 0, 1, e) / (1 + e), np.where(x >= 0, e, 1) / (1 + e)
+    n = np.log1p(e) + np.maximum(-x, 0)
+    return -(q**gamma) * (q + gamma * p * n)
+
+
+def gradient(loss: Callable, x: np.ndarray, gamma: float) -> np.ndarray:
+    """Return the float32 gradient at every x."""
+    return np.asarray(jax.jit(jax.grad(lambda x: jnp.sum(loss(x, gamma))))(jnp.float32(x)))
+
+
+def errors(x: np.ndarray, gamma: float) -> dict[str, np.ndarray]:
+    """Return the relative errors of every implementation's gradient, NaN where it is NaN.
+
+    What is less than 1e-36 counts as 0, in the truth and in a result: products of smaller
+    numbers leave float32 on the way, sooner or later by the order of the factors.
+    """
+    least = 1e-36
+    true = truth(np.float32(x), gamma)
+    found = {}
+    for name, loss in IMPLEMENTATIONS.items():
+        absolute = np.abs(gradient(loss, x, gamma) - true)
+        relative = absolute / np.maximum(np.abs(true), least)
+        found[name] = np.where(absolute <= least, 0, relative)
+    return found
+
+
+# The ranges of the margin that the table of docs/numerics.md has a column for each.
+RANGES = {
+    "-120 to -17": (-120, -17),
+    "-17 to 4": (-17, 4),
+    "4 to 17": (4, 17),
+    "17 to 40": (17, 40),
+}
+
+
+def worst(gamma: float) -> dict[str, list[float]]:
+    """Return the largest error of every implementation in each range of the margin."""
+    x = np.linspace(-120, 40, 16001)
+    found = errors(x, gamma)
+    inside = [(low <= x) & (x <= high) for low, high in RANGES.values()]
+    return {name: [np.max(error[i]) for i in inside] for name, error in found.items()}
+
+
+def numbers() -> str:
+    """Return the table of docs/numerics.md."""
+
+    def cell(error):
+        return "NaN" if np.isnan(error) else f"{error:.0e}" if error < 0.995 else f"{error:.2g}"
+
+    lines = ["| gamma | gradient by | " + " | ".join(RANGES) + " |"]
+    lines.append("| ---: | --- |" + " ---: |" * len(RANGES))
+    for gamma in (0.5, 2.0):
+        for name, row in worst(gamma).items():
+            lines.append(f"| {gamma:g} | {name} | " + " | ".join(map(cell, row)) + " |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the figures
+
+
+def loss():
+    """Draw the loss and its gradient against the probability of the true class."""
+    p = np.linspace(0.001, 0.999, 999)
+    x = np.log(p) - np.log1p(-p)
+    figure, (left, right) = _style.figure(1, 2)
+    for gamma, colour in _style.GAMMAS.items():
+        name = f"{gamma:g}" + ", cross entropy" * (gamma == 0)
+        style = {"color": colour, "label": name, "linestyle": "--" if gamma == 0 else "-"}
+        left.plot(p, IMPLEMENTATIONS["focal_jax"](jnp.float32(x), gamma), **style)
+        right.plot(p, -gradient(IMPLEMENTATIONS["focal_jax"], x, gamma), **style)
+    left.set(title="loss", ylim=(0, 5))
+    right.set(title="size of the gradient in the logit", ylim=(0, None))
+    for panel in (left, right):
+        panel.set(xlabel="probability of the true class", xlim=(0, 1))
+    left.legend(title=r"$\gamma$")
+    return figure
+
+
+def factor():
+    """Draw what the focal loss multiplies cross entropy's gradient with, against the margin."""
+    x = np.linspace(-6, 12, 400)
+    figure, panel = _style.figure(height=3)
+    for gamma, colour in _style.GAMMAS.items():
+        ratio = truth(x, gamma) / truth(x, 0)
+        style = "--" if gamma == 0 else "-"
+        panel.plot(x, ratio, style, color=colour, label=rf"$\gamma$ = {gamma:g}")
+    panel.set(yscale="log", ylim=(1e-6, 4), xlabel="margin $x$", xlim=(-6, 12))
+    panel.set_title("gradient over that of cross entropy")
+    panel.legend()
+    return figure
+
+
+def one_minus_p():
+    """Draw how many digits of q survive when it is computed as 1 - p."""
+    x = np.float32(np.linspace(0, 24, 500))
+    e = np.exp(-x.astype(np.float64))
+    true = e / (1 + e)
+    figure, panel = _style.figure(height=3)
+    for name, q, colour in (
+        ("1 - sigmoid(x)", 1 - jax.nn.sigmoid(x), _style.VERMILION),
+        ("exp(-x) / (1 + exp(-x))", jnp.exp(-x) / (1 + jnp.exp(-x)), _style.BLUE),
+    ):
+        panel.plot(x, np.maximum(np.abs(q - true) / true, 1e-9), color=colour, label=name)
+    panel.set(yscale="log", ylim=(1e-9, 10), xlim=(0, 24), xlabel="margin $x$")
+    panel.set_title("relative error of $q = 1 - p$ in float32")
+    panel.legend(loc="lower right", bbox_to_anchor=(1, 0.2))
+    return figure
+
+
+_PEERS = {
+    "focal_jax": _style.BLUE,
+    "textbook": _style.VERMILION,
+    "torchvision's steps": _style.PURPLE,
+    "Keras's clipping, 1e-7": _style.GREEN,
+    "pytorch-retinanet's clipping, 1e-4": _style.INK,
+}
+
+
+def margins():
+    """Draw the error of every implementation's gradient against the margin."""
+    x = np.linspace(-100, 40, 1401)
+    figure, panels = _style.figure(1, 2, height=3.8, sharey=True)
+    for panel, gamma in zip(panels, (2.0, 0.5)):
+        found = errors(x, gamma)
+        for name, colour in _PEERS.items():
+            # The worst of every two units of the margin: a point for each would be a band.
+            blocks = found[name][:-1].reshape(-1, 20)
+            with np.errstate(all="ignore"):
+                top = np.where(np.isnan(blocks).all(1), np.nan, np.max(np.nan_to_num(blocks), 1))
+            panel.plot(x[10:-1:20], np.clip(top, 1e-8, 10), color=colour, label=name)
+            lost = np.isnan(blocks).any(1)
+            panel.plot(x[10:-1:20][lost], np.full(lost.sum(), 30), "x", color=colour, markersize=4)
+        panel.set(yscale="log", ylim=(1e-8, 80), xlabel="margin $x$")
+        panel.set_title(rf"$\gamma$ = {gamma:g}")
+    panels[0].set_ylabel("relative error of the gradient")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+# ---------------------------------------------------------------- the family
+
+
+def curves(entry: _catalogue.Loss, x: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield a name, the losses and their gradients as one logit varies, for several labels.
+
+    A softmax has three classes with the logits (x, 0, -1), the first of them the true one; an
+    interval has five bins, of which the middle one varies; a region has two classes and a
+    hundred positions, half of each class, whose true logits are all x.
+    """
+    function = getattr(focal_jax, entry.name)
+
+    def of(name, loss):
+        total = jax.jit(jax.value_and_grad(lambda x: jnp.sum(loss(x))))
+        pairs = [total(one) for one in jnp.float32(x)]
+        values, slopes = (np.array([float(pair[i]) for pair in pairs]) for i in (0, 1))
+        return name, values, slopes
+
+    def row(x):
+        return jnp.stack([x, jnp.zeros_like(x), jnp.full_like(x, -1)])
+
+    match entry.kind:
+        case "elementwise":
+            labels = (1.0, 0.6, 0.0) if "soft" in entry.labels else (1, 0)
+            for y in labels:
+                yield of(f"label {y:g}", lambda x, y=y: function(x, y))
+        case "position":
+            yield of("true class", lambda x: function(row(x), 0))
+        case "linear":
+            yield of("true class", lambda x: function(row(x), jnp.eye(3), 0))
+        case "distribution":
+            for y in ([1.0, 0.0, 0.0], [0.6, 0.3, 0.1]):
+                name = "labels " + ", ".join(f"{w:g}" for w in y)
+                yield of(name, lambda x, y=y: function(row(x), jnp.array(y)))
+        case "interval":
+            for y in (2.0, 2.4):
+                yield of(f"label {y:g}", lambda x, y=y: function(jnp.zeros(5).at[2].set(x), y))
+        case "region":
+            true = jnp.repeat(jnp.eye(2), 50, 0)
+            yield of("of both classes", lambda x: function(x * true, true))
+
+
+def member(entry: _catalogue.Loss):
+    """Draw one member of the family: its loss and its gradient against a logit."""
+    x = np.linspace(-8, 8, 161)
+    figure, (left, right) = _style.figure(1, 2, height=2.5)
+    for name, values, slopes in curves(entry, x):
+        left.plot(x, values, label=name)
+        right.plot(x, slopes, label=name)
+    left.set_title("loss")
+    right.set_title("gradient")
+    for panel in (left, right):
+        panel.set(xlabel="logit", xlim=(-8, 8))
+    left.legend(fontsize="small")
+    return figure
+
+
+FIGURE_OF: dict[str, Callable] = {
+    "loss": loss,
+    "factor": factor,
+    "one_minus_p": one_minus_p,
+    "margins": margins,
+    **{entry.name: lambda entry=entry: member(entry) for entry in _catalogue.LOSSES},
+}
+
+
+@_style.applied()
+def main(argv: list[str] | None = None) -> None:
+    """Write the figures, or print the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=FIGURES, help="folder (default: %(default)s)")
+    parser.add_argument("--numbers", action="store_true", help="print the table, draw nothing")
+    parser.add_argument("--only", nargs="*", choices=FIGURE_OF, default=list(FIGURE_OF))
+    args = parser.parse_args(argv)
+    if args.numbers:
+        print(numbers())
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.only:
+        FIGURE_OF[name]().savefig(args.out / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
