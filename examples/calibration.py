@@ -240,7 +240,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, np.ndarray]]:
             answers = train_all(keys, images["train"], targets["train"], list(images.values()))
             logits = dict(zip(images, map(np.asarray, answers)))
             measured = [
-                measure(*({part: x[seed] for part, x in sets.items()} for sets in (targets, logits)))
+                measure(
+                    *({part: x[seed] for part, x in sets.items()} for sets in (targets, logits))
+                )
                 for seed in range(args.seeds)
             ]
             results[name] = {key: np.array([m[key] for m in measured]) for key in measured[0]}

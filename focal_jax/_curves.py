@@ -42,7 +42,7 @@ def gammas_figure(gammas: Sequence[float] = GAMMAS) -> Any:
     return figure
 
 
-def _of_one_logit(loss: _catalogue.Loss, label: float) -> Callable[[Array], Array]:
+def of_one_logit(loss: _catalogue.Loss, label: float) -> Callable[[Array], Array]:
     """Return a loss as a function of one logit; the other two of a softmax are 0."""
     function = getattr(importlib.import_module("focal_jax"), loss.name)
     if not loss.softmax:
@@ -70,7 +70,7 @@ def family_figure() -> Any:
         if loss.softmax:
             labels = {"the true class's logit": (0.0, _style.GREEN)}
         for name, (label, colour) in labels.items():
-            curve = jax.jit(jax.vmap(jax.value_and_grad(_of_one_logit(loss, label))))
+            curve = jax.jit(jax.vmap(jax.value_and_grad(of_one_logit(loss, label))))
             losses, gradients = curve(z)
             panel.plot(z, losses, color=colour, label=name)
             panel.plot(z, gradients, color=colour, linestyle="--", linewidth=1.2)
