@@ -3,8 +3,9 @@
 A few hundred of scikit-learn's digits, with noise on them, are learnt by heart, and the rest are
 asked: does what is predicted with 90 % come true 9 times of 10? Cross entropy, label smoothing,
 focal loss with a fixed gamma, and with the gamma of each sample that Mukhoti et al. 2020 choose
-by its probability (`sample_dependent_gamma`). Then each network's temperature is fitted on
-validation images, and it is asked again. All seeds train in one program, under `vmap` and `scan`.
+by its probability (`sample_dependent_gamma`); the labels are smoothed by 0.05, as theirs. Then
+each network's temperature is fitted on validation images, and it is asked again. All seeds train
+in one program, under `vmap` and `scan`.
 
     python -m examples.calibration --out out/calibration
 """
@@ -12,6 +13,7 @@ validation images, and it is asked again. All seeds train in one program, under 
 import argparse
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import jax
@@ -40,9 +42,9 @@ def flsd(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 LOSSES: dict[str, Callable] = {
     "cross entropy": partial(focal_loss, gamma=0),
-    "label smoothing 0.05": partial(focal_loss, gamma=0, label_smoothing=0.05),
+    "smoothed labels": partial(focal_loss, gamma=0, label_smoothing=0.05),
     "focal, gamma 3": partial(focal_loss, gamma=3),
-    "focal, gamma by sample": flsd,
+    "focal, by sample": flsd,
 }
 
 
@@ -161,35 +163,31 @@ def measure(labels: dict[str, np.ndarray], logits: dict[str, np.ndarray]) -> dic
 
 
 def show(results: dict[str, dict[str, np.ndarray]], console: Console) -> None:
-    """Print the table: a row for each loss."""
-    rows = {
-        "train error": 100, "test error": 100, "ECE": 100, "NLL": 1,
-        "temperature": 1, "ECE, scaled": 100, "NLL, scaled": 1,
-    }  # fmt: skip
+    """Print the table: a row for each measure, a column for each loss."""
     seeds = len(next(iter(results.values()))["ECE"])
     table = Table(
         "",
-        *(f"{name}, %" if scale == 100 else name for name, scale in rows.items()),
+        *results,
         title="Networks that know their training digits by heart",
         caption=f"Mean ± standard deviation of {seeds} seeds. ECE: expected calibration error. "
         'NLL: negative log-likelihood. "Scaled": after the temperature that validation '
         "images chose; above 1 the network was too sure, below 1 not sure enough.",
     )
-    for name, result in results.items():
+    for name in next(iter(results.values())):
+        percent = "NLL" not in name and name != "temperature"
+        scale, digits = (100, 1) if percent else (1, 2)
         cells = []
-        for key, scale in rows.items():
-            values = scale * result[key]
-            digits = 1 if scale == 100 else 2
+        for values in (scale * result[name] for result in results.values()):
             spread = values.std(ddof=min(1, values.size - 1))
             cells.append(f"{values.mean():.{digits}f} ± {spread:.{digits}f}")
-        table.add_row(name, *cells)
+        table.add_row(name + (", %" if percent else ""), *cells)
     console.print(table)
 
 
 @_style.applied()
 def plot(logits: dict[str, tuple], labels: np.ndarray, path: Path) -> None:
     """Draw accuracy against confidence; the wider a bar, the more predictions it stands for."""
-    figure, panels = _style.figure(2, len(logits), height=5, sharex=True, sharey=True)
+    figure, panels = _style.figure(2, len(logits), height=4.6, sharex=True, sharey=True)
     colors = (_style.INK, _style.PURPLE, _style.VERMILION, _style.BLUE)
     for column, (name, both), color in zip(panels.T, logits.items(), colors):
         for panel, asked in zip(column, both):
@@ -200,7 +198,7 @@ def plot(logits: dict[str, tuple], labels: np.ndarray, path: Path) -> None:
             panel.plot([0, 1], [0, 1], color=_style.INK, linestyle="--", linewidth=1)
             gap = np.sum(share * np.abs(accuracy - confidence))
             panel.text(0.04, 0.9, f"ECE {100 * gap:.1f} %", transform=panel.transAxes)
-            panel.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+            panel.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         column[0].set_title(name)
         column[1].set_xlabel("confidence")
     panels[0, 0].set_ylabel("accuracy")
@@ -240,9 +238,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, np.ndarray]]:
             answers = train_all(keys, images["train"], targets["train"], list(images.values()))
             logits = dict(zip(images, map(np.asarray, answers)))
             measured = [
-                measure(
-                    *({part: x[seed] for part, x in sets.items()} for sets in (targets, logits))
-                )
+                measure(*(jax.tree.map(itemgetter(seed), sets) for sets in (targets, logits)))
                 for seed in range(args.seeds)
             ]
             results[name] = {key: np.array([m[key] for m in measured]) for key in measured[0]}

@@ -3,6 +3,7 @@
 Most pixels are background. The ink of a digit has the digit's class; its soft edge is void,
 and so is not labelled: `ignore_label` takes it out of the loss. The network gives one plane a
 class, `[B, C, H, W]`, so `axis` is 1. Class-balanced weights come from the training pixels.
+Each loss has the same seeds: of the scenes, the weights and the batches.
 
     python -m examples.segmentation --out out/segmentation
 """
@@ -13,16 +14,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib.patches import Patch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from examples.retinanet_digits.data import digits, draw, enlarged, find_room
-from examples.retinanet_digits.model import Pyramid
+from examples.retinanet_digits.model import WIDTHS, Pyramid
+from examples.retinanet_digits.pretrain import fast_rngs
+from focal_jax import _style
 from focal_jax.nnx import SoftmaxFocalLoss
 from focal_jax.training import class_balanced_alpha
 
@@ -55,10 +59,10 @@ def scenes(part: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 class Segmenter(nnx.Module):
     """A plane of logits for each class."""
 
-    def __init__(self, rngs: nnx.Rngs, width: int = 24):
+    def __init__(self, rngs: nnx.Rngs):
         """Initialize the layers from `rngs`."""
-        self.pyramid = Pyramid(width, rngs, stem_stride=1)
-        self.last = nnx.Conv(width, CLASSES, (3, 3), rngs=rngs)
+        self.pyramid = Pyramid(rngs, patch=2)
+        self.last = nnx.Conv(WIDTHS[0], CLASSES, (3, 3), rngs=rngs)
 
     def __call__(self, images):
         """Return logits `[B, CLASSES, H, W]` of images `[B, H, W, 1]`."""
@@ -66,11 +70,8 @@ class Segmenter(nnx.Module):
         return jax.image.resize(planes, (*planes.shape[:2], *images.shape[1:3]), "linear")
 
 
-def train(loss: SoftmaxFocalLoss, data, args: argparse.Namespace, tick):
-    """Return a trained network and its losses."""
-    model = Segmenter(nnx.Rngs(jax.random.key(args.seed, impl="unsafe_rbg")))
-    rate = optax.cosine_decay_schedule(args.learning_rate, args.steps)
-    optimizer = nnx.Optimizer(model, optax.adam(rate), wrt=nnx.Param)
+def make_step(loss: SoftmaxFocalLoss):
+    """Return a jitted step of training, which serves all seeds."""
 
     @nnx.jit
     def step(model, optimizer, images, classes):
@@ -78,7 +79,14 @@ def train(loss: SoftmaxFocalLoss, data, args: argparse.Namespace, tick):
         optimizer.update(model, gradients)
         return value
 
-    random, losses = np.random.default_rng(args.seed), []
+    return step
+
+
+def train(step, data, optimization, seed: int, args: argparse.Namespace, tick):
+    """Return a trained network and its losses."""
+    model = Segmenter(fast_rngs(seed))
+    optimizer = nnx.Optimizer(model, optimization, wrt=nnx.Param)
+    random, losses = np.random.default_rng(seed), []
     for _ in range(args.steps):
         batch = random.integers(args.scenes, size=args.batch)
         losses.append(float(step(model, optimizer, *(x[batch] for x in data))))
@@ -101,68 +109,87 @@ def mean_iou(truth: np.ndarray, predicted: np.ndarray) -> float:
     return float(np.mean(both / np.maximum(confusion.sum(0) + confusion.sum(1) - both, 1)))
 
 
+@_style.applied()
 def plot(images, truth, predictions: dict[str, np.ndarray], path: Path, rows: int = 4) -> None:
     """Draw a few images, the truth with void in grey, and each network's answer."""
     palette = np.zeros((256, 3))
-    palette[1:CLASSES] = plt.get_cmap("tab20")(np.r_[0:14:2, 16:22:2])[:, :3]
+    palette[1:CLASSES] = matplotlib.colormaps["tab20"](np.r_[0:14:2, 16:22:2])[:, :3]
     palette[VOID] = 0.5
-    columns = {"image": np.repeat(images / 255, 3, -1), "truth, void grey": palette[truth]}
+    columns = {"image": np.repeat(images / 255, 3, -1), "truth": palette[truth]}
     columns |= {name: palette[predicted] for name, predicted in predictions.items()}
-    figure, axes = plt.subplots(
-        rows, len(columns), figsize=(2 * len(columns), 2.1 * rows), layout="constrained"
-    )
+    figure, axes = _style.figure(rows, len(columns), height=1.42 * rows + 0.6)
     for panels, (name, pictures) in zip(axes.T, columns.items()):
-        panels[0].set_title(name, fontsize=9)
+        panels[0].set_title(name.replace("balanced ", "balanced\n"), fontsize="small")
         for panel, picture in zip(panels, pictures):
             panel.imshow(picture)
             panel.set_axis_off()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    names = ["background", *map(str, range(CLASSES - 1)), "void: not labelled"]
+    patches = [
+        Patch(facecolor=palette[i], edgecolor=_style.INK, label=name)
+        for i, name in zip([*range(CLASSES), VOID], names)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(names), columnspacing=0.9,
+                  handlelength=0.9, handletextpad=0.4, fontsize="small")  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--test-scenes", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=0.005)
     parser.add_argument("--gamma", type=float, default=2.0)
     parser.add_argument("--beta", type=float, default=0.99999, help="of class_balanced_alpha")
     parser.add_argument("--out", type=Path, default=Path("out/segmentation"))
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> dict[str, tuple[list[float], float]]:
-    """Return the training losses and the mean IoU of each loss function."""
+def main(argv: list[str] | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return of each loss function the training losses `[seeds, steps]` and the mean IoUs."""
     args = parse(argv)
-    data, (images, truth) = (
-        scenes("train", args.scenes, args.seed),
-        scenes("test", args.test_scenes, args.seed),
+    seeds = range(args.seeds)
+    data, tests = (
+        [scenes(part, count, seed) for seed in seeds]
+        for part, count in (("train", args.scenes), ("test", args.test_scenes))
     )
-    counts = np.bincount(data[1].ravel(), minlength=CLASSES)[:CLASSES]
-    alpha = class_balanced_alpha(counts, beta=args.beta)
+    counts = sum(np.bincount(classes.ravel(), minlength=CLASSES)[:CLASSES] for _, classes in data)
+    alpha = class_balanced_alpha(counts / args.seeds, beta=args.beta)
     pixels = {"axis": 1, "ignore_label": VOID}
     functions = {
         "cross entropy": SoftmaxFocalLoss(gamma=0, **pixels),
+        "balanced cross entropy": SoftmaxFocalLoss(gamma=0, alpha=alpha, **pixels),
         "focal loss": SoftmaxFocalLoss(gamma=args.gamma, **pixels),
         "balanced focal loss": SoftmaxFocalLoss(gamma=args.gamma, alpha=alpha, **pixels),
     }
+    optimization = optax.adam(optax.cosine_decay_schedule(args.learning_rate, args.steps))
     console, results, predictions = Console(), {}, {}
-    table = Table("", "mean IoU, %", title=f"{args.test_scenes} scenes of digits never trained on")
+    table = Table(
+        "",
+        "mean IoU, %",
+        title=f"{args.test_scenes} scenes of digits never trained on",
+        caption=f"Mean ± standard deviation of {args.seeds} seeds.",
+    )
     with Progress(console=console) as progress:
         for name, function in functions.items():
-            task = progress.add_task(f"{name:22}", total=args.steps)
-            model, losses = train(function, data, args, partial(progress.advance, task))
-            model.eval()  # batch normalization with its running averages
-            predictions[name] = np.asarray(predict(model, images))
-            results[name] = losses, mean_iou(truth, predictions[name])
-            table.add_row(name, f"{100 * results[name][1]:.1f}")
+            task = progress.add_task(f"{name:22}", total=args.seeds * args.steps)
+            step, curves, scores = make_step(function), [], []
+            for seed in seeds:
+                tick = partial(progress.advance, task)
+                model, losses = train(step, data[seed], optimization, seed, args, tick)
+                predicted = np.asarray(predict(model, tests[seed][0]))
+                predictions.setdefault(name, predicted)  # the first seed's are drawn
+                curves.append(losses)
+                scores.append(mean_iou(tests[seed][1], predicted))
+            results[name] = np.array(curves), np.array(scores)
+            spread = 100 * np.std(scores, ddof=min(1, args.seeds - 1))
+            table.add_row(name, f"{100 * np.mean(scores):.1f} ± {spread:.1f}")
     console.print(table)
-    args.out.mkdir(parents=True, exist_ok=True)
-    plot(images, truth, predictions, args.out / "segmentation.png")
+    plot(*tests[0], predictions, args.out / "segmentation.png")
     console.print(f"Picture: {args.out / 'segmentation.png'}", soft_wrap=True)
     return results
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -22,13 +23,14 @@ class _How(NamedTuple):
 
     size: int  # classes of a chunk
     softcap: float | None
+    axis: int = -1  # of the classes in the kernel; the first where that is an embedding
 
 
 class _Args(NamedTuple):
     """The arrays that the logits are made of; `place` and `where` have a class axis of one."""
 
     features: Array  # [..., D]
-    kernel: Array  # [D, C]
+    kernel: Array  # [D, C], or [C, D]
     bias: Array | None  # [C]
     place: Array  # of the true class in the kernel, or no place in it
     where: Array | None
@@ -37,18 +39,21 @@ class _Args(NamedTuple):
 class _Chunk(NamedTuple):
     """The logits of some classes at every position."""
 
-    kernel: Array  # [D, size]
+    kernel: Array  # [D, size], or [size, D]
     logits: Array  # [..., size]
     place: Array  # of the true class in the chunk, or no place in it
     own: Array  # where that is
     through_cap: Callable[[Array], Array]  # from slopes of the logits to those of the product
-    cut: Callable[[Array], Array]  # from all the classes, on the last axis, to those
+    cut: Callable[[Array], Array]  # from all the classes, on the kernel's axis, to those
 
 
-def _product(features: Array, kernel: Array) -> Array:
-    """Return `features @ kernel`, multiplied in the features' dtype, added up in the loss's."""
-    wide = _inputs.compute_dtype(features)
-    return jnp.matmul(features, kernel.astype(features.dtype), preferred_element_type=wide)
+def _product(axis: int, x: Array, kernel: Array) -> Array:
+    """Return `x` times the kernel, whose `axis` is that of the products.
+
+    Multiplied in the dtype of `x`, added up in that of the loss.
+    """
+    kernel = (kernel if axis else kernel.T).astype(x.dtype)
+    return jnp.matmul(x, kernel, preferred_element_type=_inputs.compute_dtype(x))
 
 
 @jax.custom_jvp
@@ -83,9 +88,9 @@ def _fold(step: Callable[..., Any], carry: Any, how: _How, classes: int) -> Any:
 
 def _chunk(how: _How, args: _Args, size: int, start: Array) -> _Chunk:
     """Return the chunk of `size` classes from `start` on."""
-    cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=-1)
+    cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=how.axis)
     kernel, place = cut(args.kernel), args.place - start
-    logits = _product(args.features, kernel)
+    logits = _product(how.axis, args.features, kernel)
     if args.bias is not None:
         logits += _inputs.aligned(cut(args.bias).astype(logits.dtype), logits.shape)
     own = _inputs.aligned(jnp.arange(size, dtype=jnp.int32), logits.shape) == place
@@ -124,13 +129,15 @@ def _gradients(how: _How, args: _Args, of_chunk: Callable[..., Any], totals: Any
         chunk = _chunk(how, kept, size, start)
         slope, *more = of_chunk(chunk)
         slope = _inputs.keep(chunk.through_cap(slope), args.where)
-        _, transpose = jax.vjp(partial(_product, kept.features), chunk.kernel)
+        _, transpose = jax.vjp(partial(_product, how.axis, kept.features), chunk.kernel)
         of_bias = None if args.bias is None else jnp.sum(slope, range(slope.ndim - 1))
-        return _product(slope, chunk.kernel.T), (*transpose(slope), of_bias), *more
+        of_features = _product(-1 - how.axis, slope, chunk.kernel)
+        return of_features, (*transpose(slope), of_bias), *more
 
     def step(size, carry, start):
         def put(whole, part):
-            return lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, -1)
+            part = part.astype(whole.dtype)
+            return lax.dynamic_update_slice_in_dim(whole, part, start, how.axis)
 
         by_features, parameters, totals, by_class = carry
         of_features, of_parameters, terms, of_classes = parts(size, start)
@@ -147,7 +154,7 @@ def _gradients(how: _How, args: _Args, of_chunk: Callable[..., Any], totals: Any
     parameters, by_class = jax.tree.map(lax.stop_gradient, whole)
     features = jnp.zeros_like(args.features, _inputs.compute_dtype(args.features))
     carry = features, parameters, totals, by_class
-    features, parameters, totals, by_class = _fold(step, carry, how, args.kernel.shape[1])
+    features, parameters, totals, by_class = _fold(step, carry, how, args.kernel.shape[how.axis])
     features = _inputs.keep(features, args.where).astype(args.features.dtype)
     kernel, bias = parameters
     of_args = args._replace(features=features, kernel=kernel, bias=bias, place=None, where=None)
@@ -159,6 +166,20 @@ def _gradients(how: _How, args: _Args, of_chunk: Callable[..., Any], totals: Any
 
 # In one pass an exponential may be of at most this, above the largest logit of earlier chunks.
 _JUMP = 64.0
+
+
+@custom_vmap
+def _within(jump: Array) -> Array:
+    """Return whether no jump is too high; one that is NaN is."""
+    return jnp.all(jump <= _JUMP)
+
+
+@_within.def_vmap
+def _(size, batched, jump):
+    # One condition for all the examples: each its own would make a select of the conditional,
+    # and everything would always be done again.
+    del size, batched
+    return _within(jump), False
 
 
 def _no_sums(args: _Args) -> ClassSums:
@@ -186,7 +207,7 @@ def _in_passes(how: _How, args: _Args) -> ClassSums:
             sums.rest * jnp.exp(sums.top - top) + jnp.sum(others, -1, keepdims=True),
         )
 
-    return _fold(step, _no_sums(args), how, args.kernel.shape[1])
+    return _fold(step, _no_sums(args), how, args.kernel.shape[how.axis])
 
 
 def _in_one_pass(how: _How, args: _Args) -> ClassSums:
@@ -210,12 +231,12 @@ def _in_one_pass(how: _How, args: _Args) -> ClassSums:
         sums = ClassSums(top, sums.true + own, rest * jnp.exp(sums.top - top))
         return sums, jnp.maximum(jump, top - carry[0].top)
 
-    classes, nothing = args.kernel.shape[1], _no_sums(args)
+    classes, nothing = args.kernel.shape[how.axis], _no_sums(args)
     # A few classes give the first chunk what the chunks before give to the others.
     few = _chunk(how, args, min(128, classes), jnp.int32(0))
     sums = nothing._replace(top=jnp.maximum(nothing.top, _largest(few.logits)))
     sums, jump = _fold(step, (sums, jnp.zeros_like(sums.top)), how, classes)
-    within = jnp.all(jump <= _JUMP)  # False also for NaN
+    within = _within(lax.stop_gradient(jump))
     # Selected out here: a conditional's own results stay in a TPU's slow memory.
     again = lax.cond(within, _no_sums, partial(_in_passes, how), args)
     return jax.tree.map(partial(jnp.where, within), sums, again)
@@ -272,7 +293,7 @@ def _every(loss, how, args: _Args, every: _Every) -> Array:
         values = _smoothing.values(loss, chunk.logits - every.top, every.log_whole, options)
         return total + jnp.sum(values, -1, keepdims=True)
 
-    return _inputs.keep(_fold(step, _nothing(args), how, args.kernel.shape[1]), args.where)
+    return _inputs.keep(_fold(step, _nothing(args), how, args.kernel.shape[how.axis]), args.where)
 
 
 def _every_forward(loss, how, args, every):
@@ -328,6 +349,24 @@ def _chunk_size(chunk_size: int | None, positions: int, classes: int) -> int:
             f"chunk_size: got {chunk_size!r}, wanted None or an integer of at least 1"
         )
     return min(int(chunk_size), classes)
+
+
+def _transposed(x: Any) -> bool:
+    """Return whether `x` is known to be another array transposed, such as an embedding.
+
+    A loop over chunks wants its kernel as it is in memory: transposed before the loop it would
+    be a copy, and its gradient another. What an array was made of only its tracers know, by
+    names that are JAX's own: where they have moved, or nothing is traced, the answer is no.
+    """
+    passes_on = "convert_element_type", "pvary", "reshard", "sharding_constraint"
+    while True:
+        while hasattr(x, "primal"):  # under differentiation
+            x = x.primal
+        made: Any = getattr(x, "parent", None)
+        name = str(getattr(made, "primitive", None))
+        if name not in passes_on:
+            return name == "transpose"
+        x = made.in_tracers[0]
 
 
 def _on_the_mesh(x: Array, of: Array) -> Array:
@@ -390,7 +429,12 @@ def linear_head(
     slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
     classes = slices * slice_size
     positions = math.prod(losses)
-    how = _How(_chunk_size(chunk_size, positions, slice_size), _checks.logit_softcap(logit_softcap))
+    embedding = _transposed(kernel)
+    how = _How(
+        _chunk_size(chunk_size, positions, slice_size),
+        _checks.logit_softcap(logit_softcap),
+        0 if embedding else -1,
+    )
     if bias is not None:
         bias = _inputs.floating("bias", bias)
         _checks.shape("bias", bias, (slice_size,), "one number per class")
@@ -412,7 +456,9 @@ def linear_head(
     place = labels if start is None else labels - start
     kernel = _on_the_mesh(kernel, features)
     bias = None if bias is None else _on_the_mesh(bias, features)
-    args = aligned_varying(_Args(features, kernel, bias, place, mask))[0]
+    # As it is in memory: the two transposes cancel.
+    stored = kernel.T if embedding else kernel
+    args = aligned_varying(_Args(features, stored, bias, place, mask))[0]
     sums = over_slices(_class_sums(how, args), class_axis_name)
     weight, impossible = _position.label_weight(alpha, labels, classes)
     losses = loss(sums.true - sums.top, sums.rest, (weight, *prepared), mask, impossible)
@@ -501,7 +547,9 @@ def linear_softmax_focal_loss_with_integer_labels(
     Args:
       features: `[..., D]`, floating.
       kernel: `[D, C]`, floating. If its dtype is not the features', the products are in
-        the wider of the two.
+        the wider of the two. An embedding `[C, D]` that is tied to the head is given as
+        `embedding.T`, transposed under the same `jit`: then neither it nor its gradient is
+        transposed in memory.
       labels: `[...]`, any integer dtype: class indices. One outside `[0, C)` that is not
         `ignore_label` gives a NaN loss and a NaN gradient of the features at its position
         only; and NaN gradients of the kernel and the bias, which are sums over the

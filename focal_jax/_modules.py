@@ -4,8 +4,8 @@ import dataclasses
 import importlib
 import inspect
 import numbers
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax.core
 import jax.numpy as jnp
@@ -13,11 +13,13 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _checks, _inputs
+from focal_jax import _catalogue, _checks, _inputs
 from focal_jax._reduction import reduce_loss
 from focal_jax._sigmoid import sigmoid_focal_loss
 from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
 from focal_jax._softmax_soft import softmax_focal_loss
+
+_LOSSES = {loss.name: loss for loss in _catalogue.LOSSES}
 
 
 def _constant(option: Any) -> Any:
@@ -36,38 +38,73 @@ def _tuples(x: Any) -> Any:
     return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
-def static_option(name: str, value: Any) -> None:
-    """Refuse an option that no input could make good; a traced one is left to the loss."""
-    if isinstance(value, jax.core.Tracer):
+# Options that only a call can judge: arrays of the positions, and axes that are bound there.
+_OF_A_CALL = frozenset({"where", "positive", "axis_name", "class_axis_name"})
+
+
+def _shape(option: Any) -> tuple[int, ...]:
+    try:
+        return np.shape(option)
+    except ValueError:  # rows of unequal lengths, which the loss itself names
+        return ()
+
+
+def static_options(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that no input could make good: the loss itself is asked, about shapes alone.
+
+    What is traced is left to the call, and so is a loss that is not of this package.
+    """
+    name = getattr(loss, "__name__", "")
+    entry = _LOSSES.get(name)
+    if entry is None or loss is not function_of(name):
         return
-    match name:
-        case "alpha" if value is None:
-            return
-        case "normalization":
-            losses = jax.ShapeDtypeStruct((1,), jnp.float32)
-            jax.eval_shape(lambda x: reduce_loss(x, normalization=value), losses)
-        case "ignore_label":
-            _checks.ignore_label(value)
-        case "axis" if not isinstance(value, numbers.Integral):
-            raise _checks.InputError(f"{name}: got {value!r}, wanted an integer")
-        case "gamma" if isinstance(value, numbers.Real):
-            _checks.static_exponent(name, value)
-        case "gamma" | "alpha" | "loss_weight" if not isinstance(value, numbers.Real):
-            shape = _inputs.option(name, value, jnp.dtype(jnp.float32)).shape
-            if name == "loss_weight" and shape:
-                raise _checks.InputError(f"{name}: got shape {shape}, wanted one weight, a scalar")
+    asked = {
+        k: v
+        for k, v in options.items()
+        if k not in _OF_A_CALL and not isinstance(v, jax.core.Tracer)
+    }
+    if asked.get("return_logsumexp"):
+        raise _checks.InputError("return_logsumexp: got True, wanted losses alone to reduce")
+    # The smallest shapes that the options fit.
+    per_class = {k for k, option in entry.options.items() if option.per_class}
+    classes = next((n for k in per_class for n in _shape(asked.get(k))[:1]), 2)
+    shapes = [_shape(asked[k]) for k in entry.options.keys() & asked.keys() - per_class]
+    given = asked.get("axis", -1)
+    axis = int(given) if isinstance(given, numbers.Integral) else -1  # the loss says what it is
+    rank = max(axis + 1, -axis)
+    positions = jnp.broadcast_shapes(*shapes, (1,) * max(rank - entry.softmax, 1))
+    logits = positions
+    if entry.softmax:
+        axis %= len(positions) + 1
+        logits = (*positions[:axis], classes, *positions[axis:])
+    labels = positions if entry.labels[-1] in ("integer", "real") else logits
+    dtype = jnp.int32 if "integer" in entry.labels else jnp.float32
+    kernel = [jax.ShapeDtypeStruct((classes,) * 2, jnp.float32)] * (entry.kind == "linear")
+    arguments = (
+        jax.ShapeDtypeStruct(logits, jnp.float32),
+        *kernel,
+        jax.ShapeDtypeStruct(labels, dtype),
+    )
+    jax.eval_shape(lambda *arguments: loss(*arguments, **asked), *arguments)
 
 
-def _function(loss: Any) -> Callable[..., Any]:
+def function_of(loss: Any) -> Callable[..., Any]:
     """Return a loss that is given by name or by itself."""
     if callable(loss):
         return loss
+    if loss not in _LOSSES:
+        raise _checks.InputError(
+            f"loss: got {loss!r}, wanted a function or one of {tuple(_LOSSES)}"
+        )
     # By name, since the package itself stands above its rooms and imports them.
-    package = importlib.import_module("focal_jax")
-    known = [name for name in package.__all__ if "_loss" in name and name != "reduce_loss"]
-    if loss not in known:
-        raise _checks.InputError(f"loss: got {loss!r}, wanted a function or one of {known}")
-    return getattr(package, loss)
+    return getattr(importlib.import_module("focal_jax"), loss)
+
+
+def loss_weight(given: Any, dtype: jnp.dtype) -> Array:
+    """Return what a reduced loss is multiplied by."""
+    weight = _inputs.option("loss_weight", given, dtype)
+    _checks.shape("loss_weight", weight, (), "one weight for the reduced loss")
+    return weight
 
 
 # The identity stays an nnx module's hash, the fields become a linen module's; each
@@ -83,8 +120,18 @@ class _ReducedLoss:
     def __setattr__(self, name: str, value: Any):
         # Before nnx sees it: an attribute that has once held an array remains state.
         value = _constant(value)
-        static_option(name, value)
+        self._refuse(name, value)
         super().__setattr__(name, value)
+
+    def _refuse(self, name: str, value: Any) -> None:
+        """Refuse a field that no input could make good."""
+        if isinstance(value, jax.core.Tracer):
+            return
+        if name == "normalization":
+            losses = jax.ShapeDtypeStruct((1,), jnp.float32)
+            jax.eval_shape(lambda x: reduce_loss(x, normalization=value), losses)
+        if name == "loss_weight" and not isinstance(value, numbers.Real):
+            loss_weight(value, jnp.dtype(jnp.float32))
 
     def _reduced(
         self,
@@ -104,9 +151,7 @@ class _ReducedLoss:
             counting |= {"labels": labels, "ignore_label": options["ignore_label"]}
         losses = loss(*arrays, **options)
         reduced = reduce_loss(losses, normalization=self.normalization, weights=weights, **counting)
-        weight = _inputs.option("loss_weight", self.loss_weight, reduced.dtype)
-        _checks.shape("loss_weight", weight, (), "one weight for the reduced loss")
-        return weight.astype(reduced.dtype) * reduced
+        return loss_weight(self.loss_weight, reduced.dtype).astype(reduced.dtype) * reduced
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -119,7 +164,7 @@ class Reduced(_ReducedLoss):
 
     def __setattr__(self, name: str, value: Any):
         if name == "loss":
-            value = _function(value)
+            value = function_of(value)
         if name == "options":
             value = tuple(sorted((option, _constant(x)) for option, x in dict(value).items()))
             self._check(dict(value))
@@ -129,12 +174,12 @@ class Reduced(_ReducedLoss):
         """Refuse options that the loss does not have, or that are not what it takes."""
         parameters = inspect.signature(self.loss).parameters
         known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
-        for name, value in options.items():
+        for name in options:
             if name not in known and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 raise _checks.InputError(
                     f"{name}: got an option that the loss does not have, wanted one of {known}"
                 )
-            static_option(name, value)
+        static_options(self.loss, options)
 
     def __call__(
         self, *arrays: ArrayLike, weights: ArrayLike | None = None, **options: Any
@@ -165,6 +210,13 @@ class _FocalLoss(_ReducedLoss):
     alpha: ArrayLike | None = None
     gamma: ArrayLike = 2.0
 
+    _loss: ClassVar[Callable[..., Any]]  # which has the fields for options
+
+    def _refuse(self, name: str, value: Any) -> None:
+        super()._refuse(name, value)
+        if name in inspect.signature(self._loss).parameters:
+            static_options(self._loss, {name: value})
+
     def _options(self, gamma: ArrayLike | None, where: ArrayLike | None) -> dict[str, Any]:
         gamma = self.gamma if gamma is None else gamma
         return {"alpha": self.alpha, "gamma": gamma, "where": where}
@@ -172,6 +224,8 @@ class _FocalLoss(_ReducedLoss):
 
 class SigmoidFocalLoss(_FocalLoss):
     """`focal_jax.sigmoid_focal_loss`, reduced."""
+
+    _loss = staticmethod(sigmoid_focal_loss)
 
     def __call__(
         self,
@@ -210,6 +264,8 @@ class SoftmaxFocalLoss(_FocalLoss):
 
     axis: int = -1
     ignore_label: int | None = None
+
+    _loss = staticmethod(softmax_focal_loss_with_integer_labels)
 
     def __call__(
         self,

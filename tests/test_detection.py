@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import Mesh, PartitionSpec as P
 
+import focal_jax
 from focal_jax.detection import (
     BACKGROUND,
     IGNORED,
@@ -320,6 +321,21 @@ def test_alpha_and_gamma(batch):
     )
     low, high = (loss_of(*batch, alpha=alpha).classification for alpha in (0.0, 1.0))
     np.testing.assert_allclose(slope, high - low, rtol=1e-5)
+
+
+def test_another_class_loss(batch):
+    named = partial(focal_jax.sigmoid_focal_loss, alpha=0.25, gamma=2.0)
+    same = jax.jit(partial(retinanet_loss, class_loss=named))
+    np.testing.assert_array_equal(same(*batch), loss_of(*batch))
+    logits, offsets, anchors, annotations = (x[2:] if i != 2 else x for i, x in enumerate(batch))
+    matches = matches_of(anchors, annotations[0])
+    labels = jax.nn.one_hot(jnp.where(matches >= 0, annotations[0, matches, 4], -1), 3)
+    losses = focal_jax.asymmetric_loss(logits[0], labels)
+    losses = jnp.where((matches == IGNORED)[:, None], 0, losses)
+    other = jax.jit(partial(retinanet_loss, class_loss="asymmetric_loss"))
+    loss = other(logits, offsets, anchors, annotations)
+    wanted = losses.sum() / jnp.maximum(1, jnp.sum(matches >= 0))
+    np.testing.assert_allclose(loss.classification, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -645,6 +661,10 @@ def shapes(logits=(2, 5, 3), regression=(2, 5, 4), anchors=(5, 4), annotations=(
         ("positive_iou", shapes(), {"positive_iou": np.nan}),
         ("gamma", shapes(), {"gamma": -1.0}),
         ("alpha", shapes(), {"alpha": jnp.zeros(7)}),
+        ("loss", shapes(), {"class_loss": "focal"}),
+        ("gamma", shapes(), {"class_loss": "asymmetric_loss", "gamma": 1.0}),
+        ("alpha", shapes(), {"class_loss": "asymmetric_loss", "alpha": jnp.float32(0.25)}),
+        ("result", shapes(), {"class_loss": lambda z, y, where: jnp.sum(z, -1)}),
     ],
 )
 def test_errors_of_the_loss_name_the_argument(name, inputs, options):

@@ -8,6 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from examples import calibration
+
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -54,3 +56,50 @@ def test_calibration_error_of_a_known_forecast():
     # 3 of 4 right at 0.75 is calibrated; 2 of 4 right at 0.95 is 0.45 off, for half of all.
     labels = np.array([0, 0, 0, 1, 1, 1, 0, 0])
     np.testing.assert_allclose(calibration_error(labels, confident), 0.225)
+
+
+# ----------------------------------------------------------------------- calibration
+
+
+def test_networks_that_know_their_digits_are_measured_before_and_after_scaling(tmp_path):
+    options = ["--seeds=2", "--steps=600", "--images=100", f"--out={tmp_path}"]
+    results = calibration.main(options)
+    assert list(results) == list(calibration.LOSSES)
+    for result in results.values():
+        assert all(values.shape == (2,) for values in result.values())
+        assert (result["train error"] < 0.02).all()
+        assert (result["NLL, scaled"] <= result["NLL"] + 0.05).all()
+    # What the example is there to show.
+    assert results["focal, gamma 3"]["ECE"].mean() < results["cross entropy"]["ECE"].mean()
+    height, width, _ = plt.imread(tmp_path / "reliability.png").shape
+    assert height > 800
+    assert width > 1500
+
+
+def test_the_temperature_that_made_the_logits_is_found():
+    random = np.random.default_rng(0)
+    honest = 3 * random.normal(size=(20_000, calibration.CLASSES)).astype(np.float32)
+    labels = (honest + random.gumbel(size=honest.shape)).argmax(-1).astype(np.int32)
+    found = calibration.fitted_temperature(labels, 4 * honest)
+    np.testing.assert_allclose(found, 4, rtol=0.06)
+    assert calibration.calibration_error(labels, honest) < 0.02
+    assert calibration.calibration_error(labels, 4 * honest) > 0.1
+
+
+def test_negative_log_likelihood_and_calibration_error_of_a_known_forecast():
+    logits = np.log(np.float32([[0.75, 0.25]] * 4 + [[0.05, 0.95]] * 4))
+    labels = np.array([0, 0, 0, 1, 1, 1, 0, 0])
+    np.testing.assert_allclose(calibration.calibration_error(labels, logits), 0.225, rtol=1e-5)
+    expected = -np.mean(np.log([0.75] * 3 + [0.25] + [0.95] * 2 + [0.05] * 2))
+    likelihood = calibration.negative_log_likelihood(labels, logits)
+    np.testing.assert_allclose(likelihood, expected, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------ quick start
+
+
+def test_the_quick_start_is_short_and_learns():
+    path = EXAMPLES / "quickstart.py"
+    assert len(path.read_text().splitlines()) < 50
+    with jax.numpy_dtype_promotion("standard"):
+        assert runpy.run_path(str(path))["accuracy"] > 0.9

@@ -13,6 +13,7 @@ from flax import linen as nn, nnx
 import focal_jax
 import focal_jax.linen
 import focal_jax.nnx
+from focal_jax import _catalogue
 from focal_jax._checks import InputError
 
 ROOMS = [focal_jax.linen, focal_jax.nnx]
@@ -196,6 +197,41 @@ def test_a_bad_option_of_softmax_is_refused_when_the_module_is_made(room, option
     ):
         with pytest.raises(InputError, match=message):
             make(**options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        ("asymmetric_loss", {"margin": 1.5}, "margin: got 1.5"),
+        ("quality_focal_loss", {"beta": -1}, "beta: got -1"),
+        ("sigmoid_focal_loss_star", {"gamma": 0}, "gamma: got 0"),
+        ("varifocal_loss", {"stop_weight_gradient": 1}, "stop_weight_gradient: got 1"),
+        ("focal_tversky_loss", {"gamma": -0.5}, "gamma: got -0.5"),
+        ("distribution_focal_loss", {"axis": "a"}, "axis: got 'a'"),
+        ("softmax_focal_loss_with_integer_labels", {"label_smoothing": 1.0}, "label_smoothing: "),
+        ("softmax_focal_loss_with_integer_labels", {"alpha": np.ones((2, 2))}, "alpha: got shape"),
+        ("linear_softmax_focal_loss_with_integer_labels", {"logit_softcap": -1}, "logit_softcap: "),
+        (
+            "linear_softmax_focal_loss_with_integer_labels",
+            {"return_logsumexp": True},
+            "return_logsumexp: got True",
+        ),
+        ("focal_loss", {}, "loss: got 'focal_loss', wanted a function or one of"),
+    ],
+)
+def test_a_bad_option_of_any_loss_is_refused_when_the_module_is_made(room, loss, options, message):
+    with pytest.raises(InputError, match=message):
+        room.Reduced(loss, **options)
+
+
+@pytest.mark.parametrize("loss", _catalogue.LOSSES, ids=lambda loss: loss.name)
+def test_any_loss_is_made_with_what_it_takes(room, loss):
+    options = {name: option.low + 0.5 for name, option in loss.options.items()}
+    per_class = {k: (v,) * 5 for k, v in options.items() if loss.options[k].per_class}
+    room.Reduced(loss.name, **options)
+    room.Reduced(loss.name, **options | per_class)
+    if loss.softmax and loss.kind != "linear":
+        room.Reduced(loss.name, axis=-3, **per_class)
 
 
 @pytest.mark.parametrize("normalization", ["valid", "batch_size"])

@@ -1,5 +1,8 @@
 """The linear head is the softmax head on `features @ kernel + bias`, in less memory."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec as P
 
 import focal_jax
+from focal_jax import _linear
 from focal_jax._varying import aligned_varying
 
 LINEAR = focal_jax.linear_softmax_focal_loss_with_integer_labels
@@ -177,6 +181,78 @@ def test_temporaries_are_a_tenth_of_the_logits(shape):
 def test_second_derivatives_do_not_hold_the_logits_either():
     memory = _compiled(LINEAR, 2048, 64, 32000, order=2).memory_analysis()
     assert memory.temp_size_in_bytes < 2048 * 32000 * 4 / 2
+
+
+# ---------------------------------------------------------------- tied embeddings
+
+
+def _tied(features, embedding, labels, **options):
+    return jnp.sum(LINEAR(features, embedding.T, labels, chunk_size=64, **options))
+
+
+def _tied_over_devices(features, embedding, labels):
+    mesh, axes = Mesh(np.array(jax.devices()), ("data",)), (P("data"), P(), P("data"))
+    share = lambda *args: lax.psum(_tied(*args), "data")  # noqa: E731
+    return jax.shard_map(share, mesh=mesh, in_specs=axes, out_specs=P())(
+        features, embedding, labels
+    )
+
+
+def _tied_slices(features, embedding, labels):
+    mesh, axes = Mesh(np.array(jax.devices()), ("model",)), (P(), P("model"), P())
+    share = partial(_tied, class_axis_name="model")
+    return jax.shard_map(share, mesh=mesh, in_specs=axes, out_specs=P())(
+        features, embedding, labels
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "slices", "copies"),
+    [
+        pytest.param(_tied, {}, 1, 1, id="plain"),
+        pytest.param(_tied, {"label_smoothing": 0.1, "logit_softcap": 9.0}, 1, 2, id="options"),
+        pytest.param(jax.checkpoint(_tied), {}, 1, 1, id="checkpoint"),
+        pytest.param(_tied_over_devices, {}, 1, 1, id="batch over devices"),
+        pytest.param(_tied_slices, {}, 8, 1, id="classes over devices"),
+    ],
+)
+def test_a_tied_embedding_is_not_transposed_in_memory(function, options, slices, copies):
+    depth, classes = 24, 1000
+    (features, kernel, *_), labels = _inputs(17, (16,), depth, classes)
+    labels = labels.at[0].set(classes - 1)
+    gradient = jax.jit(jax.grad(partial(function, **options), (0, 1)))
+    compiled = gradient.lower(features, kernel.T, labels).compile()
+    # Of the kernel's size nothing but itself, copied into the place of each gradient of it.
+    copied = r"= \w+\[(?:{0},{1}|{1},{0})\]\S* (?:copy|transpose)\("
+    found = re.findall(copied.format(depth, classes // slices), compiled.as_text())
+    assert len(found) <= copies
+
+    def untied(features, kernel):
+        return jnp.sum(LINEAR(features, kernel, labels, chunk_size=64, **options))
+
+    by_features, by_kernel = jax.jit(jax.grad(untied, (0, 1)))(features, kernel)
+    assert_close(compiled(features, kernel.T, labels), (by_features, by_kernel.T), 1e-5)
+
+
+def test_a_kernel_is_known_for_an_embedding():
+    known = []
+
+    def found(x):
+        known.append(_linear._transposed(x))
+        return jnp.sum(x)
+
+    embedding = jnp.ones((6, 4))
+    for kernel in (
+        lambda e: e.T,
+        lambda e: jnp.swapaxes(e, 0, 1),
+        lambda e: e.astype(jnp.bfloat16).T,
+        lambda e: e.T.astype(jnp.bfloat16),
+        lambda e: e.T + 1,
+        lambda e: e,
+    ):
+        jax.jit(jax.grad(lambda e, k=kernel: found(k(e))))(embedding)
+    found(embedding.T)
+    assert known == [True] * 4 + [False] * 3
 
 
 # ---------------------------------------------------------------- meshes

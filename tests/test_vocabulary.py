@@ -506,6 +506,31 @@ def test_the_sums_in_one_pass_are_those_in_passes(logits, label):
     assert_close(got, sums(_linear_room._in_passes), 1e-6)
 
 
+def test_mapped_examples_share_the_condition_of_the_sums():
+    how = _linear_room._How(size=2, softcap=None)
+    features, kernel = jnp.ones((3, 2, 1)), jnp.cos(jnp.arange(7.0))[None]
+    place = jnp.full((2, 1), 3, jnp.int32)
+    # Nothing jumps in the first example, far too much in the second, something in the third.
+    biases = jnp.zeros((3, 7)).at[1, 5].set(1e3).at[2, 5].set(20.0)
+
+    def sums(form):
+        def of_one(features, bias):
+            top, true, rest = form(how, _linear_room._Args(features, kernel, bias, place, None))
+            return jnp.sum(true - top - jnp.log1p(rest))
+
+        return jax.vmap(jax.value_and_grad(of_one, (0, 1)))
+
+    few = _linear_room._chunk
+    try:
+        _linear_room._chunk = lambda how, args, size, start: few(how, args, min(size, 2), start)
+        got = jax.jit(sums(_linear_room._in_one_pass))
+        assert " cond[" in str(jax.make_jaxpr(got)(features, biases))
+        found = got(features, biases)
+    finally:
+        _linear_room._chunk = few
+    assert_close(found, sums(_linear_room._in_passes)(features, biases), 1e-6)
+
+
 # ---------------------------------------------------------------- sixteen bits
 
 

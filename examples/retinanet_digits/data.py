@@ -1,8 +1,9 @@
 """A detection set made on the fly: real handwritten digits on cluttered canvases.
 
 scikit-learn's digits are split image by image, so that a digit of the test canvases is
-never seen in training. Each canvas has up to three whole digits, to be found, and a crowd of
-things that are nearly digits: corners of digits, digits cut up and shuffled, lines.
+never seen in training, nor in the validation that chooses a learning rate. Each canvas has a few
+whole digits, to be found, and a crowd of things that are nearly digits: corners of digits, digits
+cut up and shuffled, lines.
 """
 
 from functools import cache
@@ -15,9 +16,9 @@ from sklearn.model_selection import train_test_split
 
 CLASSES = 10
 SIZE = 128  # of a canvas, pixels
-OBJECTS = 3  # on a canvas, at most
-HEIGHTS = (14, 64)  # of an object, pixels
-PIXELS = (np.arange(SIZE) + 1j * np.arange(SIZE)[:, None]).astype(np.complex64)
+OBJECTS = 12  # on a canvas, at most
+HEIGHTS = (14, 36)  # of an object, pixels
+PARTS = ("train", "validation", "test")
 
 
 class Canvases(NamedTuple):
@@ -29,16 +30,19 @@ class Canvases(NamedTuple):
 
 @cache
 def digits(part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images `[n, 8, 8]` in [0, 1] and the labels of one half, "train" or "test"."""
+    """Return the images `[n, 8, 8]` in [0, 1] and the labels of a part.
+
+    Half of them is to train on; a tenth, "validation", to choose by; the rest is the "test".
+    """
     data = load_digits()
-    train_x, test_x, train_y, test_y = train_test_split(
-        (data.images / 16).astype(np.float32),
-        data.target,
-        test_size=0.5,
-        stratify=data.target,
-        random_state=0,
-    )
-    return {"train": (train_x, train_y), "test": (test_x, test_y)}[part]
+    rest = (data.images / 16).astype(np.float32), data.target
+    split = {}
+    for name, size in (("train", 0.5), ("validation", 0.2)):  # a fifth of what is left
+        chosen_x, rest_x, chosen_y, rest_y = train_test_split(
+            *rest, train_size=size, stratify=rest[1], random_state=0
+        )
+        split[name], rest = (chosen_x, chosen_y), (rest_x, rest_y)
+    return (split | {"test": rest})[part]
 
 
 def enlarged(image: np.ndarray, height: float) -> np.ndarray:
@@ -81,39 +85,49 @@ def _shuffled(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return random.permutation(blocks).reshape(4, 4, 2, 2).swapaxes(1, 2).reshape(8, 8)
 
 
-def _line(random: np.random.Generator) -> np.ndarray:
+def _line(size: int, random: np.random.Generator) -> np.ndarray:
     turn = np.exp(1j * random.uniform(0, np.pi))
-    along_across = (PIXELS - SIZE * (random.uniform() + 1j * random.uniform())) * turn
-    width, length = random.uniform(0.5, 3), random.uniform(5, 60)
+    pixels = (np.arange(size) + 1j * np.arange(size)[:, None]).astype(np.complex64)
+    along_across = (pixels - size * (random.uniform() + 1j * random.uniform())) * turn
+    width, length = random.uniform(0.5, 2), random.uniform(5, 40)
     inside = np.abs(along_across.real) < length
     return np.clip(width - np.abs(along_across.imag), 0, 1) * inside
 
 
-def background(source: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Return a canvas of haze, noise, lines and parts of the digits of `source`."""
-    haze = zoom(random.uniform(0, 0.25, (4, 4)), SIZE // 4, order=1, grid_mode=True, mode="nearest")
+def background(
+    source: np.ndarray, random: np.random.Generator, size: int = SIZE, parts: float = 10
+) -> np.ndarray:
+    """Return a canvas of haze, noise, lines and about so many `parts` of the digits of `source`."""
+    haze = zoom(random.uniform(0, 0.25, (4, 4)), size // 4, order=1, grid_mode=True, mode="nearest")
     canvas = haze.astype(np.float32)
     for _ in range(random.integers(1, 4)):
-        draw(canvas, _line(random), 0, 0, random.uniform(0.5, 1))
-    for _ in range(random.integers(4, 9)):
+        draw(canvas, _line(size, random), 0, 0, random.uniform(0.5, 1))
+    for _ in range(random.poisson(parts)):
         image = source[random.integers(len(source))]
-        part = random.choice([_corner, _shuffled])(image, random)
+        part = (_corner, _shuffled)[random.integers(2)](image, random)
         if (part > 0.3).any():
-            patch = enlarged(part, _height(random) / 2)
-            draw(canvas, patch, *random.integers(0, SIZE - 8, 2), random.uniform(0.5, 1))
+            patch = enlarged(part, _height(random) / (2 if len(part) == 4 else 1))
+            draw(canvas, patch, *random.integers(0, size - 8, 2), random.uniform(0.5, 1))
     return canvas
 
 
-def canvas(part: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return one image `[SIZE, SIZE, 1]` and its annotations `[OBJECTS, 5]`."""
+def canvas(
+    part: str, objects: float, random: np.random.Generator, size: int = SIZE, parts: float = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return one image `[size, size, 1]` and its annotations `[OBJECTS, 5]`.
+
+    `objects` is the mean of their number: from 1 to twice as many less one, or, below 1, the
+    share of canvases that have one at all.
+    """
     images, labels = digits(part)
-    picture = background(images, random)
+    picture = background(images, random, size, parts)
     annotations = np.full((OBJECTS, 5), -1, np.float32)
-    free = np.ones((SIZE, SIZE), bool)
-    for row in range(random.integers(1, OBJECTS + 1)):
+    free = np.ones((size, size), bool)
+    number = random.integers(1, 2 * int(objects)) if objects >= 1 else random.uniform() < objects
+    for row in range(min(number, OBJECTS)):
         chosen = random.integers(len(images))
-        patch = enlarged(images[chosen], _height(random))
-        if corner := find_room(patch, free, random):
+        patch = enlarged(images[chosen], min(_height(random), size))
+        if patch.shape[1] <= size and (corner := find_room(patch, free, random)):
             draw(picture, patch, *corner, random.uniform(0.7, 1))
             height, width = patch.shape
             x, y = corner
@@ -123,7 +137,14 @@ def canvas(part: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarr
 
 
 @cache
-def canvases(part: str, count: int, seed: int) -> Canvases:
-    """Return `count` canvases of one half of the digits."""
-    random = np.random.default_rng((seed, part == "test"))
-    return Canvases(*map(np.stack, zip(*(canvas(part, random) for _ in range(count)))))
+def canvases(part: str, count: int, seed: int, objects: float = 1) -> Canvases:
+    """Return `count` canvases of one part of the digits, with so many `objects` in the mean."""
+    random = np.random.default_rng((seed, PARTS.index(part)))
+    return Canvases(*map(np.stack, zip(*(canvas(part, objects, random) for _ in range(count)))))
+
+
+def single_digits(part: str, count: int, size: int = 48) -> tuple[np.ndarray, np.ndarray]:
+    """Return images `[count, size, size, 1]` of one digit each, and which it is."""
+    random = np.random.default_rng(PARTS.index(part))
+    images, annotations = zip(*(canvas(part, 1, random, size, 1) for _ in range(count)))
+    return np.stack(images), np.stack(annotations)[:, 0, 4].astype(np.int32)

@@ -57,7 +57,6 @@ def _predict(model: RetinaNet, images: Array) -> tuple[Array, Array, Detections]
 
 def predict(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, Detections]:
     """Return the class logits `[N, A, CLASSES]` and the detections of the images."""
-    model.eval()  # batch normalization with its running averages
     parts = [_predict(model, images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 

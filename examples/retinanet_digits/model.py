@@ -3,7 +3,6 @@
 from functools import partial
 from itertools import pairwise
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -12,10 +11,11 @@ from examples.retinanet_digits.data import CLASSES, SIZE
 from focal_jax.detection import pyramid_anchors
 from focal_jax.training import prior_bias_init
 
-LEVELS = (2, 3, 4)  # strides 4, 8 and 16, anchors of about 16, 32 and 64 pixels
-SCALES = (1.0,)
+LEVELS = (2, 3, 4)  # strides 4, 8 and 16
+SCALES = (0.5, 2 ** (-2 / 3), 2 ** (-1 / 3))  # anchors of about 8 to 50 pixels, three an octave
 RATIOS = (0.5, 1.0, 2.0)
 SHAPES = len(SCALES) * len(RATIOS)  # anchors a cell
+WIDTHS = (24, 32, 48)  # of the backbone's stages; the first is that of the pyramid as well
 
 _conv = partial(nnx.Conv, kernel_size=(3, 3))
 
@@ -25,52 +25,78 @@ def anchors() -> Array:
     return pyramid_anchors((SIZE, SIZE), LEVELS, SCALES, RATIOS)
 
 
-class Stage(nnx.Module):
-    """Halve the resolution."""
+def _patches(x: Array, side: int) -> Array:
+    """Return `[B, H / side, W / side, side**2 C]`: the pixels of each patch in one row.
 
-    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
+    A linear layer after it is a convolution with strides, which XLA's CPU backend is slow at.
+    """
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // side, side, width // side, side, channels)
+    return x.swapaxes(2, 3).reshape(batch, height // side, width // side, -1)
+
+
+class Backbone(nnx.Module):
+    """Features of an image at three resolutions, each half the one before."""
+
+    def __init__(self, rngs: nnx.Rngs, patch: int = 4):
+        """Initialize the layers from `rngs`; the first stage has a cell for each `patch`."""
+        self.patch = patch
+        self.stem = _conv(patch**2, WIDTHS[0], rngs=rngs)
+        self.start = nnx.Linear(WIDTHS[0], WIDTHS[0], rngs=rngs)
+        pairs = list(pairwise(WIDTHS))
+        self.down = nnx.List([nnx.Linear(4 * a, b, rngs=rngs) for a, b in pairs])
+        self.mix = nnx.List([_conv(b, b, rngs=rngs) for _, b in pairs])
+
+    def __call__(self, images: Array) -> list[Array]:
+        """Return the features of images `[B, H, W, 1]` in [0, 255], finest first."""
+        x = nnx.relu(self.stem(_patches(images / 128 - 0.5, self.patch)))
+        features = [nnx.relu(self.start(x))]
+        for down, mix in zip(self.down, self.mix):
+            x = nnx.relu(down(_patches(features[-1], 2)))
+            features.append(x + nnx.relu(mix(x)))
+        return features
+
+
+class Classifier(nnx.Module):
+    """What the backbone is trained in beforehand: which digit is on a small image?"""
+
+    def __init__(self, rngs: nnx.Rngs):
         """Initialize the layers from `rngs`."""
-        self.down = _conv(inputs, outputs, strides=2, use_bias=False, rngs=rngs)
-        self.mix = _conv(outputs, outputs, use_bias=False, rngs=rngs)
-        self.norms = nnx.List([nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs) for _ in "ab"])
+        self.backbone = Backbone(rngs)
+        self.last = nnx.Linear(sum(WIDTHS), CLASSES, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        """Return features of half the height and width."""
-        for layer, norm in zip((self.down, self.mix), self.norms):
-            x = nnx.relu(norm(layer(x)))
-        return x
+    def __call__(self, images: Array) -> Array:
+        """Return logits `[B, CLASSES]`."""
+        features = [x.max((1, 2)) for x in self.backbone(images)]
+        return self.last(jnp.concatenate(features, 1))
 
 
 class Pyramid(nnx.Module):
-    """A convolutional backbone, and the features of each of its stages mixed with coarser ones."""
+    """A backbone, and the features of each of its stages mixed with coarser ones."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs, *, stem_stride: int = 2):
+    def __init__(self, rngs: nnx.Rngs, patch: int = 4):
         """Initialize the layers from `rngs`."""
-        self.stem = _conv(1, width // 2, strides=stem_stride, rngs=rngs)
-        inputs = (width // 2, *[width] * len(LEVELS))
-        self.backbone = nnx.List([Stage(*pair, rngs) for pair in pairwise(inputs)])
-        self.lateral = nnx.List([nnx.Conv(width, width, (1, 1), rngs=rngs) for _ in LEVELS])
+        self.backbone = Backbone(rngs, patch)
+        self.lateral = nnx.List([nnx.Linear(width, WIDTHS[0], rngs=rngs) for width in WIDTHS])
+        self.norms = nnx.List([nnx.LayerNorm(WIDTHS[0], rngs=rngs) for _ in WIDTHS])
 
     def __call__(self, images: Array) -> list[Array]:
         """Return the features of each level of images `[B, H, W, 1]` in [0, 255], finest first."""
-        features = [nnx.relu(self.stem(images / 255))]
-        for stage in self.backbone:
-            features.append(stage(features[-1]))
-        levels = [lateral(x) for lateral, x in zip(self.lateral, features[1:])]
+        levels = [lateral(x) for lateral, x in zip(self.lateral, self.backbone(images))]
         for i in reversed(range(len(levels) - 1)):
-            levels[i] += jax.image.resize(levels[i + 1], levels[i].shape, "nearest")
-        return levels
+            levels[i] += levels[i + 1].repeat(2, 1).repeat(2, 2)
+        return [norm(x) for norm, x in zip(self.norms, levels)]
 
 
 class Head(nnx.Module):
     """Predict `values` numbers for every anchor of a level."""
 
-    def __init__(self, width: int, values: int, prior: float | None, rngs: nnx.Rngs):
+    def __init__(self, values: int, prior: float | None, rngs: nnx.Rngs):
         """Initialize the layers from `rngs`, the last bias from the prior, or with 0."""
         self.values = values
-        self.mix = _conv(width, width, rngs=rngs)
-        self.last = _conv(
-            width,
+        self.mix = _conv(WIDTHS[0], WIDTHS[0], rngs=rngs)
+        self.last = nnx.Linear(
+            WIDTHS[0],
             SHAPES * values,
             bias_init=prior_bias_init(prior) if prior else nnx.initializers.zeros,
             rngs=rngs,
@@ -84,11 +110,11 @@ class Head(nnx.Module):
 class RetinaNet(nnx.Module):
     """Class logits and box offsets for every anchor."""
 
-    def __init__(self, rngs: nnx.Rngs, *, prior: float | None = 0.01, width: int = 24):
+    def __init__(self, rngs: nnx.Rngs, *, prior: float | None = 0.01):
         """Initialize the layers; `prior` is every class's probability at the start."""
-        self.pyramid = Pyramid(width, rngs)
-        self.classes = Head(width, CLASSES, prior, rngs)
-        self.boxes = Head(width, 4, None, rngs)
+        self.pyramid = Pyramid(rngs)
+        self.classes = Head(CLASSES, prior, rngs)
+        self.boxes = Head(4, None, rngs)
 
     def __call__(self, images: Array) -> tuple[Array, Array]:
         """Return logits `[B, A, CLASSES]` and offsets `[B, A, 4]` of images `[B, H, W, 1]`."""

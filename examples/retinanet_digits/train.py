@@ -7,68 +7,74 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from examples.retinanet_digits.data import canvases
 from examples.retinanet_digits.model import RetinaNet, anchors
+from examples.retinanet_digits.pretrain import (
+    ADAM,
+    descend,
+    fast_rngs,
+    learning_rates,
+    pretrained,
+)
 from focal_jax.detection import retinanet_loss
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The loss, and where the network starts: all that the runs differ in."""
+    """The loss, what was chosen for it, and where the network starts: all that runs differ in."""
 
     gamma: float = 2.0
     alpha: float | None = 0.25
     prior: float | None = 0.01
+    learning_rate: float = 0.01
+    class_weight: float = 1.0  # of the class loss, beside the box loss's 1
 
 
 @dataclass(frozen=True)
 class Budget:
     """What every run has, whatever its loss."""
 
-    steps: int = 900
-    batch: int = 8
-    learning_rate: float = 0.01
-    canvases: int = 1500
+    steps: int = 1000
+    batch: int = 4
+    canvases: int = 1000
     test_canvases: int = 300
-    save_every: int = 100
+    objects: float = 2  # on a canvas, in the mean
+    pretrained: bool = True  # the backbone, as a classifier of single digits
+    save_every: int = 250
 
 
-# Cached, as the steps are: what is compiled for one seed serves the others.
+def start(recipe: Recipe, budget: Budget, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+    """Return a fresh network, in two parts, with the pretrained backbone unless told otherwise."""
+    graph, parameters = nnx.split(RetinaNet(fast_rngs(seed), prior=recipe.prior))
+    if budget.pretrained:
+        parameters["pyramid"]["backbone"] = pretrained(parameters["pyramid"]["backbone"])
+    return graph, parameters
+
+
+# Cached: what is compiled for one seed, and for one trial of a learning rate, serves the others.
 @cache
-def _adam(budget: Budget) -> optax.GradientTransformation:
-    warmup = min(50, budget.steps // 2)
-    return optax.adam(
-        optax.warmup_cosine_decay_schedule(0.0, budget.learning_rate, warmup, budget.steps)
-    )
+def make_step(graph: nnx.GraphDef, gamma: float, alpha: float | None) -> Callable:
+    """Return a jitted step of training.
 
+    `step(parameters, adam, images, annotations, rate, class_weight)` returns the parameters, the
+    state of Adam, and the two losses.
+    """
+    boxes = anchors()
 
-def start(recipe: Recipe, budget: Budget, seed: int) -> tuple[RetinaNet, nnx.Optimizer]:
-    """Return a fresh network and its optimizer."""
-    # XLA compiles the default generator for many seconds, this one for one.
-    model = RetinaNet(nnx.Rngs(jax.random.key(seed, impl="unsafe_rbg")), prior=recipe.prior)
-    return model, nnx.Optimizer(model, _adam(budget), wrt=nnx.Param)
-
-
-@cache
-def make_step(recipe: Recipe) -> Callable:
-    """Return the jitted `step(model, optimizer, images, annotations) -> loss`."""
-    boxes, options = anchors(), {"alpha": recipe.alpha, "gamma": recipe.gamma}
-
-    @nnx.jit
-    def step(model, optimizer, images, annotations):
-        def loss(model):
-            predicted = model(images)
-            return sum(
-                retinanet_loss(*predicted, boxes, annotations, **options, normalization="batch")
+    @jax.jit
+    def step(parameters, adam, images, annotations, rate, class_weight):
+        def loss(parameters):
+            predicted = nnx.merge(graph, parameters)(images)
+            losses = retinanet_loss(
+                *predicted, boxes, annotations, alpha=alpha, gamma=gamma, normalization="batch"
             )
+            return class_weight * losses.classification + losses.regression, losses
 
-        value, gradients = nnx.value_and_grad(loss)(model)
-        optimizer.update(model, gradients)
-        return value
+        gradients, losses = jax.grad(loss, has_aux=True)(parameters)
+        return *descend(parameters, adam, gradients, rate), losses
 
     return step
 
@@ -78,37 +84,41 @@ def train(
     budget: Budget,
     seed: int,
     checkpoints: Path,
-    tick: Callable[[int], None],
+    tick: Callable[[int, float], None],
 ) -> tuple[RetinaNet, np.ndarray]:
     """Train from the last checkpoint, or from the start; return the network and its losses.
 
-    `tick` is told the number of steps done.
+    `tick` is told the number of steps done and the last step's loss. The losses are
+    `[steps, 2]`: of the classes and of the boxes.
     """
-    model, optimizer = start(recipe, budget, seed)
-    losses = np.zeros(budget.steps, np.float32)
-    step, data = make_step(recipe), canvases("train", budget.canvases, seed)
+    graph, parameters = start(recipe, budget, seed)
+    adam = ADAM.init(parameters)
+    losses = np.zeros((budget.steps, 2), np.float32)
+    step = make_step(graph, recipe.gamma, recipe.alpha)
+    rates = learning_rates(recipe.learning_rate, budget.steps)
+    weight = np.float32(recipe.class_weight)
+    data = canvases("train", budget.canvases, seed, budget.objects)
 
     def state():
         # On the host: what is restored then belongs to no device, and nothing compiles again.
-        return {
-            "state": jax.tree.map(np.asarray, nnx.state((model, optimizer))),
-            "losses": losses,
-        }
+        return {"state": jax.tree.map(np.asarray, (parameters, adam)), "losses": losses}
 
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
         done = manager.latest_step() or 0
         if done:
             saved = manager.restore(done, args=ocp.args.StandardRestore(state()))
-            nnx.update((model, optimizer), saved["state"])
+            parameters, adam = saved["state"]
             losses = np.array(saved["losses"])
-        tick(done)
+        tick(done, losses[max(done - 1, 0)].sum())
         for number in range(done, budget.steps):
             random = np.random.default_rng((seed, number))  # the batch depends on the step alone
             batch = random.integers(budget.canvases, size=budget.batch)
-            losses[number] = step(model, optimizer, *(x[batch] for x in data))
+            chosen = (x[batch] for x in data)
+            parameters, adam, last = step(parameters, adam, *chosen, rates[number], weight)
+            losses[number] = last
             done = number + 1
-            tick(done)
+            tick(done, losses[number].sum())
             if done % budget.save_every == 0 or done == budget.steps:
                 manager.save(done, args=ocp.args.StandardSave(state()))
-    return model, losses
+    return nnx.merge(graph, parameters), losses

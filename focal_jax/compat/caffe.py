@@ -2,17 +2,19 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax import _checks
-from focal_jax._modules import static_option
+from focal_jax._modules import loss_weight, static_options
 from focal_jax._reduction import reduce_loss
 from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
 from focal_jax.compat._labels import class_indices
@@ -210,8 +212,11 @@ class FocalLossLayer:
             raise _checks.InputError(
                 f"normalization: got {self.normalization!r}, wanted one of {_NORMALIZATIONS}"
             )
-        for option in ("alpha", "gamma", "axis", "ignore_label", "loss_weight"):
-            static_option(option, getattr(self, option))
+        names = ("alpha", "gamma", "axis", "ignore_label")
+        options = {name: getattr(self, name) for name in names}
+        static_options(softmax_focal_loss_with_integer_labels, options)
+        if not isinstance(self.loss_weight, numbers.Real):
+            loss_weight(self.loss_weight, jnp.dtype(jnp.float32))
 
     def __call__(self, logits: ArrayLike, labels: ArrayLike) -> Array | tuple[Array, Array]:
         """Return the weighted loss; with `return_prob`, `(loss, prob)`.

@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax import _checks, _inputs
-from focal_jax._modules import static_option
+from focal_jax._modules import static_options
 from focal_jax._reduction import reduce_loss
 from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
 from focal_jax._softmax_soft import softmax_focal_loss
@@ -72,7 +72,7 @@ class FocalLoss:
             raise _checks.InputError(
                 f"reduction: got {self.reduction!r}, wanted one of {_REDUCTIONS}"
             )
-        static_option("gamma", self.gamma)
+        static_options(softmax_focal_loss, {"gamma": self.gamma})
 
     def __call__(self, predict: ArrayLike, target: ArrayLike) -> Array:
         """Return the loss.

@@ -1,7 +1,8 @@
 """RetinaNet's two losses, from logits and annotations to two numbers."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax import _checks, _inputs
+from focal_jax._modules import function_of
 from focal_jax._sigmoid import sigmoid_focal_loss
 from focal_jax.detection import _options
 from focal_jax.detection.boxes import Box, columns, offsets, rows_of_four
@@ -67,6 +69,19 @@ def _sound(annotations: Array, classes: int) -> Array:
     return jnp.all(sound | (label == BACKGROUND), 1)
 
 
+def _class_loss(given: Any, alpha: Any, gamma: Any) -> Callable[..., Array]:
+    """Return the loss of the classes, with its options."""
+    if given is None:
+        return partial(sigmoid_focal_loss, alpha=alpha, gamma=gamma)
+    for name, option, default in (("alpha", alpha, 0.25), ("gamma", gamma, 2.0)):
+        if not (isinstance(option, float) and option == default):
+            raise _checks.InputError(
+                f"{name}: got {option} beside a class_loss, wanted it among that loss's own "
+                "options, as functools.partial gives them"
+            )
+    return function_of(given)
+
+
 def retinanet_loss(
     class_logits: ArrayLike,
     box_regression: ArrayLike,
@@ -75,6 +90,7 @@ def retinanet_loss(
     *,
     alpha: ArrayLike | None = 0.25,
     gamma: ArrayLike = 2.0,
+    class_loss: str | Callable[..., Array] | None = None,
     positive_iou: float = 0.5,
     negative_iou: float = 0.4,
     smooth_l1_beta: float = 1 / 9,
@@ -87,7 +103,7 @@ def retinanet_loss(
     Anchors are matched by `match_anchors`. With `P` the number of positive ones,
 
         classification = sum over positive and background anchors and all classes of
-                         sigmoid_focal_loss / max(1, P)
+                         sigmoid_focal_loss / max(1, P), or another class_loss
         regression     = sum over positive anchors and the 4 offsets of
                          smooth_l1(offset - encode_boxes(annotation, anchor)) / max(1, 4 P)
 
@@ -105,6 +121,12 @@ def retinanet_loss(
       alpha: weight of an anchor's own class, the others weigh `1 - alpha`; None weighs
         all 1.
       gamma: focusing exponent, 0 or more.
+      class_loss: what stands in the place of `sigmoid_focal_loss`: the name of a loss of this
+        package that is one of a single logit, or a function that is called with logits and
+        bool labels, `[B, A, C]`, and a bool mask `where`, `[B, A, 1]`, and returns the losses,
+        `[B, A, C]`. It brings its own options, such as
+        `functools.partial(focal_jax.asymmetric_loss, margin=0.1)`: `alpha` and `gamma` are
+        those of the default alone.
       positive_iou: see `match_anchors`.
       negative_iou: see `match_anchors`.
       smooth_l1_beta: where smooth L1 turns from a parabola into a line.
@@ -126,8 +148,9 @@ def retinanet_loss(
     Raises:
       ValueError: for logits or offsets that are not floating, shapes that do not fit
         each other, an unknown `empty_images` or `normalization`, a `smooth_l1_beta` that
-        is not a finite Python number above 0, thresholds that `match_anchors` refuses, or
-        what `sigmoid_focal_loss` refuses.
+        is not a finite Python number above 0, thresholds that `match_anchors` refuses, an
+        unknown `class_loss` or one that returns another shape, `alpha` or `gamma` beside one,
+        or what the class loss refuses.
       NameError: for an `axis_name` that is not bound here.
 
     Differentiation: reverse mode in `class_logits`, `box_regression`, `alpha` and
@@ -173,8 +196,10 @@ def retinanet_loss(
             raise _checks.InputError(f"{name}: got {value!r}, wanted one of {known}")
     positive_iou, negative_iou = _options.iou_thresholds(positive_iou, negative_iou)
     beta = _options.above_zero("smooth_l1_beta", smooth_l1_beta)
-    focal = partial(sigmoid_focal_loss, alpha=alpha, gamma=gamma)
-    jax.eval_shape(lambda z: focal(z, z > 0), class_logits)  # alpha and gamma, before any work
+    of_classes = _class_loss(class_loss, alpha, gamma)
+    # What it refuses, before any work.
+    losses = jax.eval_shape(lambda z: of_classes(z, z > 0, where=z[..., :1] > 0), class_logits)
+    _checks.shape("class_loss's result", losses, class_logits.shape, "a loss for each logit")
 
     sound = _sound(annotations, classes)[:, None]
     (anchors,) = rows_of_four(anchors=anchors)
@@ -191,7 +216,7 @@ def retinanet_loss(
         counts &= jnp.any(annotations[..., 4:] != BACKGROUND, 1, keepdims=True)
 
     index = lax.broadcasted_iota(jnp.int32, (1, 1, classes), 2)
-    losses = focal(class_logits, label == index, where=counts)
+    losses = of_classes(class_logits, label == index, where=counts)
     dtype = _inputs.compute_dtype(box_regression)
     error = box_regression.astype(dtype) - wanted.astype(dtype)
     smooth_l1 = optax.huber_loss(_inputs.keep(error, positive), delta=beta) / beta
