@@ -184,17 +184,12 @@ def margins():
 
 
 def member(entry: _catalogue.Loss):
-    """Draw one member of the family: its loss and its gradient as one logit varies."""
-    x = jnp.linspace(-8, 8, 161)
-    figure, (left, right) = _style.figure(1, 2, height=2.4)
-    names = {"the true class": 0.0} if entry.softmax else {"label 1": 1.0, "label 0": 0.0}
-    if "soft" in entry.labels:
-        names["label 0.6"] = 0.6
-    for name, label in names.items():
-        loss = _curves.of_one_logit(entry, label)
-        values, slopes = jax.jit(jax.vmap(jax.value_and_grad(loss)))(x)
-        left.plot(x, values, label=name)
-        right.plot(x, slopes, label=name)
+    """Draw one member of the family: its loss and its gradient against a logit."""
+    x = np.linspace(-8, 8, 161)
+    figure, (left, right) = _style.figure(1, 2, height=2.5)
+    for curve in _curves.curves(entry, x):
+        left.plot(x, curve.losses, label=curve.name)
+        right.plot(x, curve.gradients, label=curve.name)
     left.set_title("loss")
     right.set_title("gradient")
     for panel in (left, right):

@@ -190,15 +190,31 @@ def _jitted(row, which):
     # What is not an array, a number apart, is structure: the axis, `ignore_label`, an
     # exponent that is a Python number.
     @functools.cache
-    def compiled(static):
-        return jax.jit(functools.partial(getattr(row, which), **dict(static)))
+    def compiled(static, quick):
+        del quick  # `jit` reads it
+        return jit(functools.partial(getattr(row, which), **dict(static)))
 
     def call(**arguments):
         static = {k: v for k, v in arguments.items() if v is None or isinstance(v, int | float)}
         arrays = {k: v for k, v in arguments.items() if k not in static}
-        return compiled(tuple(static.items()))(**arrays)
+        return compiled(tuple(static.items()), quick)(**arrays)
 
     return call
+
+
+# Whether programs are to be compiled quickly, not to be fast: as the test at hand is marked.
+quick = False
+# No optimization by LLVM, fusions by the emitter that is quicker itself, and all in one piece.
+_QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+
+
+def jit(function: Callable, **options: Any) -> Any:
+    """Return the function compiled, as the test's mark has it; not for use within another."""
+    return jax.jit(function, compiler_options=_QUICK if quick else None, **options)
 
 
 def total(function: Callable, cotangent: Any = 1.0, **fixed):
@@ -212,7 +228,7 @@ def total(function: Callable, cotangent: Any = 1.0, **fixed):
 
 def gradients(function: Callable, cotangent: Any = 1.0, **fixed):
     """Return the compiled value and gradients of the weighted sum of the losses."""
-    return jax.jit(jax.value_and_grad(total(function, cotangent, **fixed)))
+    return jit(jax.value_and_grad(total(function, cotangent, **fixed)))
 
 
 def _integer(rng, shape, axis):

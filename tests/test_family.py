@@ -473,27 +473,32 @@ def test_16_bits_are_computed_in_32(name, dtype):
 
 
 @pytest.mark.parametrize("reach", [3, 30, 80])
-@pytest.mark.parametrize("gamma", [0.75, 1.3, 2.0])
-def test_tversky_to_60_digits(reach, gamma):
+@pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+def test_tversky_to_60_digits(reach, dtype, limit):
     rng = np.random.default_rng(0)
-    labels = np.eye(3)[rng.integers(3, size=5)]
-    for confident in (True, False):  # every position is right, or some are not
-        logits = rng.normal(size=(5, 3))
-        logits += reach * (labels if confident else np.roll(labels, 1, 0))
-        logits = logits.astype(np.float32)
-        options = {"alpha": 0.7, "beta": 0.3, "gamma": gamma, "smooth": 1.0}
-        numbers = {name: np.float32(x) for name, x in options.items()}
-        found = truth.evaluate(
-            LOSSES["focal_tversky_loss"], {"logits": logits, "labels": labels} | numbers
-        )
-        values, slopes = found.losses, found.slopes["logits"]
-        loss = lambda z: focal_jax.focal_tversky_loss(z, labels, gamma=gamma)  # noqa: E731
-        tiny = float(np.finfo(np.float32).tiny)
-        assert truth.worst_error(loss(logits), values, tiny) < 1e-5
-        got = jax.jacrev(loss)(jnp.asarray(logits))
-        # An entry is a difference of what the classes of its position add.
-        scale = np.abs(slopes).max(-1, keepdims=True)
-        assert truth.worst_error(got, slopes, 100 * tiny, scale) < 1e-5
+    labels = np.eye(3)[rng.integers(3, size=5)].astype(dtype)
+    tiny = float(np.finfo(dtype).tiny)
+
+    @jax.jit
+    def loss_and_slopes(z, options):
+        loss = partial(focal_jax.focal_tversky_loss, labels=labels, **options)
+        return loss(z), jax.jacrev(loss)(z)
+
+    with jax.enable_x64(dtype == np.float64):
+        # Every position is right, or some are not.
+        for rolled, gamma in itertools.product((0, 1), (0.75, 1.3, 2.0)):
+            logits = rng.normal(size=(5, 3)) + reach * np.roll(labels, rolled, 0)
+            logits = logits.astype(dtype)
+            options = {"alpha": 0.7, "beta": 0.3, "gamma": gamma, "smooth": 1.0}
+            options = {name: dtype(x) for name, x in options.items()}
+            values, slopes, _ = truth.evaluate(
+                LOSSES["focal_tversky_loss"], {"logits": logits, "labels": labels} | options
+            )
+            got_values, got = loss_and_slopes(logits, options)
+            assert truth.worst_error(got_values, values, tiny) < limit
+            # An entry is a difference of what the classes of its position add.
+            scale = np.abs(slopes["logits"]).max(-1, keepdims=True)
+            assert truth.worst_error(got, slopes["logits"], 100 * tiny, scale) < limit
 
 
 def test_tversky_over_devices():
