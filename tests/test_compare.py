@@ -276,7 +276,7 @@ def test_table(capsys):
     main(QUICK)
     shown = capsys.readouterr().out
     question = (SIGMOID, "float32 40, gamma 0.5")
-    for part in (*question, *REGIMES, "custom", "autodiff", "MB", "ms", "times as fast"):
+    for part in (*question, *REGIMES, "custom", "autodiff", "MB", "ms", "as fast"):
         assert part in shown
 
 
@@ -307,8 +307,15 @@ def test_the_verdict_names_the_faster_and_why(size, seconds):
         autodiff=plain,
     )
     winner = "autodiff" if seconds > 1 else "custom"
-    assert report.verdict.startswith(f"The {winner} gradient is 2 times as fast.")
+    assert report.verdict.startswith(f"The {winner} gradient is 2.0 times as fast.")
     assert ("try a larger shape" in report.verdict) == (winner == "autodiff" and size == 10)
+
+
+def test_the_verdict_makes_nothing_of_little():
+    report = compare(SIGMOID)
+    plain = dataclasses.replace(report.custom, seconds=1.04 * report.custom.seconds)
+    same = dataclasses.replace(report, autodiff=plain)
+    assert same.verdict.startswith("The two gradients are about as fast.")
 
 
 def test_progress_is_said_before_each_step():
