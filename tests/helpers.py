@@ -205,7 +205,7 @@ def _jitted(row, which):
 # Whether programs are to be compiled quickly, not to be fast: as the test at hand is marked.
 quick = False
 # No optimization by LLVM, fusions by the emitter that is quicker itself, and all in one piece.
-_QUICK = {
+QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": 1,
@@ -214,7 +214,7 @@ _QUICK = {
 
 def jit(function: Callable, **options: Any) -> Any:
     """Return the function compiled, as the test's mark has it; not for use within another."""
-    return jax.jit(function, compiler_options=_QUICK if quick else None, **options)
+    return jax.jit(function, compiler_options=QUICK if quick else None, **options)
 
 
 def total(function: Callable, cotangent: Any = 1.0, **fixed):
@@ -259,6 +259,10 @@ LOSSES = [Row(loss, labels) for loss in _OF_A_POSITION for labels in loss.labels
 # One row a loss, with the labels that it can be differentiated in most freely: for what does
 # not depend on the labels' values.
 PROGRAMS = [Row(loss, loss.labels[-1]) for loss in _OF_A_POSITION]
+
+
+# One row a kind of loss: for what its engine does, whatever the formula.
+KINDS = list({row.loss.kind: row for row in reversed(PROGRAMS)}.values())
 
 
 # Losses that a soft label has an edge in, where the score meets it: as close to it as the

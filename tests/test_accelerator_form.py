@@ -8,7 +8,7 @@ import test_gradients
 import test_values
 from helpers import LOSSES, assert_close, gradients
 
-PLAIN_CALLS = True
+pytestmark = pytest.mark.quick
 
 # What has a form of its own, and one loss beside that has none but the plain call.
 ROWS = [
@@ -25,15 +25,16 @@ ROWS = [
 SOFTMAX = [row for row in ROWS if row.softmax]
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _elsewhere():
     def default(*args, default, **platforms):
         del platforms
         return default(*args)
 
-    jax.clear_caches()
-    monkeypatch.setattr(jax.lax, "platform_dependent", default)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", default)
+        jax.clear_caches()
+        yield
     jax.clear_caches()
 
 

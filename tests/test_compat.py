@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import jit
 from hypothesis import given, settings, strategies as st
 
 from focal_jax import softmax_focal_loss_with_integer_labels
 from focal_jax.compat import mindspore, pytorch_retinanet
 from focal_jax.compat.caffe import FocalLossLayer
+
+pytestmark = pytest.mark.quick
 
 
 def golden(system):
@@ -36,7 +39,7 @@ def test_caffe_golden(case):
         return_prob=True,
     )
     logits = jnp.asarray(case["logits"], jnp.float32).reshape(case["shape"])
-    step = jax.value_and_grad(layer, has_aux=True)
+    step = jit(jax.value_and_grad(layer, has_aux=True))
     (loss, prob), gradient = step(logits, jnp.asarray(case["labels"]))
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     close(loss, case["loss_weight"] * case["loss"])
@@ -88,7 +91,7 @@ def test_caffe_any_options(layer, seed):
     labels = rng.integers(classes, size=positions)
     if layer.ignore_label is not None:
         labels[rng.random(positions) < 0.3] = layer.ignore_label
-    loss, gradient = jax.jit(jax.value_and_grad(layer))(logits, labels)
+    loss, gradient = jit(jax.value_and_grad(layer))(logits, labels)
     expected_loss, expected_gradient = caffe_loops(layer, logits, labels)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
@@ -373,10 +376,10 @@ def test_mindspore_golden(case):
     loss_of = mindspore.FocalLoss(weight, case["gamma"], case["reduction"])
     close = partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-5)
     if case["reduction"] == "none":
-        loss = loss_of(logits, target)
+        loss = jit(loss_of)(logits, target)
         assert loss.shape == np.shape(case["loss"])
     else:
-        loss, gradient = jax.value_and_grad(loss_of)(logits, target)
+        loss, gradient = jit(jax.value_and_grad(loss_of))(logits, target)
         close(gradient.ravel(), case["logits_grad"])
     close(loss, case["loss"])
 
@@ -397,7 +400,7 @@ def test_mindspore_none_is_what_the_others_reduce(volumes, dtype):
 
     def total(reduction):
         loss_of = mindspore.FocalLoss(weight, 1.5, reduction)
-        return jax.jit(jax.value_and_grad(lambda z: jnp.sum(loss_of(z, one_hot))))(logits)
+        return jit(jax.value_and_grad(lambda z: jnp.sum(loss_of(z, one_hot))))(logits)
 
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, total("none"), total("sum"))
@@ -485,9 +488,7 @@ def test_pytorch_retinanet_golden(case):
         for name in ("class_logits", "box_regression", "anchors", "annotations")
     )
     p, to_logits = jax.vjp(jax.nn.sigmoid, logits)
-    losses, p_gradient, gradient = jax.jit(pytorch_losses)(
-        p, regressions, anchors[None], annotations
-    )
+    losses, p_gradient, gradient = jit(pytorch_losses)(p, regressions, anchors[None], annotations)
     assert [loss.shape for loss in losses] == [(1,), (1,)]
     close = partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-9)
     close(losses[0], [case["classification_loss"]])
@@ -502,7 +503,7 @@ def test_pytorch_retinanet_clamps():
     p = jnp.asarray([[row, row]], jnp.float32)
     anchors = jnp.array([[[0.0, 0, 8, 8], [20, 20, 28, 28]]])
     annotations = jnp.array([[[0.0, 0, 8, 8, 6]]])
-    losses, gradient, _ = jax.jit(pytorch_losses)(p, jnp.zeros((1, 2, 4)), anchors, annotations)
+    losses, gradient, _ = jit(pytorch_losses)(p, jnp.zeros((1, 2, 4)), anchors, annotations)
     inside = (row >= low) & (row <= high)
     # The whole gradient at the ends, as in PyTorch; none beyond them.
     np.testing.assert_array_equal(gradient != 0, np.broadcast_to(inside, (1, 2, 7)))
@@ -527,8 +528,8 @@ def test_pytorch_retinanet_clamps_16_bits_as_well(dtype):
     anchors = jnp.array([[[0.0, 0, 8, 8], [20, 20, 28, 28]]])
     annotations = jnp.array([[[0.0, 0, 8, 8, 0]]])
     arguments = jnp.zeros((1, 2, 4)), anchors, annotations
-    losses, gradient, _ = jax.jit(pytorch_losses)(p, *arguments)
-    exact, exact_gradient, _ = jax.jit(pytorch_losses)(p.astype(jnp.float32), *arguments)
+    losses, gradient, _ = jit(pytorch_losses)(p, *arguments)
+    exact, exact_gradient, _ = jit(pytorch_losses)(p.astype(jnp.float32), *arguments)
     np.testing.assert_array_equal(losses, exact)
     assert gradient.dtype == dtype
     np.testing.assert_array_equal(gradient, exact_gradient.astype(dtype))

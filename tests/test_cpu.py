@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PROGRAMS, assert_close, gradients, near_labels, total
+from helpers import KINDS, PROGRAMS, assert_close, gradients, near_labels, total
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import focal_jax
@@ -124,7 +124,7 @@ def test_vmap_keeps_it_apart(row):
     assert text.count(" conditional(") == 4
 
 
-@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+@pytest.mark.parametrize("row", KINDS, ids=str)
 def test_without_jit(row):
     inside, fixed = row.split(row.all(4, (3, 2)))
     want = gradients(row.eager, **fixed)(inside)
@@ -132,7 +132,7 @@ def test_without_jit(row):
         assert_close(jax.value_and_grad(total(row.eager, **fixed))(inside), want, 1e-6)
 
 
-@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+@pytest.mark.parametrize("row", KINDS, ids=str)
 def test_exported_for_two_platforms(row):
     inside, fixed = row.split(row.all(5, (6, 5)))
     function = gradients(row.eager, **fixed)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import QUICK
 from hypothesis import given, settings, strategies as st
 from jax.sharding import Mesh, PartitionSpec as P
 
@@ -45,14 +46,16 @@ def unit_vectors(loss: RetinaNetLoss):
 
 STATIC = ("alpha", "gamma", "positive_iou", "negative_iou", "smooth_l1_beta")
 STATIC += ("empty_images", "normalization")
-# Compiled whole: one op at a time, they would take minutes to compile.
-loss_of = jax.jit(retinanet_loss, static_argnames=STATIC)
-matches_of = jax.jit(match_anchors, static_argnames=("positive_iou", "negative_iou", "force_match"))
-iou_of, encode, decode = map(jax.jit, (box_iou, encode_boxes, decode_boxes))
+# Compiled whole: one op at a time, they would take minutes to compile. And quickly: what the loss
+# is as it is run stands against the original's numbers.
+pytestmark = pytest.mark.quick
+jit = partial(jax.jit, compiler_options=QUICK)
+loss_of = jit(retinanet_loss, static_argnames=STATIC)
+matches_of = jit(match_anchors, static_argnames=("positive_iou", "negative_iou", "force_match"))
+iou_of, encode, decode = map(jit, (box_iou, encode_boxes, decode_boxes))
 
 
-@partial(jax.jit, static_argnames=STATIC)
-def loss_and_gradients(class_logits, box_regression, anchors, annotations, **options):
+def _loss_and_gradients(class_logits, box_regression, anchors, annotations, **options):
     """Return the loss, d classification / d logits and d regression / d offsets."""
     loss, pullback = jax.vjp(
         lambda z, r: retinanet_loss(z, r, anchors, annotations, **options),
@@ -63,7 +66,8 @@ def loss_and_gradients(class_logits, box_regression, anchors, annotations, **opt
     return loss, of_classification[0], of_regression[1]
 
 
-all_matches = jax.jit(jax.vmap(match_anchors, in_axes=(None, 0)))
+loss_and_gradients = jit(_loss_and_gradients, static_argnames=STATIC)
+all_matches = jit(jax.vmap(match_anchors, in_axes=(None, 0)))
 close = partial(np.testing.assert_allclose, rtol=2e-6)
 
 
@@ -156,6 +160,7 @@ def batch():
 # ---------------------------------------------------------------- the loss
 
 
+@pytest.mark.quick(False)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("case", GOLDEN)
 def test_loss_and_gradients_of_the_original(case):
@@ -164,7 +169,8 @@ def test_loss_and_gradients_of_the_original(case):
         for name in ("class_logits", "box_regression", "anchors", "annotations")
     ]
     options = {"alpha": case["alpha"], "gamma": case["gamma"], "empty_images": "skip"}
-    loss, class_grad, box_grad = loss_and_gradients(*inputs, **options)
+    as_run = jax.jit(partial(_loss_and_gradients, **options))
+    loss, class_grad, box_grad = as_run(*inputs)
     # The original clamps probabilities to 1e-4: a few logits here are beyond that.
     np.testing.assert_allclose(loss.classification, case["classification_loss"], rtol=1e-8)
     np.testing.assert_allclose(loss.regression, case["regression_loss"], rtol=1e-8)
@@ -187,7 +193,7 @@ def test_images_of_the_original(case):
             logits[None], offsets[None], anchors, annotations[None], empty_images="skip"
         )
 
-    loss = jax.jit(jax.vmap(of_image))(logits, offsets, annotations)
+    loss = jit(jax.vmap(of_image))(logits, offsets, annotations)
     np.testing.assert_allclose(loss.classification, case["classification_loss_per_image"], 1e-8)
     np.testing.assert_allclose(loss.regression, case["regression_loss_per_image"], 1e-8)
 
@@ -314,18 +320,16 @@ def test_smooth_l1_beta(batch, beta):
 
 def test_alpha_and_gamma(batch):
     plain = loss_of(*batch, alpha=None, gamma=0.0)
-    halved = jax.jit(lambda gamma: retinanet_loss(*batch, alpha=0.5, gamma=gamma))(jnp.zeros(()))
+    halved = jit(lambda gamma: retinanet_loss(*batch, alpha=0.5, gamma=gamma))(jnp.zeros(()))
     np.testing.assert_allclose(halved.classification, plain.classification / 2, rtol=1e-6)
-    slope = jax.jit(jax.grad(lambda alpha: retinanet_loss(*batch, alpha=alpha).classification))(
-        0.25
-    )
+    slope = jit(jax.grad(lambda alpha: retinanet_loss(*batch, alpha=alpha).classification))(0.25)
     low, high = (loss_of(*batch, alpha=alpha).classification for alpha in (0.0, 1.0))
     np.testing.assert_allclose(slope, high - low, rtol=1e-5)
 
 
 def test_another_class_loss(batch):
     named = partial(focal_jax.sigmoid_focal_loss, alpha=0.25, gamma=2.0)
-    same = jax.jit(partial(retinanet_loss, class_loss=named))
+    same = jit(partial(retinanet_loss, class_loss=named))
     np.testing.assert_array_equal(same(*batch), loss_of(*batch))
     logits, offsets, anchors, annotations = (x[2:] if i != 2 else x for i, x in enumerate(batch))
     matches = matches_of(anchors, annotations[0])
@@ -333,7 +337,7 @@ def test_another_class_loss(batch):
     labels = classes[:, None] == jnp.arange(3.0)[None]
     losses = focal_jax.asymmetric_loss(logits[0], labels)
     losses = jnp.where((matches == IGNORED)[:, None], 0, losses)
-    other = jax.jit(partial(retinanet_loss, class_loss="asymmetric_loss"))
+    other = jit(partial(retinanet_loss, class_loss="asymmetric_loss"))
     loss = other(logits, offsets, anchors, annotations)
     wanted = losses.sum() / max(1, int(jnp.sum(matches >= 0)))
     np.testing.assert_allclose(loss.classification, wanted, rtol=1e-6)
@@ -404,7 +408,7 @@ def test_mean_over_devices_is_the_loss_of_one(uneven, mapping, normalization):
         transform = jax.pmap if mapping == "pmap" else jax.vmap
         mapped = transform(mean, axis_name="devices", in_axes=(None, 0, 0, 0))
         split = [x.reshape(DEVICES, 2, *x.shape[1:]) for x in batch]
-        result = jax.tree.map(lambda x: x[0], jax.jit(mapped)(scale, *split))
+        result = jax.tree.map(lambda x: x[0], jit(mapped)(scale, *split))
     else:
         mapped = jax.shard_map(
             lambda *shard: jax.lax.pmean(on_a_device(*shard), "devices"),
@@ -413,8 +417,8 @@ def test_mean_over_devices_is_the_loss_of_one(uneven, mapping, normalization):
             out_specs=P(),
             check_vma=mapping.endswith("checked"),
         )
-        result = jax.jit(jax.value_and_grad(mapped))(scale, *batch)
-    expected = jax.jit(jax.value_and_grad(total))(scale, *batch)
+        result = jit(jax.value_and_grad(mapped))(scale, *batch)
+    expected = jit(jax.value_and_grad(total))(scale, *batch)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), result, expected)
 
 
@@ -442,7 +446,7 @@ def test_a_corner_at_infinity_has_no_area():
     assert box_iou([[np.inf] * 4], [[np.inf] * 4, [0, 0, 4, 4]]).tolist() == [[0, 0]]
 
 
-slopes_of_iou = jax.jit(jax.grad(lambda a, b: jnp.sum(box_iou(a, b)), argnums=(0, 1)))
+slopes_of_iou = jit(jax.grad(lambda a, b: jnp.sum(box_iou(a, b)), argnums=(0, 1)))
 coordinates = st.floats(-50, 50, width=32)
 boxes = hnp.arrays(np.float32, (5, 4), elements=coordinates)
 real_boxes = boxes.map(
@@ -606,9 +610,7 @@ def test_the_searches_agree_bit_for_bit():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(matching, "_by_turns", getattr(matching, name))
             for found in (loss_module._looked_up, loss_module._carried_along):
-                results[name, found] = jax.jit(lambda *args, f=found: f(*args))(
-                    anchors, annotations
-                )
+                results[name, found] = jit(lambda *args, f=found: f(*args))(anchors, annotations)
     first, *others = results.values()
     iou, *_ = first
     touched = iou > 0
@@ -679,7 +681,7 @@ def test_a_traced_option_is_refused_by_name(name):
         return retinanet_loss(*shapes(), **{name: x})
 
     with pytest.raises(ValueError, match=rf"\b{name}: got"):
-        jax.jit(of)(0.5)
+        jit(of)(0.5)
 
 
 @pytest.mark.parametrize("option", [{"gamma": -1.0}, {"alpha": jnp.zeros(7)}])

@@ -4,23 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LOSSES, PROGRAMS, assert_close, gradients, total
+from helpers import LOSSES, PROGRAMS, assert_close, gradients, jit, total
 
 import focal_jax
 
-PLAIN_CALLS = True
+pytestmark = pytest.mark.quick
 
 SIXTEEN = [jnp.bfloat16, jnp.float16]
 INTEGER = [row for row in PROGRAMS if row.integer]
 
 
 @pytest.mark.parametrize("row", [row for row in LOSSES if not row.linear], ids=str)
-@pytest.mark.parametrize("dtype", SIXTEEN)
-def test_sixteen_bits_are_the_float32_result_rounded(row, dtype):
+def test_sixteen_bits_are_the_float32_result_rounded(row):
     arguments = row.arguments(0, (8, 5)) | row.scalars()
-    logits = arguments.pop("logits").astype(dtype)
+    logits = arguments.pop("logits")
 
-    @jax.jit
+    @jax.jit  # as XLA optimizes them the two programs are equal to the bit
     def both(logits):
         out = []
         for exponents in ({}, dict.fromkeys(row.exponents, 2), dict.fromkeys(row.exponents, 1.3)):
@@ -32,11 +31,13 @@ def test_sixteen_bits_are_the_float32_result_rounded(row, dtype):
             out.append((values, *transpose(jnp.ones_like(values))))
         return out
 
-    for narrow, wide in zip(both(logits), both(logits.astype(jnp.float32))):
-        assert narrow[0].dtype == jnp.float32
-        assert_close(narrow[0], wide[0], 0)
-        assert narrow[1].dtype == dtype
-        assert np.array_equal(narrow[1], wide[1].astype(dtype))
+    for dtype in SIXTEEN:
+        rounded = logits.astype(dtype)
+        for narrow, wide in zip(both(rounded), both(rounded.astype(jnp.float32))):
+            assert narrow[0].dtype == jnp.float32
+            assert_close(narrow[0], wide[0], 0)
+            assert narrow[1].dtype == dtype
+            assert np.array_equal(narrow[1], wide[1].astype(dtype))
 
 
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
@@ -70,21 +71,25 @@ def test_options_do_not_promote_the_result(row, x64):
 
 
 @pytest.mark.parametrize("row", LOSSES, ids=str)
-@pytest.mark.parametrize("dtype", SIXTEEN)
-def test_an_option_narrower_than_the_loss_is_widened_first(row, dtype):
+def test_an_option_narrower_than_the_loss_is_widened_first(row):
     # 1 - 0.001 is 1 in bfloat16; the loss is that of the very number, in its own dtype.
     arguments = row.arguments(6, (6, 3))
-    for name, option in row.options.items():
-        narrow = jnp.asarray(option.low + 0.001, dtype)
-        got, want = (
-            gradients(row.eager, **fixed)(inside)
-            for inside, fixed in (
-                row.split(arguments | {name: x}) for x in (narrow, narrow.astype(jnp.float32))
-            )
-        )
-        assert got[1].pop(name).dtype == dtype
-        want[1].pop(name)
-        assert_close(got, want, 1e-7)
+
+    @jit
+    def of_each(options):
+        out = []
+        for name, x in sorted(options.items()):
+            inside, fixed = row.split(arguments | {name: x})
+            out.append(jax.value_and_grad(total(row.eager, **fixed))(inside))
+        return out
+
+    for dtype in SIXTEEN:
+        narrow = {k: jnp.asarray(o.low + 0.001, dtype) for k, o in row.options.items()}
+        wide = {k: x.astype(jnp.float32) for k, x in narrow.items()}
+        for name, got, want in zip(sorted(narrow), of_each(narrow), of_each(wide)):
+            assert got[1].pop(name).dtype == dtype
+            want[1].pop(name)
+            assert_close(got, want, 1e-7)
 
 
 # ---------------------------------------------------------------- integer labels

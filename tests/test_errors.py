@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LOSSES, PROGRAMS
+from helpers import LOSSES, PROGRAMS, jit
 
 import focal_jax
 
-PLAIN_CALLS = True
+pytestmark = pytest.mark.quick
 
 MODULES = pytest.mark.parametrize(
     "module", [focal_jax, focal_jax.reference], ids=["ours", "reference"]
@@ -90,7 +90,7 @@ def test_a_label_to_ignore(module, row, ignored, message):
 def test_a_traced_label_to_ignore(module, row):
     arguments = _arguments(row, {})
     with pytest.raises(ValueError, match=r"ignore_label: got .*, wanted None or an integer"):
-        jax.jit(lambda i: getattr(module, row.name)(**arguments, ignore_label=i))(1)
+        jit(lambda i: getattr(module, row.name)(**arguments, ignore_label=i))(1)
 
 
 @MODULES

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import truth
-from helpers import assert_close, figure_of
+from helpers import assert_close, figure_of, jit
 from jax.sharding import AxisType, PartitionSpec
 
 import focal_jax
@@ -18,7 +18,7 @@ from focal_jax import _catalogue, _linear, reference
 from focal_jax._poly import poly
 from focal_jax._probability_weighted import probability_weighted
 
-PLAIN_CALLS = True
+pytestmark = pytest.mark.quick
 LOSSES = {loss.name: loss for loss in _catalogue.LOSSES}
 MEMBERS = [
     "quality_focal_loss",
@@ -41,7 +41,7 @@ def _grid(logits=LOGITS, labels=QUALITIES):
 def _slopes(function, *arguments, **options):
     """Return the derivatives of each loss in every argument, of element by element losses."""
     total = lambda *args: jnp.sum(function(*args, **options))  # noqa: E731
-    return jax.jit(jax.grad(total, tuple(range(len(arguments)))))(*arguments)
+    return jit(jax.grad(total, tuple(range(len(arguments)))))(*arguments)
 
 
 # ---------------------------------------------------------------- others' figures
@@ -207,7 +207,7 @@ def _same(ours, plain, *arguments):
         assert_close(by_first(*arguments), plain_by_first(*arguments), 1e-5)
         for second in range(len(arguments)):
             both = [
-                jax.jit(jax.grad(lambda *x, g=g: jnp.sum(g(*x)), second))(*arguments)
+                jit(jax.grad(lambda *x, g=g: jnp.sum(g(*x)), second))(*arguments)
                 for g in (by_first, plain_by_first)
             ]
             assert_close(*both, 2e-5)
@@ -397,7 +397,7 @@ def test_classes_in_slices(name, check_vma):
         check_vma=check_vma,
     )
     whole = lambda z: loss(z, labels)  # noqa: E731
-    assert_close(jax.jit(sliced)(logits), whole(logits), 1e-6)
+    assert_close(jit(sliced)(logits), whole(logits), 1e-6)
     assert_close(_slopes(sliced, logits), _slopes(whole, logits), 1e-5)
 
 
@@ -423,7 +423,7 @@ def test_three_derivatives_are_finite_for_finite_logits(name):
     z, y = _grid(logits)
     function, settings = getattr(focal_jax, name), SETTINGS[name]
 
-    @partial(jax.jit, static_argnames=tuple(settings[-1]))
+    @partial(jit, static_argnames=tuple(settings[-1]))
     def derivatives(z, y, given, **static):
         # Each carries along what it is the derivative of: nothing is traced or compiled twice.
         def first(z, y, given):

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, jit
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec as P
 
 import focal_jax
 from focal_jax import _linear
 from focal_jax._varying import aligned_varying
+
+pytestmark = pytest.mark.quick
 
 LINEAR = focal_jax.linear_softmax_focal_loss_with_integer_labels
 REFERENCE = focal_jax.reference.linear_softmax_focal_loss_with_integer_labels
@@ -48,7 +50,7 @@ def _total(function, labels, weights=1.0, **options):
 
 def _gradients(function, args, labels, *options, **static):
     total = _total(function, labels, *options, **static)
-    return jax.jit(jax.value_and_grad(total, range(len(args))))(*args)
+    return jit(jax.value_and_grad(total, range(len(args))))(*args)
 
 
 # ---------------------------------------------------------------- values and gradients
@@ -72,7 +74,7 @@ def test_static_gamma_and_no_options(gamma, x64):
         def total(f, k):
             return jnp.sum(function(f, k, labels, gamma=gamma, **options) ** 2)
 
-        return jax.jit(jax.value_and_grad(total, (0, 1)))(features, kernel)
+        return jit(jax.value_and_grad(total, (0, 1)))(features, kernel)
 
     assert_close(both(LINEAR, chunk_size=2), both(_plain), 1e-12)
     assert_close(both(LINEAR, chunk_size=2), both(REFERENCE), 1e-9)
@@ -102,9 +104,9 @@ def test_second_derivatives_are_the_plain_heads(x64):
     args, labels = _inputs(6, (3,), 2, 5, np.float64)
     every = tuple(range(len(args)))
     got, want = (_total(f, labels, **o) for f, o in ((LINEAR, {"chunk_size": 2}), (_plain, {})))
-    want = jax.jit(jax.jacrev(jax.grad(want, every), every))(*args)
-    assert_close(jax.jit(jax.jacrev(jax.grad(got, every), every))(*args), want, 1e-10)
-    assert_close(jax.jit(jax.jacfwd(jax.grad(got, every), every))(*args), want, 1e-10)
+    want = jit(jax.jacrev(jax.grad(want, every), every))(*args)
+    assert_close(jit(jax.jacrev(jax.grad(got, every), every))(*args), want, 1e-10)
+    assert_close(jit(jax.jacfwd(jax.grad(got, every), every))(*args), want, 1e-10)
 
 
 # ---------------------------------------------------------------- extremes
@@ -135,6 +137,7 @@ def test_a_class_at_minus_infinity_is_switched_off(chunk_size):
 # ---------------------------------------------------------------- dtypes
 
 
+@pytest.mark.quick(False)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_sixteen_bits_are_added_up_in_float32(dtype):
     # Deep and wide enough that 16-bit sums, or cotangents rounded between the chunks, show.
@@ -167,6 +170,7 @@ def _compiled(function, positions, depth, classes, order=1):
     return jax.jit(total).lower(*args).compile()
 
 
+@pytest.mark.quick(False)
 @pytest.mark.parametrize("shape", [(2048, 512, 32000), (512, 256, 4096), (256, 64, 1000)])
 def test_temporaries_are_a_tenth_of_the_logits(shape):
     # Beside the gradients themselves: a step's part of the features' is as large as that.
@@ -178,6 +182,7 @@ def test_temporaries_are_a_tenth_of_the_logits(shape):
     assert plain.temp_size_in_bytes >= 10 * tenth  # that it measures
 
 
+@pytest.mark.quick(False)
 def test_second_derivatives_do_not_hold_the_logits_either():
     memory = _compiled(LINEAR, 2048, 64, 32000, order=2).memory_analysis()
     assert memory.temp_size_in_bytes < 2048 * 32000 * 4 / 2
@@ -206,6 +211,7 @@ def _tied_slices(features, embedding, labels):
     )
 
 
+@pytest.mark.quick(False)
 @pytest.mark.parametrize(
     ("function", "options", "slices", "copies"),
     [

@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PROGRAMS, assert_close, gradients, total
+from helpers import PROGRAMS, assert_close, gradients, jit, total
 
-PLAIN_CALLS = True
+pytestmark = pytest.mark.quick
 
 
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_jit_changes_nothing(row):
     inside, fixed = row.split(row.all(0, (5, 3)))
     function = jax.value_and_grad(total(row.eager, **fixed))
-    assert_close(jax.jit(function)(inside), function(inside), 1e-6)
+    assert_close(jit(function)(inside), function(inside), 1e-6)
 
 
 def _rows(tree, axes):
@@ -34,12 +34,12 @@ def test_vmap_is_a_loop(row):
         function = total(row.eager, **fixed, **arrays)
         return jax.value_and_grad(function)(inside | shared)
 
-    compiled = jax.jit(one)
+    compiled = jit(one)
     rows = [compiled(*each, shared) for each in _rows((inside, arrays), 0)]
     want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-    assert_close(jax.jit(jax.vmap(one, (0, 0, None)))(inside, arrays, shared), want, 1e-6)
+    assert_close(jit(jax.vmap(one, (0, 0, None)))(inside, arrays, shared), want, 1e-6)
     last = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), (inside, arrays))
-    assert_close(jax.jit(jax.vmap(one, (-1, -1, None)))(*last, shared), want, 1e-6)
+    assert_close(jit(jax.vmap(one, (-1, -1, None)))(*last, shared), want, 1e-6)
 
 
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
@@ -54,9 +54,9 @@ def test_vmap_over_one_option_alone(row):
 
     for name in row.exponents:
         values = jnp.array([0.5, 2.0])
-        compiled = jax.jit(lambda v, name=name: one(v, name))
+        compiled = jit(lambda v, name=name: one(v, name))
         want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(compiled, values))
-        assert_close(jax.jit(jax.vmap(lambda v, name=name: one(v, name)))(values), want, 1e-6)
+        assert_close(jit(jax.vmap(lambda v, name=name: one(v, name)))(values), want, 1e-6)
 
 
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
@@ -77,7 +77,7 @@ def test_scan_and_remat(row):
         return jax.lax.scan(step, jnp.float32(0), {k: every[k] for k in mapped})[0]
 
     want = gradients(row.eager, **fixed)(inside)
-    assert_close(jax.jit(jax.value_and_grad(summed))(inside), want, 1e-5)
+    assert_close(jit(jax.value_and_grad(summed))(inside), want, 1e-5)
 
 
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
@@ -86,7 +86,7 @@ def test_forward_mode_alone_is_refused_and_the_reference_has_it(row):
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(total(row.eager, **fixed), (inside,), (inside,))
     plain = total(row.reference, **fixed)
-    tangent = jax.jit(lambda x: jax.jvp(plain, (x,), (x,))[1])(inside)
+    tangent = jit(lambda x: jax.jvp(plain, (x,), (x,))[1])(inside)
     gradient = gradients(row.eager, **fixed)(inside)[1]
     assert_close(tangent, sum(jnp.vdot(gradient[k], inside[k]) for k in inside), 1e-4)
 
@@ -100,7 +100,7 @@ def test_a_closed_over_tracer_is_differentiated(row):
             inner = total(function, **fixed, **options)
             return sum(jnp.sum(x**2) for x in jax.tree.leaves(jax.jit(jax.grad(inner))(inside)))
 
-        return jax.jit(jax.grad(penalty))(row.scalars())
+        return jit(jax.grad(penalty))(row.scalars())
 
     assert_close(outer(row.eager), outer(row.reference), 1e-4)
 

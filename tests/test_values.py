@@ -17,8 +17,8 @@ from focal_jax import _catalogue
 
 # ---------------------------------------------------------------- 60 digits
 
-LOGITS = np.concatenate([np.linspace(-87, 87, 59), [0, 1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
-WIDE = np.concatenate([np.linspace(-300, 300, 41), [1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
+LOGITS = np.concatenate([np.linspace(-87, 87, 31), [0, 1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
+WIDE = np.concatenate([np.linspace(-300, 300, 31), [1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
 SOFT = [1e-4, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 2**-20]
 
 
@@ -30,7 +30,7 @@ def _elementwise(row, logits):
 def _rows(reach, shifts):
     """Return rows of logits whose first class has a margin of -`reach` to `reach`."""
     rng = np.random.default_rng(0)
-    margins = reach * np.concatenate([np.linspace(-1, 1, 25), rng.uniform(-1, 1, 10)])
+    margins = reach * np.concatenate([np.linspace(-1, 1, 17), rng.uniform(-1, 1, 8)])
     rows = rng.normal(size=(margins.size, 6)) * rng.choice([0.0, 1.0, 5.0], (margins.size, 1))
     rows[:, 0] = rows[:, 1:].max(1) + margins
     return np.concatenate([rows + shift for shift in shifts])

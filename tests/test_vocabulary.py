@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, jit
 from jax.sharding import AxisType, PartitionSpec as P
 
 import focal_jax
 from focal_jax import _linear as _linear_room, reference
+
+pytestmark = pytest.mark.quick
 
 DEPTH, CLASSES, POSITIONS = 5, 12, (4, 3)
 
@@ -61,7 +63,7 @@ def _total(head, labels, **options):
 
 
 def _gradients(head, args, labels, **options):
-    return jax.jit(jax.value_and_grad(_total(head, labels, **options), range(5)))(*args)
+    return jit(jax.value_and_grad(_total(head, labels, **options), range(5)))(*args)
 
 
 # ---------------------------------------------------------------- the log-sum-exp
@@ -99,9 +101,10 @@ def _z_loss(args, labels, where):
         both = losses**2 + jax.nn.logsumexp(logits, -1) ** 2
         return jnp.sum(jnp.where(where, both, 0))
 
-    return jax.jit(jax.value_and_grad(total, range(5)))(*args)
+    return jit(jax.value_and_grad(total, range(5)))(*args)
 
 
+@pytest.mark.quick(False)
 @pytest.mark.parametrize("margin", [-80.0, 0.0, 12.0, 25.0, 80.0])
 def test_logsumexp_keeps_its_digits(margin, x64):
     # Logits around 0, so that nothing but the excess over the largest is left of it.
@@ -168,9 +171,10 @@ def test_the_gradient_inside_of_the_mesh():
 
     mapped = jax.shard_map(local, mesh=_mesh(), in_specs=(*specs, P("data")), out_specs=specs)
     want = _gradients(_linear, args, labels, return_logsumexp=True)[1]
-    assert_close(jax.jit(mapped)(*args, labels), want, 1e-5)
+    assert_close(jit(mapped)(*args, labels), want, 1e-5)
 
 
+@pytest.mark.quick(False)
 def test_spread_classes_cross_the_network_as_numbers_per_position():
     features, kernel, labels = jnp.ones((64, 32)), jnp.ones((32, 1024)), jnp.zeros(64, jnp.int32)
 
@@ -269,7 +273,7 @@ def test_higher_derivatives_through_the_softcap(x64):
         along = _total(head, labels, **options)
         for _ in range(2):
             along = _derivative(along, direction)
-        return jax.jit(jax.grad(along))(*args)
+        return jit(jax.grad(along))(*args)
 
     assert_close(third(_linear), third(_reference), 1e-8)
 
@@ -331,6 +335,7 @@ def test_smoothing_has_the_formula_of_the_reference(head, x64):
     assert_close(_gradients(head, args, labels, **options), want, 1e-9)
 
 
+@pytest.mark.quick(False)
 @pytest.mark.parametrize("gamma", [0, 0.5, 1, 1.3, 2.0, 3, 5])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_smoothing_from_margin_minus_80_to_80(gamma, dtype):
@@ -359,7 +364,7 @@ def test_second_derivatives_of_smoothed_losses(head, x64):
 
     def second(head):
         total = _total(head, labels, label_smoothing=0.2)
-        return jax.jit(jax.grad(_derivative(total, direction), range(5)))(*args)
+        return jit(jax.grad(_derivative(total, direction), range(5)))(*args)
 
     assert_close(second(head), second(_reference), 1e-8)
 
@@ -447,6 +452,7 @@ def _compiled(head, shape, **options):
     return jax.jit(jax.grad(lambda z: jnp.sum(head(z, labels, **options)))).lower(logits).compile()
 
 
+@pytest.mark.quick(False)
 def test_smoothing_makes_no_one_hot():
     head = focal_jax.softmax_focal_loss_with_integer_labels
     smooth = _compiled(head, (256, 4096), label_smoothing=0.1).memory_analysis()
@@ -455,6 +461,7 @@ def test_smoothing_makes_no_one_hot():
     assert smooth.temp_size_in_bytes < without.temp_size_in_bytes + 1.1 * logits
 
 
+@pytest.mark.quick(False)
 def test_smoothing_of_0_is_no_other_program():
     head = focal_jax.softmax_focal_loss_with_integer_labels
     texts = [
@@ -493,7 +500,7 @@ def test_the_sums_in_one_pass_are_those_in_passes(logits, label):
             return jnp.sum(jnp.log1p(rest)) + jnp.sum(jnp.cos(true - top)), (top, true, rest)
 
         # Differentiated by JAX, as the second derivatives have it.
-        gradients = jax.jit(jax.grad(total, range(3), has_aux=True))
+        gradients = jit(jax.grad(total, range(3), has_aux=True))
         return gradients(features, kernel, jnp.array(logits))
 
     few = _linear_room._chunk
@@ -534,6 +541,7 @@ def test_mapped_examples_share_the_condition_of_the_sums():
 # ---------------------------------------------------------------- sixteen bits
 
 
+@pytest.mark.quick(False)
 @pytest.mark.parametrize("probability", [0.9, 0.99, 0.999])
 def test_the_true_classs_gradient_in_bfloat16(probability, x64):
     rng = np.random.default_rng(17)
