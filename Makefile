@@ -26,7 +26,7 @@ types: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The site, in out/site: built strictly, then looked through by its tests.
-docs: $(VENV)/.docs
+docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m pytest -q tests/test_site.py -m slow
 
@@ -47,10 +47,6 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
-
-$(VENV)/.docs: $(READY)
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 # Beside the JAX that the tests have. A compiler that this platform has no wheel of is left out,

@@ -133,11 +133,13 @@ def cases(options: argparse.Namespace, before: ModuleType | None) -> Iterator[Ca
     """Yield what is to be measured, section by section."""
     quick, rounds = options.quick, options.rounds
 
-    def sized(workloads: Mapping[Any, Workload]) -> Iterator[tuple[Any, Workload]]:
-        return ((key, x.quick() if quick else x) for key, x in workloads.items())
+    def chosen(workloads: Mapping[str, Workload]) -> Iterator[tuple[str, Workload]]:
+        for name, workload in workloads.items():
+            if name in options.workloads:
+                yield name, workload.quick() if quick else workload
 
     if "losses" in options.sections:
-        for name, workload in sized({name: WORKLOADS[name] for name in options.workloads}):
+        for name, workload in chosen(WORKLOADS):
             for dtype in options.dtype:
                 yield (
                     f"{name} {dtype}",
@@ -145,7 +147,7 @@ def cases(options: argparse.Namespace, before: ModuleType | None) -> Iterator[Ca
                     partial(losses_rows, workload, dtype, before, rounds),
                 )
     if "family" in options.sections:
-        for name, workload in sized(FAMILY):
+        for name, workload in chosen(FAMILY):
             about = {"section": "family", "kind": workload.kind}
             yield name, rounds, partial(beside_plain, workload, before, rounds, **about)
     if "linear" in options.sections:
@@ -217,9 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it out")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument(
-        "--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME"
-    )
+    known = [*WORKLOADS, *FAMILY]
+    parser.add_argument("--workloads", nargs="+", choices=known, default=known, metavar="NAME")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--rounds", type=int, help="timed calls of each program (15; quick: 3)")
     parser.add_argument(

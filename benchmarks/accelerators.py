@@ -282,10 +282,23 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = compilers.DEVICES
-    parser.add_argument("--devices", nargs="+", default=list(known), metavar="NAME")
+    parser.add_argument("--devices", nargs="*", default=list(known), metavar="NAME")
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--only-ours", action="store_true", help="leave out what it is held to")
+    parser.add_argument(
+        "--only-ours",
+        nargs="*",
+        metavar="NAME",
+        help="leave out what it is held to, on these devices or on all",
+    )
+    parser.add_argument(
+        "--join",
+        nargs="+",
+        type=Path,
+        default=(),
+        metavar="JSON",
+        help="results.json of other runs, to be in the tables too",
+    )
     parser.add_argument(
         "--pod",
         nargs="*",
@@ -312,15 +325,15 @@ def _work(options: argparse.Namespace, missing: list[str]) -> Iterator[Work]:
             yield name, partial(pod.row, name)
         return
     programs = list(cases(options.workloads, options.dtype))
-    if options.only_ours:
-        programs = [case for case in programs if case.implementation in (OURS, LINEAR)]
+    ours = [case for case in programs if case.implementation in (OURS, LINEAR)]
+    without = () if options.only_ours is None else options.only_ours or options.devices
     for name in options.devices:
         try:
             device = compilers.device(name)
         except compilers.Unavailable as error:
             missing.append(str(error))
             continue
-        for case in programs:
+        for case in ours if name in without else programs:
             what = f"{name} {case.workload} {case.dtype} {case.implementation}"
             yield what, partial(row, device, case)
 
@@ -331,7 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compilers.prepare()
     options.out.mkdir(parents=True, exist_ok=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
-    rows, missing = [], []
+    before = [json.loads(path.read_text(encoding="utf-8")) for path in options.join]
+    rows, missing = ([x for run in before for x in run[key]] for key in ("rows", "missing"))
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "versions": versions,

@@ -485,31 +485,43 @@ _RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2
 
 
 class Sent(NamedTuple):
-    """A collective."""
+    """An array that a collective sends."""
 
-    name: str
+    name: str  # of the collective
     devices: int  # that it joins
     bytes: float  # that each of them sends, as in a ring
-    scope: str
+    scope: str  # what it is traced under, or if several are sent together its array
 
 
 def sent(hlo: str) -> list[Sent]:
-    """Return the collectives of a module, a loop's as often as it runs.
+    """Return what the collectives of a module send, a loop's as often as it runs.
 
-    A collective's `-start` counts, and not its `-done`. A TPU writes a
-    reduce-scatter as an all-reduce within a fusion.
+    A collective's `-start` counts, and not its `-done`. A TPU writes a reduce-scatter as an
+    all-reduce within a fusion, and sends arrays together that have nothing else in common.
     """
     computations, _ = parse(hlo)
+    every = {name: op for computation in computations.values() for name, op in computation.items()}
+
+    def scope(name: str) -> str:
+        op = every[name]
+        return op.scope or next((x for x in map(scope, op.operands) if x), "")
+
     found = []
     for kernel in kernels(hlo):
         op = kernel.operation
         inner = computations.get(op.called("calls") or "", {}).values()
         fused = [x for x in inner if x.op == "all-reduce"]
-        op, name = (fused[0], "reduce-scatter") if fused else (op, op.op.removesuffix("-start"))
+        collective = fused[0] if fused else op
+        name = "reduce-scatter" if fused else op.op.removesuffix("-start")
         if name in _RINGS:
-            devices = _group(op)
-            share = _RINGS[name] * (devices - 1) / devices
-            found.append(Sent(name, devices, kernel.times * share * size(op.type), op.scope))
+            devices = _group(collective)
+            share = kernel.times * _RINGS[name] * (devices - 1) / devices
+            sizes = [count for count, in_memory in _arrays(collective.type) if in_memory]
+            if collective.op.endswith("-start") and len(sizes) == 2 * len(op.operands):
+                sizes = sizes[len(op.operands) :]  # its type names the operands first
+            alone = op.scope if len(op.operands) == 1 else ""
+            for count, operand in zip(sizes, op.operands):
+                found.append(Sent(name, devices, share * count, alone or scope(operand)))
     return found
 
 

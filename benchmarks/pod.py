@@ -62,18 +62,27 @@ def _linear(features: Array, kernel: Array, labels: Array) -> Array:
     return loss(features, kernel, labels, class_axis_name="model")
 
 
-# How each takes its features: the first gathers them, the second wants the same on every slice.
-HEADS = {"logits": (_of_logits, P(("data", "model"))), "linear": (_linear, P("data"))}
+def _tied(features: Array, table: Array, labels: Array) -> Array:
+    return _linear(features, table.T, labels)
+
+
+# How each takes its features, and its kernel: the first gathers the features, the others want the
+# same on every slice.
+HEADS = {
+    "logits": (_of_logits, P(("data", "model")), P(None, "model")),
+    "linear": (_linear, P("data"), P(None, "model")),
+    "tied": (_tied, P("data"), P("model")),
+}
 
 
 def _head(mesh: Mesh, name: str) -> Callable[..., Array]:
     """Return the mean loss of features, a kernel and labels, the kernel cut by classes."""
-    losses, features_spec = HEADS[name]
+    losses, of_features, of_kernel = HEADS[name]
 
     def share(*args):
         return lax.pmean(focal_jax.reduce_loss(losses(*args)), "data")
 
-    specs = features_spec, P(None, "model"), P("data")
+    specs = of_features, of_kernel, P("data")
     mapped = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P())
     spread = NamedSharding(mesh, P(("data", "model")))
 
@@ -202,12 +211,12 @@ def transformer(slices: int = 8, layers: int = 8, width: int = 1024, length: int
 
     specs = P("model"), P("data")
     embedding = jax.shard_map(embedded, mesh=mesh, in_specs=specs, out_specs=every)
-    head = _head(mesh, "linear")
+    head = _head(mesh, "tied")
 
     def loss(parameters, tokens, labels):
         table = parameters["table"].astype(jnp.bfloat16)
         features = nnx.merge(graph, parameters["inner"])(embedding(table, tokens))
-        return head(features, table.T, labels), ()
+        return head(features, table, labels), ()
 
     table = jax.ShapeDtypeStruct((VOCABULARY, width), "float32")
     parameters = {"inner": _spread(mesh, inner, P()), "table": _spread(mesh, table, P("model"))}
@@ -232,8 +241,8 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "logits, class parallel": partial(head, "logits", 8),
     "linear head, data parallel": partial(head, "linear", 1),
     "linear head, class parallel": partial(head, "linear", 8),
-    "detector's step": detector,
-    "transformer's step": transformer,
+    "detector step": detector,
+    "transformer step": transformer,
 }
 
 

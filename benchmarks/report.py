@@ -142,7 +142,7 @@ def _family_goals(row: dict[str, Any]) -> list[Goal]:
     return found
 
 
-def _against(results: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
+def against(results: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
     """Return the rows of ours that another version has too, and the speed-up over that one."""
     names = {OURS: BEFORE, LINEAR: LINEAR_BEFORE}
     key = ("section", "workload", "dtype", "mode")
@@ -159,7 +159,7 @@ def _against_goals(results: dict[str, Any]) -> list[Goal]:
     """Return that nothing is slower than before; a tenth is what two equal programs differ by."""
     found = [
         Goal(f"{_label(row)}, {row['mode']}: speed-up over {BEFORE}", ratio, LEAST, 0.9)
-        for row, ratio in _against(results)
+        for row, ratio in against(results)
         if row["dtype"] == "float32"
     ]
     if found:
@@ -185,12 +185,6 @@ def goals(results: dict[str, Any]) -> list[Goal]:
         what = "{}: share of a copy's bandwidth"
         return [Goal(what.format(row["workload"]), row["copy_share"], LEAST, 0.7) for row in ours]
     found = [goal for row in ours for goal in _losses_goals(select(rows, workload=row["workload"]))]
-    speedups = [
-        row["speedup"] for row in ours if row["kind"] == "position" and row["workload"] != SMALL
-    ]
-    if speedups:
-        mean = statistics.geometric_mean(speedups)
-        found.append(Goal("softmax: geometric mean of the speed-ups", mean, LEAST, 2.5))
     for row in select(results["rows"], section="family", implementation=OURS):
         found += _family_goals(row)
     chosen = {"dtype": "float32", "implementation": LINEAR, "mode": GRADIENT}
@@ -308,7 +302,7 @@ def _family(results: dict[str, Any]) -> list[Table]:
 def _before(results: dict[str, Any]) -> list[Table]:
     cells = [
         (_label(row), row["dtype"], row["mode"], _ms(row["seconds"]["median"]), _ratio(ratio))
-        for row, ratio in _against(results)
+        for row, ratio in against(results)
     ]
     headings = ("workload", "dtype", "mode", "median ms", "speed-up")
     title = f"Against another version: {results['machine'].get('against')}"

@@ -9,7 +9,7 @@ float64, in a form that loses nothing.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import focal_jax
-from focal_jax import _catalogue, _style
+from focal_jax import _catalogue, _curves, _style
 
 FIGURES = Path(__file__).parent / "figures"
 
@@ -119,28 +119,10 @@ def numbers() -> str:
 # ---------------------------------------------------------------- the figures
 
 
-def loss():
-    """Draw the loss and its gradient against the probability of the true class."""
-    p = np.linspace(0.001, 0.999, 999)
-    x = np.log(p) - np.log1p(-p)
-    figure, (left, right) = _style.figure(1, 2)
-    for gamma, colour in _style.GAMMAS.items():
-        name = f"{gamma:g}" + ", cross entropy" * (gamma == 0)
-        style = {"color": colour, "label": name, "linestyle": "--" if gamma == 0 else "-"}
-        left.plot(p, IMPLEMENTATIONS["focal_jax"](jnp.float32(x), gamma), **style)
-        right.plot(p, -gradient(IMPLEMENTATIONS["focal_jax"], x, gamma), **style)
-    left.set(title="loss", ylim=(0, 5))
-    right.set(title="size of the gradient in the logit", ylim=(0, None))
-    for panel in (left, right):
-        panel.set(xlabel="probability of the true class", xlim=(0, 1))
-    left.legend(title=r"$\gamma$")
-    return figure
-
-
 def factor():
     """Draw what the focal loss multiplies cross entropy's gradient with, against the margin."""
     x = np.linspace(-6, 12, 400)
-    figure, panel = _style.figure(height=3)
+    figure, panel = _style.figure(height=2.8)
     for gamma, colour in _style.GAMMAS.items():
         ratio = truth(x, gamma) / truth(x, 0)
         style = "--" if gamma == 0 else "-"
@@ -156,7 +138,7 @@ def one_minus_p():
     x = np.float32(np.linspace(0, 24, 500))
     e = np.exp(-x.astype(np.float64))
     true = e / (1 + e)
-    figure, panel = _style.figure(height=3)
+    figure, panel = _style.figure(height=2.8)
     for name, q, colour in (
         ("1 - sigmoid(x)", 1 - jax.nn.sigmoid(x), _style.VERMILION),
         ("exp(-x) / (1 + exp(-x))", jnp.exp(-x) / (1 + jnp.exp(-x)), _style.BLUE),
@@ -180,7 +162,7 @@ _PEERS = {
 def margins():
     """Draw the error of every implementation's gradient against the margin."""
     x = np.linspace(-100, 40, 1401)
-    figure, panels = _style.figure(1, 2, height=3.8, sharey=True)
+    figure, panels = _style.figure(1, 2, height=3.5, sharey=True)
     for panel, gamma in zip(panels, (2.0, 0.5)):
         found = errors(x, gamma)
         for name, colour in _PEERS.items():
@@ -201,62 +183,23 @@ def margins():
 # ---------------------------------------------------------------- the family
 
 
-def curves(entry: _catalogue.Loss, x: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield a name, the losses and their gradients as one logit varies, for several labels.
-
-    A softmax has three classes with the logits (x, 0, -1), the first of them the true one; an
-    interval has five bins, of which the middle one varies; a region has two classes and a
-    hundred positions, half of each class, whose true logits are all x.
-    """
-    function = getattr(focal_jax, entry.name)
-
-    def of(name, loss):
-        total = jax.jit(jax.value_and_grad(lambda x: jnp.sum(loss(x))))
-        pairs = [total(one) for one in jnp.float32(x)]
-        values, slopes = (np.array([float(pair[i]) for pair in pairs]) for i in (0, 1))
-        return name, values, slopes
-
-    def row(x):
-        return jnp.stack([x, jnp.zeros_like(x), jnp.full_like(x, -1)])
-
-    match entry.kind:
-        case "elementwise":
-            labels = (1.0, 0.6, 0.0) if "soft" in entry.labels else (1, 0)
-            for y in labels:
-                yield of(f"label {y:g}", lambda x, y=y: function(x, y))
-        case "position":
-            yield of("true class", lambda x: function(row(x), 0))
-        case "linear":
-            yield of("true class", lambda x: function(row(x), jnp.eye(3), 0))
-        case "distribution":
-            for y in ([1.0, 0.0, 0.0], [0.6, 0.3, 0.1]):
-                name = "labels " + ", ".join(f"{w:g}" for w in y)
-                yield of(name, lambda x, y=y: function(row(x), jnp.array(y)))
-        case "interval":
-            for y in (2.0, 2.4):
-                yield of(f"label {y:g}", lambda x, y=y: function(jnp.zeros(5).at[2].set(x), y))
-        case "region":
-            true = jnp.repeat(jnp.eye(2), 50, 0)
-            yield of("of both classes", lambda x: function(x * true, true))
-
-
 def member(entry: _catalogue.Loss):
     """Draw one member of the family: its loss and its gradient against a logit."""
     x = np.linspace(-8, 8, 161)
     figure, (left, right) = _style.figure(1, 2, height=2.5)
-    for name, values, slopes in curves(entry, x):
-        left.plot(x, values, label=name)
-        right.plot(x, slopes, label=name)
+    for curve in _curves.curves(entry, x):
+        left.plot(x, curve.losses, label=curve.name)
+        right.plot(x, curve.gradients, label=curve.name)
     left.set_title("loss")
     right.set_title("gradient")
     for panel in (left, right):
-        panel.set(xlabel="logit", xlim=(-8, 8))
+        panel.set(xlabel="logit", xlim=(-8, 8), xticks=range(-8, 9, 4))
     left.legend(fontsize="small")
     return figure
 
 
 FIGURE_OF: dict[str, Callable] = {
-    "loss": loss,
+    "loss": _curves.gammas_figure,
     "factor": factor,
     "one_minus_p": one_minus_p,
     "margins": margins,

@@ -32,9 +32,23 @@ def _mathml(found: re.Match) -> str:
     return found[1] + _TEX.convert_with_local_state(tex, displaystyle=not inline)
 
 
+# Headings and short code, where a long name may break after an underscore and not within a word.
+_NAMES = re.compile(r"<pre>.*?</pre>|<(h[1-4])\b.*?</\1>|<code>[^<]*</code>", re.DOTALL)
+
+
+def _breakable(found: re.Match) -> str:
+    if found[0].startswith("<pre>"):
+        return found[0]
+    tags_and_texts = re.split(r"(<[^>]*>)", found[0])
+    tags_and_texts[::2] = (
+        re.sub(r"([_=(,./])(?=[\w\[])", r"\1<wbr>", x) for x in tags_and_texts[::2]
+    )
+    return "".join(tags_and_texts)
+
+
 def on_page_content(content: str, **_) -> str:
-    """Turn TeX into MathML; TeX that cannot be read stops the build."""
-    return _MATHEMATICS.sub(_mathml, content)
+    """Turn TeX into MathML, and let long names break; TeX that cannot be read stops the build."""
+    return _NAMES.sub(_breakable, _MATHEMATICS.sub(_mathml, content))
 
 
 def _font() -> bytes:
@@ -96,8 +110,11 @@ def api_page(title: str, modules: list[str]) -> str:
     for module in modules:
         about = ast.get_docstring(_module(module)) or ""
         parts += [f"## `{module}`" if len(modules) > 1 else f"`{module}`", about]
-        options = "    options:\n      heading_level: 3" if len(modules) > 1 else ""
-        parts += [f"::: {name}\n{options}" for name in public_names(module)]
+        for name in public_names(module):
+            # A constant has no docstring; of everything else, what has none is not shown.
+            options = f"      show_if_no_docstring: {name.rpartition('.')[2].isupper()}".lower()
+            level = 3 if len(modules) > 1 else 2
+            parts.append(f"::: {name}\n    options:\n{options}\n      heading_level: {level}")
     return "\n\n".join(parts) + "\n"
 
 

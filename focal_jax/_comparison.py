@@ -71,7 +71,10 @@ class GradientComparison:
         ours, plain = self.custom, self.autodiff
         ratio = plain.seconds / ours.seconds
         winner, times = ("custom", ratio) if ratio >= 1 else ("autodiff", 1 / ratio)
-        out = f"The {winner} gradient is {times:.2g} times as fast."
+        if times < 1.05:
+            out = "The two gradients are about as fast."
+        else:
+            out = f"The {winner} gradient is {times:.1f} times as fast."
         size = math.prod(self.shape)
         if winner == "autodiff" and size < 10**6:
             out += (

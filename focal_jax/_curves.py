@@ -1,8 +1,8 @@
 """Figures of the losses themselves: drawn from the library's own losses and gradients."""
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,18 +42,61 @@ def gammas_figure(gammas: Sequence[float] = GAMMAS) -> Any:
     return figure
 
 
-def _of_one_logit(loss: _catalogue.Loss, label: float) -> Callable[[Array], Array]:
-    """Return a loss as a function of one logit; the other two of a softmax are 0."""
+class Curve(NamedTuple):
+    """A loss and its gradient as one logit varies."""
+
+    name: str  # of the label
+    losses: np.ndarray
+    gradients: np.ndarray
+
+
+def curves(loss: _catalogue.Loss, logit: np.ndarray) -> Iterator[Curve]:
+    """Yield what a loss makes of one logit, for each of several labels.
+
+    A softmax has three classes with the logits (x, 0, -1), the first of them the true one; an
+    interval has five bins, of which the middle one varies; a region has two classes and a
+    hundred positions, half of each class, whose true logits are all x.
+    """
     function = getattr(importlib.import_module("focal_jax"), loss.name)
-    if not loss.softmax:
-        return lambda z: function(z, jnp.float32(label))
-    labels: Any = {
-        "integer": jnp.zeros(1, jnp.int32),
-        "one-hot": jnp.eye(3)[:1],
-        "real": jnp.full(1, 0.25),  # three quarters of it for the first class
-    }[loss.labels[0]]
-    kernel = [jnp.eye(3)] if loss.kind == "linear" else []
-    return lambda z: function(jnp.stack([z, 0 * z, 0 * z])[None], *kernel, labels).sum()
+
+    def row(x: Array) -> Array:
+        return jnp.stack([x, jnp.zeros_like(x), jnp.full_like(x, -1)])
+
+    match loss.kind:
+        case "elementwise":
+            soft = "soft" in loss.labels
+            of = {
+                f"label {y:g}": lambda x, y=y: function(x, jnp.float32(y))
+                for y in (1.0, 0.6, 0.0)
+                if soft or y % 1 == 0
+            }
+        case "position":
+            of = {"true class": lambda x: function(row(x), jnp.int32(0))}
+        case "linear":
+            of = {"true class": lambda x: function(row(x), jnp.eye(3), jnp.int32(0))}
+        case "distribution":
+            ys = [1.0, 0.0, 0.0], [0.6, 0.3, 0.1]
+            of = {
+                "labels " + ", ".join(f"{w:g}" for w in y): lambda x, y=y: function(
+                    row(x), jnp.array(y)
+                )
+                for y in ys
+            }
+        case "interval":
+            of = {
+                f"label {y:g}": lambda x, y=y: function(jnp.zeros(5).at[2].set(x), y)
+                for y in (2.0, 2.4)
+            }
+        case "region":
+            true = jnp.repeat(jnp.eye(2), 50, 0)
+            of = {"of both classes": lambda x: function(x * true, true).sum()}
+    for name, of_one in of.items():
+        losses, gradients = jax.jit(jax.vmap(jax.value_and_grad(of_one)))(jnp.float32(logit))
+        yield Curve(name, np.asarray(losses), np.asarray(gradients))
+
+
+# Of the losses of one logit.
+_LABELS = {"label 1": _style.BLUE, "label 0.6": _style.VERMILION, "label 0": _style.GREEN}
 
 
 @_style.applied()
@@ -64,29 +107,25 @@ def family_figure() -> Any:
     figure, panels = _style.figure(
         rows, columns, width=12, height=2.6 * rows, sharex=True, sharey=True
     )
-    z = jnp.linspace(-6, 6, 241)
+    logit = np.linspace(-6, 6, 241)
     for panel, loss in zip(panels.flat, _catalogue.LOSSES):
-        labels = {"label 1": (1.0, _style.BLUE), "label 0": (0.0, _style.VERMILION)}
-        if loss.softmax:
-            labels = {"the true class's logit": (0.0, _style.GREEN)}
-        for name, (label, colour) in labels.items():
-            curve = jax.jit(jax.vmap(jax.value_and_grad(_of_one_logit(loss, label))))
-            losses, gradients = curve(z)
-            panel.plot(z, losses, color=colour, label=name)
-            panel.plot(z, gradients, color=colour, linestyle="--", linewidth=1.2)
+        for spare, curve in zip(_style.PALETTE, curves(loss, logit)):
+            colour = _LABELS.get(curve.name, spare)
+            panel.plot(logit, curve.losses, color=colour, label=curve.name)
+            panel.plot(logit, curve.gradients, color=colour, linestyle="--", linewidth=1.2)
         panel.axhline(0, color=_style.INK, linewidth=0.6)
-        panel.set_title(loss.name.replace("_with_integer_labels", "\nwith_integer_labels"))
-        panel.title.set_fontsize("small")
-        panel.set(ylim=(-1.6, 4), xlim=(-6, 6))
+        title = loss.name.replace("_with_integer_labels", "\nwith_integer_labels")
+        panel.set_title(title, fontsize="small")
+        if loss.softmax:  # whose labels are its own
+            panel.legend(fontsize="x-small", loc="upper right", handlelength=1)
+        panel.set(ylim=(-1.6, 4), xlim=(logit[0], logit[-1]))
     for panel in panels.flat[len(_catalogue.LOSSES) :]:
         panel.set_axis_off()
     for panel in panels[-1]:
         panel.set_xlabel("logit")
-    handles = dict(
-        pair for panel in panels.flat for pair in zip(*reversed(panel.get_legend_handles_labels()))
-    )
-    dashed = panels.flat[0].plot([], [], "--", color=_style.INK, linewidth=1.2)
-    solid = panels.flat[0].plot([], [], color=_style.INK)
-    handles |= {"loss": solid[0], "its gradient": dashed[0]}
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles))
+    lines = {name: {"color": colour} for name, colour in _LABELS.items()}
+    lines |= {"the loss": {"color": _style.INK}}
+    lines |= {"its gradient": {"color": _style.INK, "linestyle": "--", "linewidth": 1.2}}
+    handles = [panels.flat[0].plot([], [], **style)[0] for style in lines.values()]
+    figure.legend(handles, lines, loc="outside upper center", ncols=len(lines))
     return figure

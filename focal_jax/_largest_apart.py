@@ -1,8 +1,9 @@
 """Sums over the classes but one, for each class, without cancellation.
 
-"All less this one" loses its digits where this one is all but the whole of the sum. That can
-only be the largest: it stands apart, and what is added up are the others. As in
-`_class_sums`, a form of one reduction for accelerators and a form of plain passes for a CPU.
+"All less this one" loses its digits where this one is all but the whole of the sum. Of a row of
+exponentials that can only be the largest: it stands apart, and what is added up are the others.
+As in `_class_sums`, a form of one reduction for accelerators and a form of plain passes for a
+CPU.
 """
 
 from functools import partial
@@ -16,18 +17,43 @@ from jax import Array, lax
 from focal_jax import _checks
 from focal_jax._class_sums import classes_along, kept, others, picked, plain_class_sums, without
 from focal_jax._cpu import compiled_apart
+from focal_jax._scalar import Terms, class_terms
 
 
 class Apart(NamedTuple):
-    """Of each position, with a class axis of one: the largest entry, and the others."""
+    """Of each position, with a class axis of one: the entry of a class, and the others."""
 
-    place: Array  # the class whose entry has the largest size, the first of several
-    own: Array  # that entry
+    place: Array  # the class that stands apart: the first with the largest logit
+    own: Array  # its entry
     rest: Array  # the sum of the entries of the others
 
-    def others_of(self, v: Array, classes: Array) -> Array:
+    def is_at(self, classes: Array, again: bool) -> Array:
+        """Return whether each class is the one that stands apart.
+
+        `again` is in other words, as in `_less_top`.
+        """
+        return (classes ^ self.place) == 0 if again else classes == self.place
+
+    def others_of(self, v: Array, classes: Array, *, again: bool) -> Array:
         """Return for each class the sum of the entries `v` over the others."""
-        return jnp.where(classes == self.place, self.rest, (self.rest - v) + self.own)
+        return jnp.where(self.is_at(classes, again), self.rest, (self.rest - v) + self.own)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _less_top(again: bool, z: Array, top: Array) -> Array:
+    """Return a logit less the largest one, or once more, `again`, for the gradient.
+
+    The same number in other words: an accelerator's compiler takes the same words for one
+    intermediate with two users, and writes it out to memory. So each of the two passes over
+    the classes reads the logits, and writes nothing but its result.
+    """
+    return (jnp.minimum(z, top) if again else z) - top
+
+
+@_less_top.defjvp
+def _less_top_jvp(again, primals, tangents):
+    # Not the minimum's: where the two are equal it has half the derivative of each.
+    return _less_top(again, *primals), tangents[0] - tangents[1]
 
 
 class Row(NamedTuple):
@@ -35,6 +61,15 @@ class Row(NamedTuple):
 
     top: Array  # the largest logit; finite also where no class is left
     apart: Apart  # of exp(logit - top)
+
+    def terms(self, z: Array, classes: Array, log_whole: Array, *, again: bool) -> Terms:
+        """Return the terms of each class in turn, of its logit."""
+        z = _less_top(again, z, self.top)
+        e, whole = jnp.exp(z), self.apart.own + self.apart.rest
+        others, share = self.apart.others_of(e, classes, again=again), 1 / whole
+        # The probability of any class but the one apart is at most a half.
+        q = jnp.where(self.apart.is_at(classes, again), self.apart.rest * share, 1 - e * share)
+        return class_terms(z, others, whole, log_whole, q)
 
 
 def no_tangent(x: Array) -> Any:
@@ -62,7 +97,11 @@ def _reduced(axis: int, operands, of_nothing, joined):
 
 def _winner_first(size_a, a: Apart, size_b, b: Apart) -> tuple[Apart, Apart]:
     """Return the one with the larger entry, and the other; of equal ones the earlier class."""
-    first = (size_a > size_b) | ((size_a == size_b) & (a.place < b.place))
+    return _where((size_a > size_b) | ((size_a == size_b) & (a.place < b.place)), a, b)
+
+
+def _where(first: Array, a: Apart, b: Apart) -> tuple[Apart, Apart]:
+    """Return the two in this order, or in the other."""
     pairs = [(jnp.where(first, x, y), jnp.where(first, y, x)) for x, y in zip(a, b)]
     return Apart(*(x for x, _ in pairs)), Apart(*(y for _, y in pairs))
 
@@ -76,9 +115,9 @@ def places(v: Array, axis: int) -> Array:
 # ---------------------------------------------------------------- entries as they are
 
 
-def in_passes(axis: int, v: Array, beside: Any) -> tuple[Apart, Any]:
-    """Return the largest of the entries `v` apart, and the sums of what is `beside` them."""
-    place, classes = _place(jnp.abs(v), axis), classes_along(v, axis)
+def in_passes(axis: int, place: Array, v: Array, beside: Any) -> tuple[Apart, Any]:
+    """Return the entries `v` with the class at `place` apart, and the sums of what is `beside`."""
+    classes = classes_along(v, axis)
     if axis == v.ndim - 1:
         # XLA adds up the last axis in passing, if it meets no select on the way.
         rest = v * jnp.minimum(jnp.abs(classes - place), 1).astype(v.dtype)
@@ -88,36 +127,44 @@ def in_passes(axis: int, v: Array, beside: Any) -> tuple[Apart, Any]:
     return Apart(place, picked(v, place, axis), total(rest)), jax.tree.map(total, beside)
 
 
-def in_one_pass(axis: int, v: Array, beside: Any) -> tuple[Apart, Any]:
+def in_one_pass(axis: int, place: Array, v: Array, beside: Any) -> tuple[Apart, Any]:
     """Return the same by one reduction."""
 
     def joined(a, b):
+        # Which comes first is no matter but for the class at `place`, which comes before all.
         (a, beside_a), (b, beside_b) = a, b
-        winner, other = _winner_first(jnp.abs(a.own), a, jnp.abs(b.own), b)
-        rest = (winner.rest + other.rest) + other.own
-        return winner._replace(rest=rest), jax.tree.map(jnp.add, beside_a, beside_b)
+        first, other = _where(a.place < b.place, a, b)
+        rest = (first.rest + other.rest) + other.own
+        return first._replace(rest=rest), jax.tree.map(jnp.add, beside_a, beside_b)
 
     zero = jnp.zeros((), v.dtype)
     none = jax.tree.map(lambda x: jnp.zeros((), x.dtype), beside)
     of_nothing = Apart(jnp.int32(_checks.INT32.max), zero, zero), none
-    operands = Apart(places(v, axis), v, jnp.zeros_like(v)), beside
-    return _reduced(axis, operands, of_nothing, joined)
+    order = jnp.where(classes_along(v, axis) == place, -1, places(v, axis))
+    found, sums = _reduced(axis, (Apart(order, v, jnp.zeros_like(v)), beside), of_nothing, joined)
+    return found._replace(place=place), sums
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def largest_apart(form, axis: int, v: Array, beside: Any = ()) -> tuple[Apart, Any]:
-    """Return what the two forms return, in the one that is asked for."""
-    return form(axis, v, beside)
+def apart(form, axis: int, place: Array, v: Array, beside: Any = ()) -> tuple[Apart, Any]:
+    """Return what the two forms return, in the one that is asked for.
+
+    The place of the largest logit serves for other entries than the exponentials too. Another
+    class's sum over the others may lose digits to an entry of its own that outweighs them; but
+    where a gradient multiplies that sum by the class's probability, at most a half, it adds the
+    entry times what the probability lacks of 1, at least a half.
+    """
+    return form(axis, place, v, beside)
 
 
-@largest_apart.defjvp
-def _largest_apart_jvp(form, axis, primals, tangents):
-    apart, sums = largest_apart(form, axis, *primals)
-    dv, d_beside = tangents
+@apart.defjvp
+def _apart_jvp(form, axis, primals, tangents):
+    found, sums = apart(form, axis, *primals)
+    _, dv, d_beside = tangents
     total = partial(jnp.sum, axis=axis, keepdims=True)
-    rest = total(without(dv, classes_along(dv, axis), apart.place))
-    d_apart = Apart(no_tangent(apart.place), picked(dv, apart.place, axis), rest)
-    return (apart, sums), (d_apart, jax.tree.map(total, d_beside))
+    rest = total(without(dv, classes_along(dv, axis), found.place))
+    d_apart = Apart(no_tangent(found.place), picked(dv, found.place, axis), rest)
+    return (found, sums), (d_apart, jax.tree.map(total, d_beside))
 
 
 # ---------------------------------------------------------------- exponentials of logits

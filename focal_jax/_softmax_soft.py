@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from focal_jax import _checks, _inputs, _scalar
 from focal_jax._class_sums import classes_along, kept
 from focal_jax._cpu import compiled_apart
-from focal_jax._largest_apart import Apart, Row, in_one_pass, in_passes, largest_apart, row
+from focal_jax._largest_apart import Apart, Row, apart, in_one_pass, in_passes, row
 from focal_jax._varying import aligned_varying
 
 
@@ -34,35 +34,16 @@ class _Slopes(NamedTuple):
     gamma: Array
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _less_top(again: bool, z: Array, top: Array) -> Array:
-    """Return a logit less the largest one, or once more, `again`, for the gradient.
-
-    The same number in other words: an accelerator's compiler takes the same words for one
-    intermediate with two users, and writes it out to memory. So each of the two passes over
-    the classes reads the logits, and writes nothing but its result.
-    """
-    return (jnp.minimum(z, top) if again else z) - top
-
-
-@_less_top.defjvp
-def _less_top_jvp(again, primals, tangents):
-    # Not the minimum's: where the two are equal it has half the derivative of each.
-    return _less_top(again, *primals), tangents[0] - tangents[1]
-
-
-def _each_class(args: _Args, classes: Array, row: Row, again: bool) -> tuple[Array, Array]:
-    """Return of each class logit - top, and the sum of exp of that over the others."""
-    z = _less_top(again, kept(args.logits, args.where), row.top)
-    return z, row.apart.others_of(jnp.exp(z), classes)
+def _terms(args: _Args, classes: Array, row: Row, again: bool) -> _scalar.Terms:
+    """Return the terms of each class."""
+    # Never log(1 + rest): `own` is 1, and would round a small rest away.
+    log_whole = jnp.log1p((row.apart.own - 1) + row.apart.rest)
+    return row.terms(kept(args.logits, args.where), classes, log_whole, again=again)
 
 
 def _parts(args: _Args, classes: Array, row: Row, again: bool):
     """Return the terms of each class, where labels are impossible, labels, alpha and gamma."""
-    z, z_others = _each_class(args, classes, row, again)
-    # Never log(1 + rest): `own` is 1, and would round a small rest away.
-    log_whole = jnp.log1p((row.apart.own - 1) + row.apart.rest)
-    t = _scalar.class_terms(z, z_others, row.apart.own + row.apart.rest, log_whole)
+    t = _terms(args, classes, row, again)
     y, alpha, gamma = _inputs.Kept(t.p.dtype, args.where)((args.labels, args.alpha, args.gamma))
     impossible = ~(y >= 0)
     return t, impossible, jnp.where(impossible, 0, y), alpha, gamma.value
@@ -87,15 +68,13 @@ def _slopes(args: _Args, classes: Array, row: Row, *, again: bool) -> _Slopes:
     )
 
 
-def _through_softmax(args: _Args, classes: Array, row: Row, minus_dlogp: Array, apart: Apart):
+def _through_softmax(args: _Args, classes: Array, row: Row, minus_dlogp: Array, sums: Apart):
     """Return the gradient of the logits, of the slopes in -log p of all the classes.
 
-    With G_c for these slopes, and `apart` of them: p_j sum_{c != j} G_c - G_j q_j.
+    With G_c for these slopes, and their `sums`: p_j sum_{c != j} G_c - G_j q_j.
     """
-    z, z_others = _each_class(args, classes, row, again=True)
-    others = apart.others_of(minus_dlogp, classes)
-    whole = row.apart.own + row.apart.rest
-    return (jnp.exp(z) * others - z_others * minus_dlogp) * (1 / whole)
+    t = _terms(args, classes, row, again=True)
+    return t.p * sums.others_of(minus_dlogp, classes, again=True) - t.q * minus_dlogp
 
 
 def _by_logits_first(function):
@@ -114,12 +93,12 @@ def _sum_on_cpu(axis: int, args: _Args, classes: Array, row: Row) -> tuple[Apart
 def _sums_elsewhere(axis: int, args: _Args, classes: Array, row: Row) -> tuple[Apart, Array]:
     """Return the losses and what the gradient needs of the slopes, of one reduction."""
     slopes = _slopes(args, classes, row, again=False).minus_dlogp
-    return largest_apart(in_one_pass, axis, slopes, _summands(args, classes, row))
+    return apart(in_one_pass, axis, row.apart.place, slopes, _summands(args, classes, row))
 
 
-def _gradient_on_cpu(axis, args: _Args, classes, row: Row, apart: Apart, losses: Array) -> Array:
+def _gradient_on_cpu(axis, args: _Args, classes, row: Row, sums: Apart, losses: Array) -> Array:
     """Return the gradient of the logits. The slopes are written out once, for two passes."""
-    del apart
+    del sums
     others = args._replace(logits=None)
 
     def minus_dlogp(args, *more):
@@ -129,16 +108,16 @@ def _gradient_on_cpu(axis, args: _Args, classes, row: Row, apart: Apart, losses:
     slopes = compiled_apart(
         _by_logits_first(minus_dlogp), args.logits, others, classes, row, after=losses
     )
-    apart, _ = largest_apart(in_passes, axis, slopes)
+    of_slopes, _ = apart(in_passes, axis, row.apart.place, slopes)
     through = _by_logits_first(_through_softmax)
-    return compiled_apart(through, args.logits, others, classes, row, slopes, apart)
+    return compiled_apart(through, args.logits, others, classes, row, slopes, of_slopes)
 
 
-def _gradient_elsewhere(axis, args: _Args, classes, row: Row, apart: Apart, losses) -> Array:
+def _gradient_elsewhere(axis, args: _Args, classes, row: Row, sums: Apart, losses) -> Array:
     """Return the same. The slopes are computed once more, and never written out."""
     del axis, losses
     slopes = _slopes(args, classes, row, again=True).minus_dlogp
-    return _through_softmax(args, classes, row, slopes, apart)
+    return _through_softmax(args, classes, row, slopes, sums)
 
 
 def _row(axis: int, args: _Args) -> Row:
@@ -158,16 +137,16 @@ def _forward(axis, *args):
     args = _Args(*args)
     of_row, classes = _row(axis, args), classes_along(args.logits, axis)
     on_cpu, elsewhere = (partial(form, axis) for form in (_sum_on_cpu, _sums_elsewhere))
-    apart, losses = lax.platform_dependent(args, classes, of_row, cpu=on_cpu, default=elsewhere)
-    return _inputs.keep(losses, args.where), (args, of_row, apart, losses)
+    sums, losses = lax.platform_dependent(args, classes, of_row, cpu=on_cpu, default=elsewhere)
+    return _inputs.keep(losses, args.where), (args, of_row, sums, losses)
 
 
 @partial(jax.jit, static_argnums=0)
 def _backward(axis, residuals, ct):
-    args, of_row, apart, losses = residuals
+    args, of_row, sums, losses = residuals
     classes = classes_along(args.logits, axis)
     on_cpu, elsewhere = (partial(f, axis) for f in (_gradient_on_cpu, _gradient_elsewhere))
-    dz = lax.platform_dependent(args, classes, of_row, apart, losses, cpu=on_cpu, default=elsewhere)
+    dz = lax.platform_dependent(args, classes, of_row, sums, losses, cpu=on_cpu, default=elsewhere)
     slopes = _slopes(args, classes, of_row, again=True)
 
     def cotangent(slope, primal):

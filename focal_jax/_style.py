@@ -25,7 +25,7 @@ GAMMAS = {0.0: INK, 0.5: BLUE, 1.0: GREEN, 2.0: VERMILION, 5.0: PURPLE}
 TRUTH, FOUND = "#56b4e9", "#f0e442"
 
 # The inches of a figure that fills the width of a page, and the height of one row of panels.
-WIDTH, HEIGHT = 8.0, 3.4
+WIDTH, HEIGHT = 7.0, 3.0
 
 RC: dict[str, Any] = {
     "figure.dpi": 200,

@@ -9,23 +9,23 @@ from jax.typing import ArrayLike
 
 from focal_jax import _checks, _inputs, _scalar
 from focal_jax._class_sums import classes_along, kept
-from focal_jax._largest_apart import in_one_pass, in_passes, largest_apart, row
+from focal_jax._largest_apart import Apart, apart, in_one_pass, in_passes, row
 from focal_jax._scalar import Terms
 from focal_jax._varying import aligned_varying
 
 
-def _terms(axis: int, logits: Array, where: Array | None) -> Terms:
-    """Return the terms of each class of a position in turn."""
-    top, apart = row(axis, logits, where)
-    top = lax.stop_gradient(top)
-    z, whole = kept(logits, where) - top, apart.own + apart.rest
-    rest = apart.others_of(jnp.exp(z), classes_along(z, axis))
-    return _scalar.class_terms(z, rest, whole, jnp.log(whole))
+def _terms(axis: int, logits: Array, where: Array | None, *, again: bool) -> tuple[Terms, Apart]:
+    """Return the terms of each class of a position in turn, and what stands apart of the row."""
+    of_row = row(axis, logits, where)
+    of_row = of_row._replace(top=lax.stop_gradient(of_row.top))
+    log_whole = jnp.log(of_row.apart.own + of_row.apart.rest)
+    z, classes = kept(logits, where), classes_along(logits, axis)
+    return of_row.terms(z, classes, log_whole, again=again), of_row.apart
 
 
 def _probabilities(axis: int, logits: Array, where: Array | None) -> tuple[Array, Array]:
     """Return the probability of each class, and what it lacks of 1 without cancellation."""
-    t = _terms(axis, logits, where)
+    t, _ = _terms(axis, logits, where, again=False)
     return t.p, t.q
 
 
@@ -35,12 +35,11 @@ def _forward(axis, *args):
 
 def _backward(axis, args, cts):
     logits, where = args
-    t, (of_p, of_q) = _terms(axis, *args), cts
+    (t, of_row), (of_p, of_q) = _terms(axis, *args, again=True), cts
     by_log_p = t.p * (of_p - of_q)
-    forms = (partial(largest_apart, form, axis) for form in (in_passes, in_one_pass))
-    on_cpu, elsewhere = forms
-    apart, _ = lax.platform_dependent(by_log_p, cpu=on_cpu, default=elsewhere)
-    others = apart.others_of(by_log_p, classes_along(logits, axis))
+    on_cpu, elsewhere = (partial(apart, form, axis) for form in (in_passes, in_one_pass))
+    sums, _ = lax.platform_dependent(of_row.place, by_log_p, cpu=on_cpu, default=elsewhere)
+    others = sums.others_of(by_log_p, classes_along(logits, axis), again=True)
     dz = t.q * by_log_p - t.p * others
     return _inputs.keep(dz, where).astype(logits.dtype), None
 

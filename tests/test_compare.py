@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import focal_jax
+import focal_jax.__main__
 from focal_jax import (
     _catalogue,
     _compare,
@@ -255,6 +256,8 @@ def test_bad_arguments(head, options, message):
         ([*QUICK, "--json", "/nowhere/report.json"], "/nowhere/report.json"),
         ([*QUICK, "--plot", "figure"], "--plot: got 'figure', wanted a name that ends as a format"),
         (["plot", "--out", "a.b/figure."], "--out: got 'a.b/figure.', wanted a name that ends"),
+        (["plot", "--gamma", "-1"], "gamma: got [-1.0], wanted finite numbers >= 0"),
+        (["plot", "--gamma", "1", "--family"], "not allowed with"),
         (["plot", "--out", "figure.nonsense"], "figure.nonsense: Format 'nonsense'"),
         (["plot", "--out", "/nowhere/figure.png"], "/nowhere/figure.png"),
     ],
@@ -273,7 +276,7 @@ def test_table(capsys):
     main(QUICK)
     shown = capsys.readouterr().out
     question = (SIGMOID, "float32 40, gamma 0.5")
-    for part in (*question, *REGIMES, "custom", "autodiff", "MB", "ms", "times as fast"):
+    for part in (*question, *REGIMES, "custom", "autodiff", "MB", "ms", "as fast"):
         assert part in shown
 
 
@@ -304,8 +307,15 @@ def test_the_verdict_names_the_faster_and_why(size, seconds):
         autodiff=plain,
     )
     winner = "autodiff" if seconds > 1 else "custom"
-    assert report.verdict.startswith(f"The {winner} gradient is 2 times as fast.")
+    assert report.verdict.startswith(f"The {winner} gradient is 2.0 times as fast.")
     assert ("try a larger shape" in report.verdict) == (winner == "autodiff" and size == 10)
+
+
+def test_the_verdict_makes_nothing_of_little():
+    report = compare(SIGMOID)
+    plain = dataclasses.replace(report.custom, seconds=1.04 * report.custom.seconds)
+    same = dataclasses.replace(report, autodiff=plain)
+    assert same.verdict.startswith("The two gradients are about as fast.")
 
 
 def test_progress_is_said_before_each_step():
@@ -427,6 +437,26 @@ def test_plot_draws_the_curves_of_the_paper(tmp_path, monkeypatch):
         _, drawn_slope = np.asarray(gradient.get_data(), np.float64)[:, 5:-5]
         p_t = p_t[5:-5]
         np.testing.assert_allclose(drawn_slope, -slope * p_t * (1 - p_t), atol=0.02)
+
+
+def test_plot_draws_other_exponents_and_the_family(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(focal_jax.__main__, "_save", lambda figure, path: drawn.append(figure))
+    main(["plot", "--gamma", "0.7", "3"])
+    main(["plot", "--family"])
+    exponents, family = drawn
+    assert [line.get_label() for line in exponents.axes[0].lines] == [
+        r"$\gamma$ = 0.7",
+        r"$\gamma$ = 3",
+    ]
+    titles = [panel.get_title(loc="left").replace("\n", "_") for panel in family.axes]
+    assert titles == [loss.name for loss in CATALOGUE]
+    for entry, panel in zip(CATALOGUE, family.axes):
+        loss, gradient = panel.lines[:2]
+        x, y = np.asarray(loss.get_data(), np.float64)
+        off = np.abs(np.gradient(y, x) - gradient.get_ydata())
+        # Jumps apart, a gradient is the slope of its loss, if no weight of it is held.
+        assert entry.held or np.quantile(off, 0.95) < 0.01, entry.name
 
 
 @pytest.mark.parametrize(

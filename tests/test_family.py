@@ -473,27 +473,116 @@ def test_16_bits_are_computed_in_32(name, dtype):
 
 
 @pytest.mark.parametrize("reach", [3, 30, 80])
-@pytest.mark.parametrize("gamma", [0.75, 1.3, 2.0])
-def test_tversky_to_60_digits(reach, gamma):
+@pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+def test_tversky_to_60_digits(reach, dtype, limit):
     rng = np.random.default_rng(0)
-    labels = np.eye(3)[rng.integers(3, size=5)]
-    for confident in (True, False):  # every position is right, or some are not
-        logits = rng.normal(size=(5, 3))
-        logits += reach * (labels if confident else np.roll(labels, 1, 0))
-        logits = logits.astype(np.float32)
-        options = {"alpha": 0.7, "beta": 0.3, "gamma": gamma, "smooth": 1.0}
-        numbers = {name: np.float32(x) for name, x in options.items()}
-        found = truth.evaluate(
-            LOSSES["focal_tversky_loss"], {"logits": logits, "labels": labels} | numbers
+    labels = np.eye(3)[rng.integers(3, size=5)].astype(dtype)
+    tiny = float(np.finfo(dtype).tiny)
+
+    @jax.jit
+    def loss_and_slopes(z, options):
+        loss = partial(focal_jax.focal_tversky_loss, labels=labels, **options)
+        return loss(z), jax.jacrev(loss)(z)
+
+    with jax.enable_x64(dtype == np.float64):
+        # Every position is right, or some are not.
+        for rolled, gamma in itertools.product((0, 1), (0.75, 1.3, 2.0)):
+            logits = rng.normal(size=(5, 3)) + reach * np.roll(labels, rolled, 0)
+            logits = logits.astype(dtype)
+            options = {"alpha": 0.7, "beta": 0.3, "gamma": gamma, "smooth": 1.0}
+            options = {name: dtype(x) for name, x in options.items()}
+            values, slopes, _ = truth.evaluate(
+                LOSSES["focal_tversky_loss"], {"logits": logits, "labels": labels} | options
+            )
+            got_values, got = loss_and_slopes(logits, options)
+            assert truth.worst_error(got_values, values, tiny) < limit
+            # An entry is a difference of what the classes of its position add.
+            scale = np.abs(slopes["logits"]).max(-1, keepdims=True)
+            assert truth.worst_error(got, slopes["logits"], 100 * tiny, scale) < limit
+
+
+@pytest.mark.parametrize("reach", [3, 30, 80])
+@pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+def test_distribution_focal_to_60_digits(reach, dtype, limit):
+    rng = np.random.default_rng(0)
+    labels = np.array([0, 0.25, 1, 1.7, 2, 2.9, 3, 3], dtype)
+    logits = rng.normal(size=(8, 4))
+    logits[np.arange(8), labels.astype(int)] += reach * np.where(np.arange(8) % 2, 1, -1)
+    logits, tiny = logits.astype(dtype), float(np.finfo(dtype).tiny)
+    with jax.enable_x64(dtype == np.float64):
+        loss = focal_jax.distribution_focal_loss
+        want = truth.evaluate(
+            LOSSES["distribution_focal_loss"], {"logits": logits, "labels": labels}
         )
-        values, slopes = found.losses, found.slopes["logits"]
-        loss = lambda z: focal_jax.focal_tversky_loss(z, labels, gamma=gamma)  # noqa: E731
-        tiny = float(np.finfo(np.float32).tiny)
-        assert truth.worst_error(loss(logits), values, tiny) < 1e-5
-        got = jax.jacrev(loss)(jnp.asarray(logits))
-        # An entry is a difference of what the classes of its position add.
-        scale = np.abs(slopes).max(-1, keepdims=True)
-        assert truth.worst_error(got, slopes, 100 * tiny, scale) < 1e-5
+        losses, transpose = jax.vjp(loss, jnp.asarray(logits), jnp.asarray(labels))
+        slopes = transpose(jnp.ones_like(losses))
+    assert truth.worst_error(losses, want.losses, tiny) < limit
+    for name, got in zip(("logits", "labels"), slopes):
+        # A probability less its share, and one cross entropy less another: where they cancel,
+        # to the last digits of what is subtracted.
+        scale = want.sizes[name] / 10
+        assert truth.worst_error(got, want.slopes[name], 100 * tiny, scale) < limit, name
+
+
+def _put_together(name):
+    """Return a loss that is put together from others, and what it is a function of."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+    index = jnp.asarray(rng.integers(4, size=6))
+    labels = (
+        jax.nn.one_hot(index, 4)
+        if name == "focal_tversky_loss"
+        else 0.9 * index.astype(jnp.float32)
+    )
+    return getattr(focal_jax, name), logits, labels
+
+
+TOGETHER = ["distribution_focal_loss", "focal_tversky_loss"]
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("hidden", [np.nan, np.inf, 1e30])
+def test_what_is_masked_is_nothing_to_third_order(name, hidden):
+    loss, logits, labels = _put_together(name)
+    where = jnp.arange(6) % 3 > 0
+
+    @jax.jit
+    def derivatives(z):
+        def total(z):
+            return jnp.sum(loss(z, labels, where=where))
+
+        first = jax.grad(total)
+        second = jax.grad(lambda z: jnp.sum(jnp.sin(first(z))))
+        third = jax.grad(lambda z: jnp.sum(jnp.sin(second(z))))
+        return total(z), first(z), second(z), third(z)
+
+    with jax.debug_nans(True):
+        bare = derivatives(jnp.where(where[:, None], logits, 0))
+    hidden = derivatives(jnp.where(where[:, None], logits, hidden))
+    for order, (got, want) in enumerate(zip(hidden, bare)):
+        np.testing.assert_array_equal(got, want)
+        assert order == 0 or (not np.any(got[~where]) and np.all(np.any(got[where], -1)))
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_together_16_bits_are_computed_in_32(name, dtype):
+    loss, logits, labels = _put_together(name)
+    losses = loss(logits.astype(dtype), labels)
+    assert losses.dtype == jnp.float32
+    np.testing.assert_array_equal(losses, loss(logits.astype(dtype).astype(jnp.float32), labels))
+    gradient = jax.grad(lambda z: jnp.sum(loss(z, labels)))(logits.astype(dtype))
+    assert gradient.dtype == dtype
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_together_mapped_and_along_any_axis(name):
+    loss, logits, labels = _put_together(name)
+    batch = jnp.stack([logits, 2 * logits]), jnp.stack([labels, labels])
+    mapped = jax.vmap(jax.value_and_grad(lambda z, y: jnp.sum(loss(z, y))))(*batch)
+    one_by_one = [jax.value_and_grad(lambda z: jnp.sum(loss(z, labels)))(z) for z in batch[0]]
+    assert_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *one_by_one), 1e-6)
+    assert_close(loss(logits.T, labels.T, axis=0), loss(logits, labels), 1e-6)
 
 
 def test_tversky_over_devices():

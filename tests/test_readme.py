@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
 from pages import code_blocks, run
 
+import focal_jax
 from focal_jax import _catalogue
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
 TEXT = README.read_text(encoding="utf-8")
 
 
@@ -31,6 +34,24 @@ def test_every_loss_of_the_catalogue_is_in_the_table():
     assert named - {"reduce_loss"} == {loss.name for loss in _catalogue.LOSSES}
 
 
+@pytest.mark.parametrize("gamma", [2.0, 0.5])
+def test_the_digits(gamma):
+    rows = [line for line in TEXT.splitlines() if line.startswith(f"| {gamma:g} |")]
+    assert len(rows) == 2
+    assert all(row in (DOCS / "numerics.md").read_text(encoding="utf-8") for row in rows)
+    found = focal_jax.compare_gradients(gamma=gamma, repeats=1)
+    for row in rows:
+        _, _, logits, ours, theirs, _ = (cell.strip() for cell in row.split("|"))
+        regime = logits.partition(",")[0]
+        custom, autodiff = getattr(found.custom, regime), getattr(found.autodiff, regime)
+        assert 1 / 3 < custom.relative / float(ours) < 3
+        assert custom.nans == 0
+        if "NaN" in theirs:
+            assert theirs == f"{autodiff.nans:,} of 8,190 are NaN"
+        else:
+            assert 1 / 3 < autodiff.relative / float(theirs.partition(":")[0]) < 3
+
+
 def test_the_speeds_are_those_of_the_performance_page():
     def rows(text):
         table = text.partition("<!-- speed:")[2].partition("<!-- end of speed -->")[0]
@@ -38,7 +59,7 @@ def test_the_speeds_are_those_of_the_performance_page():
         cells = [[cell.strip() for cell in line.split("|")] for line in lines]
         return {row[0]: (row[1], row[2], row[-1]) for row in cells if not row[0].startswith("-")}
 
-    every = rows((README.parent / "docs" / "performance.md").read_text(encoding="utf-8"))
+    every = rows((DOCS / "performance.md").read_text(encoding="utf-8"))
     shown = rows(TEXT)
     assert len(shown) >= 3
     assert shown.items() <= every.items()

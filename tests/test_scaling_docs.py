@@ -64,7 +64,8 @@ def guide():
 
 
 def test_the_table_leads_to_every_section():
-    assert [title for title, _, _ in LAYOUTS] + ["On paper"] == list(SECTIONS)
+    titles = [title for title, _, _ in LAYOUTS]
+    assert [*titles, "On paper", "Compiled for a pod"] == list(SECTIONS)
     for title, anchor, _ in LAYOUTS:
         assert anchor == title.lower().replace(" ", "-")
 

@@ -1,49 +1,111 @@
-"""The paper's Table 1 in miniature: which loss, and does it need the prior?
+"""The paper's Table 1 in miniature, and at which imbalance which loss wins.
 
     python -m examples.retinanet_digits.ablation
 
-trains every recipe with every seed, goes on where it was stopped, and writes the table and
-the figure into this folder's README.md.
+follows the protocol of this folder's README.md: it tunes every loss, trains each with every
+seed, does so once more with fewer and with more objects, and writes the tables and the figures
+beside the README. It goes on where it was stopped.
 """
 
 import argparse
-import json
-import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from scipy import stats
 
 from examples.retinanet_digits import figures
-from examples.retinanet_digits.experiment import experiment, parse, place
-from examples.retinanet_digits.train import Budget, Recipe
+from examples.retinanet_digits.experiment import Run, bars, parse, result, two_at_a_time
+from examples.retinanet_digits.train import Budget, Recipe, prepare
 
 README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- table: written by ablation.py -->\n", "<!-- end of table -->\n"
 # The AP that Lin et al. report for the like (Tables 1a and 1b, ResNet-50, 600 pixels).
 RECIPES = {
-    "CE, no prior": (Recipe(gamma=0, alpha=None, prior=None), None),
     "CE": (Recipe(gamma=0, alpha=None), 30.2),
     "CE, alpha .75": (Recipe(gamma=0, alpha=0.75), 31.1),
     "FL, gamma .5, alpha .5": (Recipe(gamma=0.5, alpha=0.5), 32.9),
     "FL, gamma 1, alpha .25": (Recipe(gamma=1, alpha=0.25), 33.7),
     "FL, gamma 2, alpha .25": (Recipe(gamma=2, alpha=0.25), 34.0),
     "FL, gamma 5, alpha .25": (Recipe(gamma=5, alpha=0.25), 32.2),
-    "FL, gamma 2, alpha .25, no prior": (Recipe(gamma=2, alpha=0.25, prior=None), None),
 }
+BALANCED, FOCAL = "CE, alpha .75", "FL, gamma 2, alpha .25"  # what the test that decides compares
+COMPARED = ("CE", BALANCED, FOCAL)  # the demo's
+WITHOUT_PRIOR = ("CE", FOCAL)
+# Learning rate, weight of the class loss.
+TRIALS = ((0.002, 1.0), (0.006, 1.0), (0.015, 1.0), (0.006, 4.0))
+TRIAL_SEED = 100
+OBJECTS = (4.0, 1.0)  # of the canvases in the mean, beside the main setting's
 
 
-def result(name: str, budget: Budget, seed: int, out: Path, progress: Progress) -> dict:
-    """Return what a run came to: read, if it ended before, else found out and written."""
-    recipe, _ = RECIPES[name]
-    path = place(out, recipe, budget, seed).with_suffix(".json")
-    if not path.exists():
-        outcome = experiment(f"{name}, seed {seed}", recipe, budget, seed, out, progress)
-        losses = outcome.losses.tolist()
-        whole = path.with_suffix(".new")  # renamed when it is: no run leaves half a result
-        whole.write_text(json.dumps(outcome.scores | {"name": name, "seed": seed, "loss": losses}))
-        whole.replace(path)
-    return json.loads(path.read_text())
+# ------------------------------------------------------------------------------- runs
+
+
+def run_all(jobs: dict[str, Run], out: Path, progress) -> dict[str, dict]:
+    """Return the result of every run, by its name."""
+    whole = progress.add_task("runs", total=len(jobs), note="")
+
+    def one(job: tuple[str, Run]) -> dict:
+        name, run = job
+        bar = progress.add_task(name, total=run.budget.steps, note="compiles")
+
+        def tick(done: int, loss: float) -> None:
+            progress.update(bar, completed=done, note=f"loss {loss:.3f}")
+
+        found = result(run, out, tick)
+        progress.remove_task(bar)
+        progress.advance(whole)
+        return found
+
+    prepare(jobs.values())
+    return dict(zip(jobs, two_at_a_time(one, jobs.items())))
+
+
+def trials(losses: list[str], budget: Budget, out: Path, progress) -> dict[str, list[dict]]:
+    """Return the results of the trials of each loss, in the order of `TRIALS`."""
+    few = replace(budget, test_canvases=min(budget.test_canvases, 200))
+    jobs = {
+        f"{name}, rate {rate}, weight {weight:.0f}": Run(
+            replace(RECIPES[name][0], learning_rate=rate, class_weight=weight),
+            few, TRIAL_SEED, "validation",
+        )
+        for name in losses
+        for rate, weight in TRIALS
+    }  # fmt: skip
+    found = list(run_all(jobs, out, progress).values())
+    return {name: found[i * len(TRIALS) : (i + 1) * len(TRIALS)] for i, name in enumerate(losses)}
+
+
+def chosen(tried: dict[str, list[dict]]) -> dict[str, Recipe]:
+    """Return each loss with the learning rate and the weight that did best."""
+    best = {name: max(found, key=lambda x: x["AP"]) for name, found in tried.items()}
+    return {name: Recipe(**found["run"]["recipe"]) for name, found in best.items()}
+
+
+# ------------------------------------------------------------------------------- words
+
+
+def interval(runs: list[dict], others: list[dict]) -> tuple[float, float]:
+    """Return the mean difference in AP of runs in pairs, and half of its 95 % interval.
+
+    By Student's t; NaN for a single pair.
+    """
+    differences = [100 * (a["AP"] - b["AP"]) for a, b in zip(runs, others)]
+    count = len(differences)
+    if count < 2:
+        return float(np.mean(differences)), float("nan")
+    half = stats.t.ppf(0.975, count - 1) * np.std(differences, ddof=1) / count**0.5
+    return float(np.mean(differences)), float(half)
+
+
+def points(by_objects: dict[float, dict[str, list[dict]]]) -> dict[str, list[tuple]]:
+    """Return for each rival of the focal loss the imbalances and the intervals there."""
+    return {
+        rival: [
+            (figures.imbalance(objects), *interval(rows[FOCAL], rows[rival]))
+            for objects, rows in by_objects.items()
+        ]
+        for rival in ("CE", BALANCED)
+    }
 
 
 def _cell(values: list[float]) -> str:
@@ -51,40 +113,117 @@ def _cell(values: list[float]) -> str:
     return f"{np.mean(values):.1f} ± {spread:.1f}"
 
 
-def table(results: dict[str, list[dict]]) -> str:
-    """Return the results as Markdown."""
-    lines = [
-        "| loss | AP | AP50 | AP75 | diverged | AP in the paper |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, runs in results.items():
-        cells = [_cell([100 * run[score] for run in runs]) for score in ("AP", "AP50", "AP75")]
-        lost = sum(not all(map(math.isfinite, run["loss"])) for run in runs)
-        paper = RECIPES[name][1]
-        cells += [f"{lost} of {len(runs)}", "not given" if paper is None else f"{paper}"]
+def _difference(runs: list[dict], others: list[dict]) -> str:
+    mean, half = interval(runs, others)
+    return f"{mean:+.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:+.1f}"
+
+
+def trials_table(tried: dict[str, list[dict]]) -> str:
+    """Return the validation AP of every trial as Markdown."""
+    head = [f"rate {rate}, weight {weight:.0f}" for rate, weight in TRIALS]
+    lines = [f"| loss | {' | '.join(head)} |", "| --- " * (1 + len(head)) + "|"]
+    for name, found in tried.items():
+        cells = [f"{100 * x['AP']:.1f}" for x in found]
+        best = int(np.argmax([x["AP"] for x in found]))
+        cells[best] = f"**{cells[best]}**"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def table(rows: dict[str, list[dict]]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "| loss | seeds | AP | AP50 | AP75 | AP less balanced CE's, 95 % | AP in the paper |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, runs in rows.items():
+        cells = [_cell([100 * run[score] for run in runs]) for score in ("AP", "AP50", "AP75")]
+        same = name == BALANCED or BALANCED not in rows
+        cells.append("" if same else _difference(runs, rows[BALANCED]))
+        paper = RECIPES.get(name, (None, None))[1]
+        cells.append("not given" if paper is None else f"{paper}")
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def imbalance_table(by_objects: dict[float, dict[str, list[dict]]]) -> str:
+    """Return the AP of the compared losses at each imbalance as Markdown."""
+    lines = [
+        f"| digits a canvas | background to 1 | seeds | {' | '.join(COMPARED)} "
+        "| focal less balanced, 95 % |",
+        "| --- " * (4 + len(COMPARED)) + "|",
+    ]
+    for objects, rows in by_objects.items():
+        cells = [_cell([100 * run["AP"] for run in rows[name]]) for name in COMPARED]
+        cells.append(_difference(rows[FOCAL], rows[BALANCED]))
+        ratio = figures.imbalance(objects)
+        lines.append(f"| {objects:g} | {ratio:,.0f} | {len(rows[FOCAL])} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def written(text: str, name: str, lines: str) -> str:
+    """Return a page with other lines between the two comments of this name."""
+    begin, end = f"<!-- {name}: written by ablation.py -->\n", f"<!-- end of {name} -->\n"
+    before, rest = text.split(begin)
+    return before + begin + lines + end + rest.split(end)[1]
+
+
+# ------------------------------------------------------------------------------- main
+
+
 def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
-    """Run what is left to run, then write the table and the figure."""
+    """Run what is left to run, then write the tables and the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--imbalance-seeds", type=int, default=5)
+    parser.add_argument("--losses", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--other-objects", nargs="*", type=float, default=list(OBJECTS))
+    parser.add_argument("--without-prior", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--readme", type=Path, default=README)
     args, budget = parse(parser, argv)
-    results = {name: [] for name in RECIPES}
-    columns = *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns) as progress:
-        for seed in range(args.seeds):
-            for name, runs in results.items():
-                runs.append(result(name, budget, seed, args.out, progress))
+    if missing := set(COMPARED) - set(args.losses):
+        parser.error(f"--losses: {sorted(missing)} missing, which all others are compared with")
+    with bars() as progress:
+        tried = trials(args.losses, budget, args.out, progress)
+        recipes = chosen(tried)
+        rows = dict(recipes)
+        for name in WITHOUT_PRIOR if args.without_prior else ():
+            rows[f"{name}, no prior"] = replace(recipes[name], prior=None)
+        jobs = {
+            (name, seed): Run(recipe, budget, seed)
+            for seed in range(args.seeds)
+            for name, recipe in rows.items()
+        }
+        settings = {
+            (name, seed, objects): Run(recipes[name], replace(budget, objects=objects), seed)
+            for objects in args.other_objects
+            for seed in range(args.imbalance_seeds)
+            for name in COMPARED
+        }
+        everything = {", ".join(map(str, key)): run for key, run in (jobs | settings).items()}
+        found = dict(zip(jobs | settings, run_all(everything, args.out, progress).values()))
 
-    before, rest = args.readme.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    args.readme.write_text(before + BEGIN + table(results) + END + after)
-    rows = {name: [100 * run["AP"] for run in runs] for name, runs in results.items()}
-    paper = {name: ap for name, (_, ap) in RECIPES.items()}
-    figures.ablation(rows, paper, args.readme.with_name("ablation.png"))
+    results = {name: [found[name, seed] for seed in range(args.seeds)] for name in rows}
+    page = written(args.readme.read_text(), "trials", trials_table(tried))
+    page = written(page, "table", table(results))
+    figures.ablation(
+        {name: [100 * run["AP"] for run in runs] for name, runs in results.items()},
+        {name: RECIPES.get(name, (None, None))[1] for name in results},
+        args.readme.with_name("ablation.png"),
+    )
+    if settings:
+        by_objects = {
+            objects: {
+                name: [found[name, seed, objects] for seed in range(args.imbalance_seeds)]
+                for name in COMPARED
+            }
+            for objects in args.other_objects
+        }
+        by_objects[budget.objects] = {name: results[name] for name in COMPARED}
+        by_objects = dict(sorted(by_objects.items(), reverse=True))
+        page = written(page, "imbalance", imbalance_table(by_objects))
+        figures.by_imbalance(points(by_objects), args.readme.with_name("imbalance.png"))
+    args.readme.write_text(page)
     return results
 
 

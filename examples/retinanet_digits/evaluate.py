@@ -61,6 +61,24 @@ def predict(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, Detection
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
+def correct(
+    rows: np.ndarray, boxes: np.ndarray, classes: np.ndarray, scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which detections of an image are right, and which of its annotations are found.
+
+    The surest detection first, each finds at most one object, of its class and with an IoU of
+    0.5 or more.
+    """
+    overlaps = np.array(box_iou(boxes, rows[:, :4]))
+    overlaps[classes[:, None] != rows[None, :, 4]] = 0
+    right, found = np.zeros(len(boxes), bool), np.zeros(len(rows), bool)
+    for i in np.argsort(-scores, kind="stable"):
+        best = np.argmax(np.where(found, 0, overlaps[i]))
+        if scores[i] > 0 and not found[best] and overlaps[i, best] >= MAX_IOU:
+            right[i] = found[best] = True
+    return right, found
+
+
 def _coco_box(box: np.ndarray) -> list[float]:
     x1, y1, x2, y2 = box.tolist()
     return [x1, y1, x2 - x1, y2 - y1]

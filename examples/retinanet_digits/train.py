@@ -1,6 +1,8 @@
 """Train the detector with one loss; checkpoints with orbax, so that a run can go on."""
 
-from collections.abc import Callable
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,22 +43,31 @@ class Budget:
     batch: int = 4
     canvases: int = 1000
     test_canvases: int = 300
-    objects: float = 2  # on a canvas, in the mean
+    objects: float = 2.0  # on a canvas, in the mean
     pretrained: bool = True  # the backbone, as a classifier of single digits
     save_every: int = 250
 
 
-def start(recipe: Recipe, budget: Budget, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
-    """Return a fresh network, in two parts, with the pretrained backbone unless told otherwise."""
-    graph, parameters = nnx.split(RetinaNet(fast_rngs(seed), prior=recipe.prior))
+@cache
+def graph() -> nnx.GraphDef:
+    """Return what all networks have in common: everything but their parameters.
+
+    One object for all, since JAX compiles again for a graph that it does not know.
+    """
+    return nnx.graphdef(RetinaNet(fast_rngs(0)))
+
+
+def start(recipe: Recipe, budget: Budget, seed: int) -> nnx.State:
+    """Return the parameters of a fresh network, its backbone pretrained unless told otherwise."""
+    parameters = nnx.state(RetinaNet(fast_rngs(seed), prior=recipe.prior))
     if budget.pretrained:
         parameters["pyramid"]["backbone"] = pretrained(parameters["pyramid"]["backbone"])
-    return graph, parameters
+    return parameters
 
 
 # Cached: what is compiled for one seed, and for one trial of a learning rate, serves the others.
 @cache
-def make_step(graph: nnx.GraphDef, gamma: float, alpha: float | None) -> Callable:
+def make_step(gamma: float, alpha: float | None) -> Callable:
     """Return a jitted step of training.
 
     `step(parameters, adam, images, annotations, rate, class_weight)` returns the parameters, the
@@ -67,7 +78,7 @@ def make_step(graph: nnx.GraphDef, gamma: float, alpha: float | None) -> Callabl
     @jax.jit
     def step(parameters, adam, images, annotations, rate, class_weight):
         def loss(parameters):
-            predicted = nnx.merge(graph, parameters)(images)
+            predicted = nnx.merge(graph(), parameters)(images)
             losses = retinanet_loss(
                 *predicted, boxes, annotations, alpha=alpha, gamma=gamma, normalization="batch"
             )
@@ -77,6 +88,34 @@ def make_step(graph: nnx.GraphDef, gamma: float, alpha: float | None) -> Callabl
         return *descend(parameters, adam, gradients, rate), losses
 
     return step
+
+
+def prepare(runs: Iterable) -> None:
+    """Make what runs share, before they run side by side: canvases and jitted steps."""
+    for run in runs:
+        make_step(run.recipe.gamma, run.recipe.alpha)
+        canvases("train", run.budget.canvases, run.seed, run.budget.objects)
+
+
+def restored(checkpoints: Path, like: dict) -> tuple[int, dict | None]:
+    """Return the last checkpoint's step and what it holds; 0 and None where there is none.
+
+    One that cannot be read is named and removed, with all that lies beside it.
+    """
+    try:
+        with ocp.CheckpointManager(checkpoints.absolute()) as manager:
+            done = manager.latest_step()
+            if done is None:
+                return 0, None
+            return done, manager.restore(done, args=ocp.args.StandardRestore(like))
+    except Exception as error:  # orbax and what it stands on raise errors of many kinds
+        shutil.rmtree(checkpoints)
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"{checkpoints}: the checkpoint cannot be read, the run starts anew ({reason})",
+            stacklevel=2,
+        )
+        return 0, None
 
 
 def train(
@@ -91,10 +130,10 @@ def train(
     `tick` is told the number of steps done and the last step's loss. The losses are
     `[steps, 2]`: of the classes and of the boxes.
     """
-    graph, parameters = start(recipe, budget, seed)
+    parameters = start(recipe, budget, seed)
     adam = ADAM.init(parameters)
     losses = np.zeros((budget.steps, 2), np.float32)
-    step = make_step(graph, recipe.gamma, recipe.alpha)
+    step = make_step(recipe.gamma, recipe.alpha)
     rates = learning_rates(recipe.learning_rate, budget.steps)
     weight = np.float32(recipe.class_weight)
     data = canvases("train", budget.canvases, seed, budget.objects)
@@ -104,12 +143,11 @@ def train(
         return {"state": jax.tree.map(np.asarray, (parameters, adam)), "losses": losses}
 
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    done, saved = restored(checkpoints, state())
+    if saved:
+        parameters, adam = saved["state"]
+        losses = np.array(saved["losses"])
     with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
-        done = manager.latest_step() or 0
-        if done:
-            saved = manager.restore(done, args=ocp.args.StandardRestore(state()))
-            parameters, adam = saved["state"]
-            losses = np.array(saved["losses"])
         tick(done, losses[max(done - 1, 0)].sum())
         for number in range(done, budget.steps):
             random = np.random.default_rng((seed, number))  # the batch depends on the step alone
@@ -121,4 +159,4 @@ def train(
             tick(done, losses[number].sum())
             if done % budget.save_every == 0 or done == budget.steps:
                 manager.save(done, args=ocp.args.StandardSave(state()))
-    return nnx.merge(graph, parameters), losses
+    return nnx.merge(graph(), parameters), losses

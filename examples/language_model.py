@@ -1,0 +1,300 @@
+"""Train a small language model over 32,768 tokens, with cross entropy and with focal losses.
+
+The text is what ships with Python: the docstrings of its library and of some packages, and the
+language reference. A token is a word, blanks or marks; what is not in the vocabulary is spelled
+in bytes. The head is tied to the embedding, and its logits, 64 MiB for a batch of 512 tokens, are
+never held: `linear_softmax_focal_loss_with_integer_labels`.
+
+Half of the steps are cross entropy's. From there it goes on, and beside it the focal loss, which
+attends to what is not yet right (while everything is wrong, it is cross entropy: hence the common
+start), and dynamic fine-tuning, cross entropy weighted by the probability itself, which attends to
+what is right already (and while everything is wrong learns nothing).
+
+`--devices 8` trains the same on eight devices, those of the machine or of its CPU.
+"""
+
+import argparse
+import ast
+import importlib.util
+import re
+import sysconfig
+import warnings
+from collections import Counter
+from itertools import chain, pairwise
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from focal_jax import linear_softmax_focal_loss_with_integer_labels, reduce_loss
+
+SOURCES = "python", "numpy", "flax", "optax", "sklearn"
+START = "half-way"  # what all the losses start from
+LOSSES = {  # and their options
+    "cross entropy": {"gamma": 0},
+    "focal loss": {"gamma": 2},
+    "dynamic fine-tuning": {"gamma": 0, "believed": True},
+}
+TITLES = "Perplexity of held-out text", "Calibration error on held-out text, %"
+LENGTH, WIDTH, HEADS, LAYERS = 64, 128, 4, 2
+EDGES = 0, 10, 100, 1_000, 10_000  # how often tokens are in the training text, in groups
+
+
+def files(source: str) -> list[Path]:
+    """Return the Python files of a package, or of Python's own library, without the tests."""
+    package = None if source == "python" else importlib.util.find_spec(source)
+    root = Path(package.submodule_search_locations[0] if package else sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "test", "tests", "idle_test"}
+    return [x for x in sorted(root.rglob("*.py")) if not left_out & set(x.relative_to(root).parts)]
+
+
+def documentation(path: Path) -> str:
+    """Return the docstrings of a file, and the long texts of Python's language reference."""
+    with warnings.catch_warnings(action="ignore"):  # of old escapes
+        tree = ast.parse(path.read_bytes())
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    if path.parent.name == "pydoc_data":
+        texts += [x.value for x in ast.walk(tree) if isinstance(x, ast.Constant)]
+    return "\n\n".join(x for x in texts if isinstance(x, str))
+
+
+def corpus(args: argparse.Namespace, progress: Progress) -> list[np.ndarray]:
+    """Return the tokens to train on, and those of every twentieth document, held out."""
+    paths = [path for source in args.sources for path in files(source)]
+    texts = [documentation(path) for path in progress.track(paths, description="reading")]
+    cut = [re.findall(r" ?\w+|\s+|[^\w\s]+", text) for text in texts if text]
+    parts = [[cut[i] for i in range(len(cut)) if (i % 20 == 19) == held] for held in (False, True)]
+    # The bytes, and after them the most frequent pieces that are there more than once.
+    counts = Counter(chain(*parts[0])).most_common(args.vocabulary - 256)
+    token = {piece: [256 + i] for i, (piece, n) in enumerate(counts) if n > 1}
+    tokens = ((token.get(x) or x.encode(errors="replace") for x in chain(*part)) for part in parts)
+    return [np.fromiter(chain.from_iterable(x), np.int32) for x in tokens]
+
+
+def windows(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return stretches of `LENGTH` tokens, and the one that follows: `[N, LENGTH + 1]`."""
+    return tokens[starts[:, None] + np.arange(LENGTH + 1)]
+
+
+class Block(nnx.Module):
+    """Attention to earlier tokens, then a layer for each token by itself."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        """Initialize the layers from `rngs`."""
+        self.norms = nnx.List([nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2)])
+        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
+        self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x, mask):
+        """Return `x`, `[B, T, WIDTH]`, with what the layers add to it."""
+        x += self.attention(self.norms[0](x), mask=mask)
+        return x + self.down(jax.nn.gelu(self.up(self.norms[1](x))))
+
+
+class LanguageModel(nnx.Module):
+    """A transformer that gives features; the embedding is also the head's kernel."""
+
+    def __init__(self, vocabulary: int, rngs: nnx.Rngs):
+        """Initialize the layers from `rngs`."""
+        self.embedding = nnx.Embed(vocabulary, WIDTH, rngs=rngs)
+        self.position = nnx.Embed(LENGTH, WIDTH, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
+        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+
+    def __call__(self, tokens):
+        """Return the features `[B, T, WIDTH]` that the next tokens are told from."""
+        x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[1]))
+        mask = nnx.make_causal_mask(tokens)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    @property
+    def kernel(self):
+        """Return the kernel of the head, `[WIDTH, vocabulary]`: no copy, only a view."""
+        return self.embedding.embedding[...].T
+
+
+def mean_loss(model: LanguageModel, windows, *, gamma: float, believed: bool = False):
+    """Return this device's share of the mean loss: the mean over the devices is that of all."""
+    losses = linear_softmax_focal_loss_with_integer_labels(
+        model(windows[:, :-1]), model.kernel, windows[:, 1:], gamma=gamma
+    )
+    # Cross entropy is -log p. As a weight the probability is not differentiated.
+    weights = lax.stop_gradient(jnp.exp(-losses)) if believed else None
+    return reduce_loss(losses, weights=weights, normalization="mean", axis_name="data")
+
+
+def training_step(mesh: Mesh, **options):
+    """Return a step that is taken on all the devices of a mesh, each with a part of the batch."""
+
+    def whole_loss(model, windows):
+        structure, parameters = nnx.split(model)
+
+        def share(parameters, windows):
+            model = nnx.merge(structure, parameters)
+            return lax.pmean(mean_loss(model, windows, **options), "data")
+
+        specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+        return jax.shard_map(share, mesh=mesh, **specs)(parameters, windows)
+
+    @nnx.jit
+    def step(model, optimizer, windows):
+        value, gradients = nnx.value_and_grad(whole_loss)(model, windows)
+        optimizer.update(model, gradients)
+        return value
+
+    return step
+
+
+@nnx.jit
+def predict(model: LanguageModel, windows, members):
+    """Return of each next token -log p, the greatest p, whether it has that, and each group's p.
+
+    `members` is 1 where a token (row) is of a group (column).
+    """
+    log_p = jax.nn.log_softmax(model(windows[:, :-1]) @ model.kernel)
+    p, labels = jnp.exp(log_p), windows[:, 1:]
+    surprise = -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    return surprise, p.max(-1), p.argmax(-1) == labels, p @ members
+
+
+def calibration_error(confidence: np.ndarray, happened: np.ndarray, bins: int = 15) -> float:
+    """Return the expected calibration error, in bins of equally many predictions."""
+    order = np.argsort(confidence, axis=None)
+    parts = np.array_split((confidence - happened).ravel()[order], bins)
+    return float(sum(abs(part.sum()) for part in parts)) / order.size
+
+
+def measures(found, groups: np.ndarray) -> np.ndarray:
+    """Return perplexity and calibration error, %: of all the tokens, then of each group's.
+
+    A group's error is that of the probability that the next token is one of the group. (Of the
+    tokens that turned out to be rare, any honest forecast of a token is too sure.)
+    """
+    surprise, confidence, right, likely = (np.concatenate(x) for x in zip(*found))
+    rows = [(surprise.mean(), calibration_error(confidence, right))]
+    for group in range(likely.shape[-1]):
+        own = groups == group
+        mean = surprise[own].mean() if own.any() else np.nan
+        rows.append((mean, calibration_error(likely[..., group], own)))
+    surprise, error = np.array(rows).T
+    return np.stack([np.exp(surprise), 100 * error])
+
+
+def show(names: list[str], shares: np.ndarray, results: dict[str, np.ndarray], console: Console):
+    """Print a table of the perplexities and one of the calibration errors."""
+    for which, title in enumerate(TITLES):
+        table = Table("seen in training", "share, %", *results, title=title)
+        for row, (name, share) in enumerate(zip(names, shares)):
+            cells = (f"{result[which, row]:,.{1 + which}f}" for result in results.values())
+            table.add_row(name, f"{share:.1f}", *cells)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        console.print(table)
+
+
+def plot(names: list[str], results: dict[str, np.ndarray], path: Path) -> None:
+    """Draw both measures of each group of tokens."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
+    for axis, title in zip(axes, TITLES):
+        axis.set(title=title, yscale="log")
+        axis.set_xticks(range(len(names)), names)
+    for i, (name, result) in enumerate(results.items()):
+        for axis, values in zip(axes, result):
+            axis.bar(np.arange(len(names)) + 0.2 * i - 0.3, values, 0.2, label=name)
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=400, help="of each loss, half of them shared")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8, help="a multiple of the devices")
+    parser.add_argument("--vocabulary", type=int, default=32_768)
+    parser.add_argument("--losses", nargs="+", default=[*LOSSES], choices=LOSSES)
+    parser.add_argument("--held-out", type=int, default=32, help="batches to measure on")
+    parser.add_argument("--sources", nargs="+", default=SOURCES, help="python, or packages")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/language_model"))
+    args = parser.parse_args(argv)
+    if args.devices > 1:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    if args.devices > jax.device_count() or args.batch % args.devices:
+        parser.error(f"--devices: {args.devices} of {jax.device_count()}, --batch: {args.batch}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> tuple[dict, dict[str, np.ndarray]]:
+    """Return each loss's values, step by step, and its measures."""
+    args, console = parse(argv), Console()
+    mesh = Mesh(np.array(jax.devices()[: args.devices]), ("data",))
+    split = NamedSharding(mesh, P("data"))
+    step = {name: training_step(mesh, **options) for name, options in LOSSES.items()}
+    step[START] = step["cross entropy"]
+
+    columns = TextColumn("{task.description:40}"), BarColumn(), TaskProgressColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        training, held_out = corpus(args, progress)
+        counts = np.bincount(training, minlength=args.vocabulary)
+        group_of = np.digitize(counts, EDGES[1:])
+        members = jax.nn.one_hot(group_of, len(EDGES))
+        starts = np.linspace(0, len(held_out) - LENGTH - 1, args.held_out * args.batch)
+        test = windows(held_out, starts.astype(int))
+        groups = group_of[test[:, 1:]]
+
+        rate = optax.cosine_decay_schedule(3e-3, args.steps)
+        # XLA compiles the default generator for many seconds, this one for one.
+        key = jax.random.key(args.seed, impl="unsafe_rbg")
+        model = LanguageModel(args.vocabulary, nnx.Rngs(key))
+        optimizer = nnx.Optimizer(model, optax.adam(rate), wrt=nnx.Param)
+
+        def train(name, steps):
+            """Train a copy of what is there so far, on the same batches whatever the loss."""
+            state, values = nnx.clone((model, optimizer)), []
+            task = progress.add_task(f"{name}: compiling", total=len(steps))
+            for i in steps:
+                random = np.random.default_rng((args.seed, i))
+                at = random.integers(len(training) - LENGTH, size=args.batch)
+                batch = jax.device_put(windows(training, at), split)
+                values.append(float(step[name](*state, batch)))
+                progress.update(task, advance=1, description=f"{name}: {values[-1]:.3f}")
+            return *state, values
+
+        def evaluate(name, model):
+            parts = progress.track(test.reshape(-1, args.batch, LENGTH + 1), description=name)
+            found = (predict(model, jax.device_put(x, split), members) for x in parts)
+            return measures(found, groups)
+
+        curves, results = {}, {}
+        half = args.steps // 2
+        model, optimizer, curves[START] = train(START, range(half))
+        results[START] = evaluate(f"{START}: held-out text", model)
+        for name in args.losses:
+            trained, _, curves[name] = train(name, range(half, args.steps))
+            results[name] = evaluate(f"{name}: held-out text", trained)
+    names = ["all", *(f"{a:,} to {b - 1:,}" for a, b in pairwise(EDGES)), f"{EDGES[-1]:,} up"]
+    shares = [100, *(100 * np.mean(groups == group) for group in range(len(EDGES)))]
+    show(names, shares, results, console)
+    plot(names, results, args.out / "language_model.png")
+    console.print(f"Picture: {args.out / 'language_model.png'}", soft_wrap=True)
+    return curves, results
+
+
+if __name__ == "__main__":
+    main()
