@@ -160,10 +160,7 @@ def training_step(mesh: Mesh, **options):
 
 @nnx.jit
 def predict(model: LanguageModel, windows, members):
-    """Return of each next token -log p, the greatest p, whether it has that, and each group's p.
-
-    `members` is 1 where a token (row) is of a group (column).
-    """
+    """Return of each next token -log p, the greatest p, whether it has that, and each group's p."""
     log_p = jax.nn.log_softmax(model(windows[:, :-1]) @ model.kernel)
     p, labels = jnp.exp(log_p), windows[:, 1:]
     surprise = -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
@@ -210,7 +207,7 @@ def plot(names: list[str], results: dict[str, np.ndarray], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
     for axis, title in zip(axes, TITLES):
         axis.set(title=title, yscale="log")
-        axis.set_xticks(range(len(names)), names)
+        axis.set_xticks(range(len(names)), names, fontsize=8)
     for i, (name, result) in enumerate(results.items()):
         for axis, values in zip(axes, result):
             axis.bar(np.arange(len(names)) + 0.2 * i - 0.3, values, 0.2, label=name)
@@ -281,8 +278,7 @@ def main(argv: list[str] | None = None) -> tuple[dict, dict[str, np.ndarray]]:
             found = (predict(model, jax.device_put(x, split), members) for x in parts)
             return measures(found, groups)
 
-        curves, results = {}, {}
-        half = args.steps // 2
+        curves, results, half = {}, {}, args.steps // 2
         model, optimizer, curves[START] = train(START, range(half))
         results[START] = evaluate(f"{START}: held-out text", model)
         for name in args.losses:

@@ -565,7 +565,8 @@ def linear_softmax_focal_loss_with_integer_labels(
         `softmax_focal_loss` for the labels `(1 - s) * onehot + s / C`: each class counts
         with its own weight and its own probability. One that is switched off makes them
         infinite unless its weight is 0. It takes four matrix products more: the sum over
-        the classes needs the log-sum-exp first.
+        the classes needs the log-sum-exp first. In 16 bits the gradients of features and
+        kernel are then sums of two, the label's and that of all the classes, each rounded.
       logit_softcap: None or a number > 0: the logits are then
         `cap * tanh((features @ kernel + bias) / cap)`, before all else. A class that the
         bias switches off stays off.

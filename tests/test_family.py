@@ -234,6 +234,7 @@ def test_a_held_weight_is_a_constant_in_every_order(name, flags, options):
     _same(of(focal_jax), of(reference), z, y, *numbers)
 
 
+@pytest.mark.quick(False)
 @pytest.mark.parametrize(("name", "flags"), [h[:2] for h in HELD], ids=[h[0] for h in HELD])
 def test_a_held_weight_to_60_digits(name, flags):
     z, y = _grid(LOGITS[LOGITS != 0], [0.0, 0.3, 1.0])
@@ -472,6 +473,7 @@ def test_16_bits_are_computed_in_32(name, dtype):
     assert by_logits.dtype == dtype
 
 
+@pytest.mark.quick(False)
 @pytest.mark.parametrize("reach", [3, 30, 80])
 @pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 1e-5), (np.float64, 1e-12)])
 def test_tversky_to_60_digits(reach, dtype, limit):
@@ -501,6 +503,7 @@ def test_tversky_to_60_digits(reach, dtype, limit):
             assert truth.worst_error(got, slopes["logits"], 100 * tiny, scale) < limit
 
 
+@pytest.mark.quick(False)
 @pytest.mark.parametrize("reach", [3, 30, 80])
 @pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 1e-5), (np.float64, 1e-12)])
 def test_distribution_focal_to_60_digits(reach, dtype, limit):

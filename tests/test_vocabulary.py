@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, jit
+from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
 
 import focal_jax
@@ -210,6 +211,24 @@ def test_features_that_vary_over_the_class_axis_are_refused():
     mapped = jax.shard_map(local, mesh=_mesh(), in_specs=specs, out_specs=P())
     with pytest.raises(ValueError, match="features: got values that vary over"):
         mapped(features, kernel, labels[:1])
+
+
+def test_slices_that_do_not_divide_the_classes_are_refused():
+    (features, kernel, bias, alpha, _), labels = _inputs(6)
+    specs = P(None, "model"), P("model")
+
+    def spread(kernel, bias):
+        def local(kernel, bias):
+            return _linear(features, kernel, bias, labels, class_axis_name="model", alpha=alpha)
+
+        mapped = jax.shard_map(local, mesh=_mesh(), in_specs=specs, out_specs=P())
+        return mapped(kernel, bias)
+
+    with pytest.raises(ValueError, match="divisible"):
+        spread(kernel[:, :-1], bias[:-1])
+    # Equally long, they are counted: alpha has a weight for each of the classes of them all.
+    with pytest.raises(ValueError, match=r"alpha: got shape \(12,\), wanted"):
+        spread(kernel[:, :-4], bias[:-4])
 
 
 @pytest.mark.parametrize("name", ["kernel", "bias"])
@@ -578,3 +597,29 @@ def test_the_true_classs_gradient_in_bfloat16(probability, x64):
     rounding = float(jnp.finfo(jnp.bfloat16).eps) / 2
     assert error(slopes(ours, shifts)) <= 1.01 * rounding < error(slopes(plain, shifts))
     assert error(slopes(ours, shifts.astype(jnp.float32))) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_smoothed_gradient_in_sixteen_bits_is_two_and_their_sum(dtype):
+    rng = np.random.default_rng(18)
+    arrays = rng.normal(size=(64, 256)), rng.normal(size=(256, 300)) / 16
+    arrays = [jnp.asarray(x, dtype) for x in arrays]
+    labels = jnp.asarray(rng.integers(0, 300, 64), jnp.int32)
+
+    def smoothed(features, kernel):
+        head = focal_jax.linear_softmax_focal_loss_with_integer_labels
+        return jnp.sum(head(features, kernel, labels, label_smoothing=0.3))
+
+    def of_every_class(features, kernel):
+        logits = features @ kernel
+        n = lax.stop_gradient(jax.nn.logsumexp(logits, -1, keepdims=True)) - logits
+        return 0.3 / 300 * jnp.sum((1 - jnp.exp(-n)) ** 2 * n)
+
+    exact = [x.astype(np.float32) for x in arrays]
+    got, want = (jax.jit(jax.grad(smoothed, (0, 1)))(*x) for x in (arrays, exact))
+    rounding = 0.51 * float(jnp.finfo(dtype).eps)
+    for a, b, part in zip(got, want, jax.jit(jax.grad(of_every_class, (0, 1)))(*exact)):
+        terms = np.abs(part) + np.abs(b - part) + np.abs(b)
+        error = np.abs(a.astype(np.float32) - b)
+        assert np.all(error <= rounding * terms + 1e-6)
+        assert np.any(error > rounding * np.abs(b) + 1e-6)  # else once would be true, and better
