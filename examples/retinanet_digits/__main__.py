@@ -29,9 +29,9 @@ from examples.retinanet_digits.train import Recipe, prepare
 BALANCED, FOCAL = "balanced cross entropy", "focal loss"
 # As the trials of the ablation chose.
 RECIPES = {
-    "cross entropy": Recipe(gamma=0, alpha=None),
-    BALANCED: Recipe(gamma=0, alpha=0.75),
-    FOCAL: Recipe(gamma=2, alpha=0.25),
+    "cross entropy": Recipe(gamma=0, alpha=None, learning_rate=0.006),
+    BALANCED: Recipe(gamma=0, alpha=0.75, learning_rate=0.002),
+    FOCAL: Recipe(gamma=2, alpha=0.25, learning_rate=0.006),
 }
 
 
