@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
@@ -29,11 +28,12 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import f1_score, recall_score
 from sklearn.model_selection import train_test_split
 
+from focal_jax import _style
 from focal_jax.nnx import SoftmaxFocalLoss
 from focal_jax.training import class_balanced_alpha
 
 CLASSES = 10
-COLORS = ("#4477aa", "#66ccee", "#cc6677", "#aa3377")
+COLORS = (_style.INK, _style.BLUE, _style.VERMILION, _style.PURPLE)
 
 
 # ------------------------------------------------------------------------------ data
@@ -184,9 +184,10 @@ def show(results: dict, counts: np.ndarray, console: Console) -> None:
     console.print(table)
 
 
+@_style.applied()
 def plot_curves(results: dict, path: Path) -> None:
     """Draw the training loss and the macro F1 against the steps."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = _style.figure(1, 2)
     for (name, r), color in zip(results.items(), COLORS):
         for axes, curve in ((left, "loss"), (right, "macro_f1")):
             step, y = r["curves"]["step"], r["curves"][curve]
@@ -195,39 +196,31 @@ def plot_curves(results: dict, path: Path) -> None:
             axes.fill_between(step, low, high, color=color, alpha=0.12, linewidth=0)
     left.set(yscale="log", ylabel="training loss (each its own scale)", xlabel="step")
     right.set(ylabel="macro F1 on the balanced test set", xlabel="step")
-    right.legend(frameon=False, loc="lower right", title="mean, 10 % to 90 % of seeds")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    right.legend(loc="lower right", title="mean, 10 % to 90 % of seeds")
+    figure.savefig(path)
 
 
+@_style.applied()
 def plot_reliability(results: dict, labels: np.ndarray, path: Path) -> None:
     """Draw accuracy against confidence, and below how many predictions each bin has."""
-    fig, panels = plt.subplots(
-        2, len(results), figsize=(3 * len(results), 4.6), sharex=True, sharey="row",
-        height_ratios=(3, 1), layout="constrained",
-    )  # fmt: skip
+    figure, panels = _style.figure(
+        2, len(results), height=3.6, sharex=True, sharey="row", height_ratios=(3, 1)
+    )
     for (top, bottom), (name, r), color in zip(panels.T, results.items(), COLORS):
         pooled = r["probabilities"].reshape(-1, CLASSES)
-        share, confidence, accuracy = reliability(labels.ravel(), pooled)
+        share, _, accuracy = reliability(labels.ravel(), pooled)
         edges = np.arange(share.size) / share.size
         bars = {"width": 1 / share.size, "align": "edge", "color": color, "edgecolor": "white"}
         top.bar(edges, accuracy, **bars)
-        top.plot([0, 1], [0, 1], color="0.35", linestyle="--", linewidth=1)
-        used = share > 0
-        top.plot(confidence[used], accuracy[used], "o", color="black", markersize=3, clip_on=False)
-        top.set(title=name, xlim=(0, 1), ylim=(0, 1), box_aspect=1)
-        top.text(0.04, 0.95, f"ECE {percent(r['ece'])} %", va="top", fontsize=9)
+        top.plot([0, 1], [0, 1], color=_style.INK, linestyle="--", linewidth=1)
+        top.set(xlim=(0, 1), ylim=(0, 1))
+        top.set_title(name.replace("balanced ", "balanced\n"), fontsize="small")
+        top.text(0.04, 0.9, f"ECE {percent(r['ece'])} %", fontsize=7)
         bottom.bar(edges, share, **bars)
         bottom.set(xlabel="confidence", yscale="log", ylim=(3e-5, 1))
-        for axes in (top, bottom):
-            axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("accuracy")
     panels[1, 0].set_ylabel("predictions")
-    fig.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(fig)
+    figure.savefig(path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

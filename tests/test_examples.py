@@ -1,14 +1,18 @@
 """The examples run, learn, and write what they promise."""
 
+import re
 import runpy
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from pages import code_blocks
 
 from examples import calibration
+from focal_jax import sigmoid_focal_loss
 
 pytestmark = pytest.mark.slow
 
@@ -103,3 +107,28 @@ def test_the_quick_start_is_short_and_learns():
     assert len(path.read_text().splitlines()) < 50
     with jax.numpy_dtype_promotion("standard"):
         assert runpy.run_path(str(path))["accuracy"] > 0.9
+
+
+# ------------------------------------------------------------------ the page on choosing
+
+
+def test_the_page_on_choosing_runs_and_its_links_lead_somewhere():
+    page = EXAMPLES.parent / "docs" / "choosing.md"
+    (block,) = code_blocks(page.read_text())
+    namespace = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(block, str(page), "exec"), namespace)
+    for name in ("detector", "calibrated", "weighted"):
+        assert (namespace[name] > 0).all()
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())
+    assert links
+    for link in links:
+        assert (page.parent / link).exists(), link
+
+
+def test_where_the_focal_loss_is_least_is_not_the_probability():
+    # The page's figure: a class that is right 90 times of 100, and gamma 2.
+    p = jnp.linspace(0.001, 0.999, 999)
+    logits = jnp.log(p) - jnp.log1p(-p)
+    right, wrong = (sigmoid_focal_loss(logits, jnp.full_like(p, y), gamma=2.0) for y in (1, 0))
+    assert abs(p[(0.9 * right + 0.1 * wrong).argmin()] - 0.69) < 0.01

@@ -103,7 +103,7 @@ def test_a_seed_is_a_set():
 
 def test_the_demo_learns_and_is_scored(demonstration):
     outcomes, _ = demonstration
-    assert list(outcomes) == ["cross entropy", demo.BALANCED, demo.FOCAL]
+    assert list(outcomes) == ["cross entropy", demo.BALANCED, demo.FITTED, demo.FOCAL]
     for runs in outcomes.values():
         for outcome in runs:
             assert outcome.losses.shape == (BUDGET.steps, 2)
@@ -125,7 +125,8 @@ def test_the_last_sentence_says_what_was_seen():
         def runs(scores):
             return [Outcome(None, None, None, {"AP": score}) for score in scores]
 
-        return {demo.BALANCED: runs([0.30, 0.32, 0.31]), demo.FOCAL: runs(focal)}
+        rival = runs([0.30, 0.32, 0.31])
+        return {demo.BALANCED: rival, demo.FITTED: rival, demo.FOCAL: runs(focal)}
 
     better, worse, unclear, one = (
         demo.summary(outcomes(focal))
@@ -273,10 +274,10 @@ def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
         + "after\n"
     )
     quick = [x for x in OPTIONS if not x.startswith("--steps")]
-    losses = ["CE", ablation.BALANCED, ablation.FOCAL]
+    losses = list(ablation.COMPARED)
     options = [
         *quick, "--steps=2", f"--out={tmp_path}", "--seeds=2", "--imbalance-seeds=2",
-        "--other-objects", "1.0", "--no-without-prior", f"--readme={readme}", "--losses", *losses,
+        "--other-objects", "1.0", f"--readme={readme}", "--losses", *losses,
     ]  # fmt: skip
     ran, experiment = [], experiments.experiment
 
@@ -295,11 +296,11 @@ def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
         experiments, "experiment", lambda run, *a: ran.append(run) or experiment(run, *a)
     )
     results = ablation.main(options)
-    assert len(ran) == len(set(ran)) == 3 * 2 + 3 * 2 + 3 * 2  # none a second time
+    assert len(ran) == len(set(ran)) == 4 * 2 + 4 * 2 + 4 * 2  # none a second time
     assert before < set(ran)
 
-    assert {run.part for run in ran[:6]} == {"validation"}
-    assert {run.part for run in ran[6:]} == {"test"}
+    assert {run.part for run in ran[:8]} == {"validation"}
+    assert {run.part for run in ran[8:]} == {"test"}
     assert {name: len(runs) for name, runs in results.items()} == dict.fromkeys(losses, 2)
     text = readme.read_text()
     assert text.startswith("before\n")

@@ -27,10 +27,15 @@ RECIPES = {
     "FL, gamma 1, alpha .25": (Recipe(gamma=1, alpha=0.25), 33.7),
     "FL, gamma 2, alpha .25": (Recipe(gamma=2, alpha=0.25), 34.0),
     "FL, gamma 5, alpha .25": (Recipe(gamma=5, alpha=0.25), 32.2),
+    "CE, prior .0001": (Recipe(gamma=0, alpha=None, prior=1e-4), None),
+    "CE, alpha .75, prior .0001": (Recipe(gamma=0, alpha=0.75, prior=1e-4), None),
+    "FL, gamma 2, alpha .25, prior .0001": (Recipe(gamma=2, alpha=0.25, prior=1e-4), None),
+    "CE, no prior": (Recipe(gamma=0, alpha=None, prior=None), None),
+    "FL, gamma 2, alpha .25, no prior": (Recipe(gamma=2, alpha=0.25, prior=None), None),
 }
-BALANCED, FOCAL = "CE, alpha .75", "FL, gamma 2, alpha .25"  # what the test that decides compares
-COMPARED = ("CE", BALANCED, FOCAL)  # the demo's
-WITHOUT_PRIOR = ("CE", FOCAL)
+BALANCED, FOCAL = "CE, alpha .75", "FL, gamma 2, alpha .25"  # which the test compares
+RIVALS = ("CE", BALANCED, "CE, alpha .75, prior .0001")
+COMPARED = (*RIVALS, FOCAL)
 # Learning rate, weight of the class loss.
 TRIALS = ((0.002, 1.0), (0.006, 1.0), (0.015, 1.0), (0.006, 4.0))
 TRIAL_SEED = 100
@@ -104,7 +109,7 @@ def points(by_objects: dict[float, dict[str, list[dict]]]) -> dict[str, list[tup
             (figures.imbalance(objects), *interval(rows[FOCAL], rows[rival]))
             for objects, rows in by_objects.items()
         ]
-        for rival in ("CE", BALANCED)
+        for rival in RIVALS
     }
 
 
@@ -140,7 +145,7 @@ def table(rows: dict[str, list[dict]]) -> str:
         cells = [_cell([100 * run[score] for run in runs]) for score in ("AP", "AP50", "AP75")]
         same = name == BALANCED or BALANCED not in rows
         cells.append("" if same else _difference(runs, rows[BALANCED]))
-        paper = RECIPES.get(name, (None, None))[1]
+        paper = RECIPES[name][1]
         cells.append("not given" if paper is None else f"{paper}")
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -178,7 +183,6 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     parser.add_argument("--imbalance-seeds", type=int, default=5)
     parser.add_argument("--losses", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--other-objects", nargs="*", type=float, default=list(OBJECTS))
-    parser.add_argument("--without-prior", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--readme", type=Path, default=README)
     args, budget = parse(parser, argv)
     if missing := set(COMPARED) - set(args.losses):
@@ -186,13 +190,10 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     with bars() as progress:
         tried = trials(args.losses, budget, args.out, progress)
         recipes = chosen(tried)
-        rows = dict(recipes)
-        for name in WITHOUT_PRIOR if args.without_prior else ():
-            rows[f"{name}, no prior"] = replace(recipes[name], prior=None)
         jobs = {
             (name, seed): Run(recipe, budget, seed)
             for seed in range(args.seeds)
-            for name, recipe in rows.items()
+            for name, recipe in recipes.items()
         }
         settings = {
             (name, seed, objects): Run(recipes[name], replace(budget, objects=objects), seed)
@@ -203,12 +204,12 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
         everything = {", ".join(map(str, key)): run for key, run in (jobs | settings).items()}
         found = dict(zip(jobs | settings, run_all(everything, args.out, progress).values()))
 
-    results = {name: [found[name, seed] for seed in range(args.seeds)] for name in rows}
+    results = {name: [found[name, seed] for seed in range(args.seeds)] for name in recipes}
     page = written(args.readme.read_text(), "trials", trials_table(tried))
     page = written(page, "table", table(results))
     figures.ablation(
         {name: [100 * run["AP"] for run in runs] for name, runs in results.items()},
-        {name: RECIPES.get(name, (None, None))[1] for name in results},
+        {name: RECIPES[name][1] for name in results},
         args.readme.with_name("ablation.png"),
     )
     if settings:

@@ -1,7 +1,5 @@
 """Find digits with a trained network, and score them as COCO does."""
 
-import contextlib
-import io
 from typing import NamedTuple
 
 import jax
@@ -9,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools import coco, cocoeval
 
 from examples.retinanet_digits.data import CLASSES, SIZE, Canvases
 from examples.retinanet_digits.model import RetinaNet, anchors
@@ -19,6 +16,9 @@ from focal_jax.detection import box_iou, decode_boxes
 CANDIDATES = 100  # of an image, before non-maximum suppression
 MAX_IOU = 0.5  # of two detections of one class
 BATCH = 50
+
+# They print their progress; to set sys.stdout aside meanwhile would do so for every thread.
+coco.print = cocoeval.print = lambda *words, **options: None
 
 
 class Detections(NamedTuple):
@@ -112,16 +112,15 @@ def average_precision(data: Canvases, found: Detections) -> dict[str, float]:
                 )
     if not results:
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress
-        coco = COCO()
-        coco.dataset = {
-            "images": [{"id": i} for i in range(len(data.images))],
-            "categories": [{"id": c} for c in range(CLASSES)],
-            "annotations": truth,
-        }
-        coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    known = coco.COCO()
+    known.dataset = {
+        "images": [{"id": i} for i in range(len(data.images))],
+        "categories": [{"id": c} for c in range(CLASSES)],
+        "annotations": truth,
+    }
+    known.createIndex()
+    evaluation = cocoeval.COCOeval(known, known.loadRes(results), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
     return dict(zip(("AP", "AP50", "AP75"), evaluation.stats.tolist()))
