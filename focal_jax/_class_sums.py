@@ -1,12 +1,14 @@
 """What a softmax loss needs of a row of logits: the true one, and the sum over the others.
 
+Or of two classes, between which the label lies, their logits and the sum over the rest.
+
 Two forms of the same numbers. An accelerator is bound by the bytes that it reads: one
 reduction takes all in one pass. XLA's CPU backend has fast paths for a plain maximum and a
 plain sum, and none for that reduction: there it is a pass each.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +18,14 @@ from focal_jax import _inputs
 from focal_jax._cpu import compiled_apart
 from focal_jax._varying import aligned_varying
 
+Places = tuple[Array, ...]  # of classes, each with a class axis of one
+
 
 class ClassSums(NamedTuple):
     """Of each position, with a class axis of one. Differentiable as if `top` were a constant."""
 
     top: Array  # the largest logit; finite also where no class is left
-    true: Array  # the true class's logit; 0 where the true class is not one of these
+    true: Any  # the true class's logit; 0 where the true class is not one of these
     rest: Array  # the sum over the other classes of exp(logit - top)
 
 
@@ -46,23 +50,27 @@ def picked(z: Array, place: Array, axis: int) -> Array:
     return jnp.sum(jnp.where(classes_along(z, axis) == place, z, 0), axis, keepdims=True)
 
 
-def without(v: Array, classes: Array, place: Array) -> Array:
-    """Return `v`, 0 for the class at `place`."""
-    return jnp.where(classes == place, 0, v)
+def without(v: Array, classes: Array, *places: Array) -> Array:
+    """Return `v`, 0 for the class at each place."""
+    for place in places:
+        v = jnp.where(classes == place, 0, v)
+    return v
 
 
-def others(logits: Array, classes: Array, place: Array, top: Array, where: Array | None) -> Array:
-    """Return exp(logit - top) of every class, 0 for the one at `place`."""
-    return without(jnp.exp(kept(logits, where) - top), classes, place)
+def others(logits: Array, classes: Array, places: Places, top: Array, where: Array | None) -> Array:
+    """Return exp(logit - top) of every class, 0 for those at the places."""
+    return without(jnp.exp(kept(logits, where) - top), classes, *places)
 
 
-def _others_without_a_select(logits, classes, place, top, where):
-    # No exponential here is above 1, and only the class at `place` is less than 1 away from it.
+def _others_without_a_select(logits, classes, places, top, where):
+    # No exponential here is above 1, and only the class at a place is less than 1 away from it.
     e = jnp.exp(kept(logits, where) - top)
-    return jnp.minimum(e, jnp.abs(classes.astype(e.dtype) - place.astype(e.dtype)))
+    for place in places:
+        e = jnp.minimum(e, jnp.abs(classes.astype(e.dtype) - place.astype(e.dtype)))
+    return e
 
 
-def _in_passes(axis: int, gradient: bool, logits: Array, place: Array, where) -> ClassSums:
+def _in_passes(axis: int, gradient: bool, logits: Array, places: Places, where) -> ClassSums:
     """Return the sums by a pass for the maximum and one for the sum, as a CPU likes it."""
     z = kept(logits, where)
     top = jnp.max(z, axis, keepdims=True, initial=jnp.finfo(z.dtype).min)
@@ -75,48 +83,54 @@ def _in_passes(axis: int, gradient: bool, logits: Array, place: Array, where) ->
         exponentials = _others_without_a_select
     else:
         exponentials = partial(compiled_apart, others)
-    e = exponentials(logits, classes_along(logits, axis), place, top, where)
-    return ClassSums(top, picked(z, place, axis), jnp.sum(e, axis, keepdims=True))
+    e = exponentials(logits, classes_along(logits, axis), places, top, where)
+    true = tuple(picked(z, place, axis) for place in places)
+    return ClassSums(top, true, jnp.sum(e, axis, keepdims=True))
 
 
-def _in_one_pass(axis: int, gradient: bool, logits: Array, place: Array, where) -> ClassSums:
+def _in_one_pass(axis: int, gradient: bool, logits: Array, places: Places, where) -> ClassSums:
     """Return the sums by one reduction, which reads the logits once."""
     del gradient
     z = kept(logits, where)
-    least = jnp.finfo(z.dtype).min
-    own = classes_along(z, axis) == place
+    least, classes = jnp.finfo(z.dtype).min, classes_along(z, axis)
+    true = tuple(jnp.where(classes == place, z, 0) for place in places)
     # Of a class alone, exp(logit - top) is 1, or 0 for one that does not count.
-    one = jnp.where(own | (z == -jnp.inf), 0, jnp.ones_like(z))
-    parts = ClassSums(jnp.maximum(z, least), jnp.where(own, z, 0), one)
+    one = without(jnp.where(z == -jnp.inf, 0, jnp.ones_like(z)), classes, *places)
+    parts, tree = jax.tree.flatten(ClassSums(jnp.maximum(z, least), true, one))
 
-    def joined(a, b):
-        a, b = ClassSums(*a), ClassSums(*b)
+    def joined(*sides):
+        a, b = (jax.tree.unflatten(tree, x) for x in sides)
         top = jnp.maximum(a.top, b.top)
         rest = a.rest * jnp.exp(a.top - top) + b.rest * jnp.exp(b.top - top)
-        return ClassSums(top, a.true + b.true, rest)
+        return tuple(jax.tree.leaves(ClassSums(top, jax.tree.map(jnp.add, a.true, b.true), rest)))
 
-    of_nothing = ClassSums(*(jnp.asarray(x, z.dtype) for x in (least, 0, 0)))
-    sums = lax.reduce(tuple(parts), tuple(of_nothing), lambda a, b: tuple(joined(a, b)), (axis,))
-    return ClassSums(*(jnp.expand_dims(x, axis) for x in sums))
+    zero = jnp.zeros((), z.dtype)
+    of_nothing = jax.tree.leaves(ClassSums(zero + least, (zero,) * len(places), zero))
+    sums = lax.reduce(parts, of_nothing, joined, (axis,))
+    return jax.tree.unflatten(tree, [jnp.expand_dims(x, axis) for x in sums])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def plain_class_sums(
-    axis: int, gradient: bool, logits: Array, place: Array, where: Array | None
+    axis: int, gradient: bool, logits: Array, places: Places, where: Array | None
 ) -> ClassSums:
-    """Return the class sums, for use inside of rules: differentiable in both modes."""
+    """Return the class sums, for use inside of rules: differentiable in both modes.
+
+    `true` has the logit of the class at each of the places.
+    """
     on_cpu, elsewhere = (partial(form, axis, gradient) for form in (_in_passes, _in_one_pass))
-    return lax.platform_dependent(logits, place, where, cpu=on_cpu, default=elsewhere)
+    return lax.platform_dependent(logits, places, where, cpu=on_cpu, default=elsewhere)
 
 
 @plain_class_sums.defjvp
 def _plain_class_sums_jvp(axis, gradient, primals, tangents):
-    logits, place, where = primals
+    logits, places, where = primals
     sums = plain_class_sums(axis, gradient, *primals)
     dz = kept(tangents[0], where)
-    e = others(logits, classes_along(logits, axis), place, lax.stop_gradient(sums.top), where)
+    e = others(logits, classes_along(logits, axis), places, lax.stop_gradient(sums.top), where)
     of_rest = jnp.sum(e * dz, axis, keepdims=True)
-    return sums, ClassSums(jnp.zeros_like(sums.top), picked(dz, place, axis), of_rest)
+    of_true = tuple(picked(dz, place, axis) for place in places)
+    return sums, ClassSums(jnp.zeros_like(sums.top), of_true, of_rest)
 
 
 _compiled = jax.jit(plain_class_sums, static_argnums=(0, 1))
@@ -133,10 +147,11 @@ def _forward(axis, *args):
 
 @partial(jax.jit, static_argnums=0)
 def _backward(axis, residuals, cts):
-    (logits, place, where), top = residuals
+    (logits, places, where), top = residuals
     classes = classes_along(logits, axis)
-    e = others(logits, classes, place, top, where)
-    ct = jnp.where(classes == place, cts.true, cts.rest * e)
+    ct = cts.rest * others(logits, classes, places, top, where)
+    for place, of_true in zip(places, cts.true):
+        ct = jnp.where(classes == place, of_true, ct)
     return _inputs.keep(ct, where).astype(logits.dtype), None, None
 
 
@@ -151,13 +166,22 @@ def class_sums(
     where: Array | None,
     class_axis_name: str | tuple[str, ...] | None = None,
 ) -> ClassSums:
-    """Return the class sums; what is computed again in the backward pass is not kept.
+    """Return the class sums for one place.
 
     With `class_axis_name` the logits, and `place`, are of this device's slice of the classes,
     and the sums are over the slices of all: out here, where JAX transposes the collectives
     rightly in every mode of `shard_map`, and a number a position each.
     """
-    return over_slices(_core(axis, *aligned_varying(logits, place, where)), class_axis_name)
+    sums = sums_between(axis, logits, (place,), where)
+    return over_slices(sums._replace(true=sums.true[0]), class_axis_name)
+
+
+def sums_between(axis: int, logits: Array, places: Places, where: Array | None) -> ClassSums:
+    """Return the class sums for several places, whose classes the rest is without.
+
+    What is computed again in the backward pass is not kept.
+    """
+    return _core(axis, *aligned_varying(logits, places, where))
 
 
 def over_slices(sums: ClassSums, class_axis_name: str | tuple[str, ...] | None) -> ClassSums:

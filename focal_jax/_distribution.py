@@ -2,12 +2,37 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax import _checks, _inputs, _position, _scalar
-from focal_jax._softmax_integer import integer_head
+from focal_jax._class_sums import sums_between
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses(axis: int, logits: Array, labels: Array, where: Array | None) -> Array:
+    """Return the losses, with a class axis of one as the labels."""
+    last, dtype = logits.shape[axis] - 1, _inputs.compute_dtype(logits)
+    y = _inputs.Kept(dtype, where)(labels)
+    left = lax.stop_gradient(jnp.clip(jnp.floor(y), 0, max(last - 1, 0)))
+    # What is no number of the interval is no class: its cross entropies are NaN.
+    impossible = ~((y >= 0) & (y <= last))
+    index = jnp.where(impossible, -1, left).astype(jnp.int32)
+    places = index, jnp.where(impossible, -1, jnp.minimum(index + 1, last))
+    sums = sums_between(axis, logits, places, where)
+
+    def part(weight, i):
+        # The class on the other side is one of the others, but for a row of one class.
+        alone = impossible | (places[0] == places[1])
+        other = jnp.exp(jnp.where(alone, -jnp.inf, sums.true[1 - i] - sums.top))
+        true, options = sums.true[i] - sums.top, (jnp.ones_like(y), _inputs.Exponent(0))
+        loss = _position.focal(true, sums.rest + other, options, where, impossible)
+        # A weight of 0 wins over a class that is switched off.
+        return weight * jnp.where(weight == 0, _scalar.bounded(loss), loss)
+
+    return part(left + 1 - y, 0) + part(y - left, 1)
 
 
 def distribution_focal_loss(
@@ -63,28 +88,5 @@ def distribution_focal_loss(
     labels = _checks.array("labels", labels)
     _checks.real("labels", labels)
     _checks.index_shape(labels, logits.shape, axis)
-    last = logits.shape[axis] - 1
-    mask = _inputs.mask(where, labels.shape)
-    y = _inputs.Kept(_inputs.compute_dtype(logits), mask)(labels)
-    left = lax.stop_gradient(jnp.clip(jnp.floor(y), 0, max(last - 1, 0)))
-    # What is no number of the interval is no class: its cross entropies are NaN.
-    index = jnp.where((y >= 0) & (y <= last), left, -1).astype(jnp.int32)
-    cross_entropy = partial(
-        integer_head,
-        _position.focal,
-        logits,
-        alpha=None,
-        axis=axis,
-        ignore_label=None,
-        where=mask,
-        class_axis_name=None,
-        gamma=_inputs.exponent("gamma", 0),
-    )
-
-    def part(weight, index):
-        # A weight of 0 wins over a class that is switched off.
-        loss = cross_entropy(index)
-        return weight * jnp.where(weight == 0, _scalar.bounded(loss), loss)
-
-    right = jnp.where(index < 0, index, jnp.minimum(index + 1, last))
-    return part(left + 1 - y, index) + part(y - left, right)
+    mask = _inputs.aligned_mask(where, labels.shape, axis)
+    return jnp.squeeze(_losses(axis, logits, jnp.expand_dims(labels, axis), mask), axis)

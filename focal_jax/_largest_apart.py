@@ -172,8 +172,8 @@ def _apart_jvp(form, axis, primals, tangents):
 
 def _row_in_passes(axis: int, logits: Array, where: Array | None) -> Row:
     place = _place(kept(logits, where), axis)
-    sums = plain_class_sums(axis, False, logits, place, where)
-    return Row(sums.top, Apart(place, jnp.exp(sums.true - sums.top), sums.rest))
+    sums = plain_class_sums(axis, False, logits, (place,), where)
+    return Row(sums.top, Apart(place, jnp.exp(sums.true[0] - sums.top), sums.rest))
 
 
 def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
@@ -205,7 +205,7 @@ def row(axis: int, logits: Array, where: Array | None) -> Row:
 def _row_jvp(axis, primals, tangents):
     (logits, where), dz = primals, kept(tangents[0], primals[1])
     top, apart = row(axis, *primals)
-    e = others(logits, classes_along(logits, axis), apart.place, lax.stop_gradient(top), where)
+    e = others(logits, classes_along(logits, axis), (apart.place,), lax.stop_gradient(top), where)
     return Row(top, apart), Row(
         jnp.zeros_like(top),
         Apart(
