@@ -194,6 +194,14 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def axis_name(name: str, value: Any) -> Any:
+    """`value` names one mapped axis or several, or is None: a number would be a place."""
+    names = value if isinstance(value, tuple | list) else (value,)
+    if any(isinstance(each, int) for each in names):
+        raise InputError(f"{name}: got {_shown(value)}, wanted the name of a mapped axis, or None")
+    return value
+
+
 def static_margin(name: str, value: numbers.Real) -> None:
     """A Python margin is at least 0 and less than 1."""
     if not 0 <= float(value) < 1:
@@ -202,8 +210,9 @@ def static_margin(name: str, value: numbers.Real) -> None:
 
 def static_stretch(name: str, value: numbers.Real | float) -> None:
     """A Python number to divide by is finite and above 0."""
-    if not 0 < float(value) <= jnp.finfo(jnp.float32).max:
-        raise InputError(f"{name}: got {value}, wanted a finite number > 0")
+    float32 = jnp.finfo(jnp.float32)
+    if not float32.tiny <= float(value) <= float32.max:
+        raise InputError(f"{name}: got {value}, wanted a finite number > 0, of float32 too")
 
 
 def _number(value: Any) -> float | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -180,9 +181,13 @@ def _options(loss: _catalogue.Loss, given: Mapping[str, Any]) -> dict[str, Any]:
             )
     out: dict[str, Any] = {name: option.default for name, option in loss.options.items()}
     for name, value in given.items():
-        array = np.asarray(None if value is None else _checks.array(name, value), np.float64)
-        if array.ndim and not loss.options[name].per_class:
-            raise _checks.InputError(f"{name}: got {value}, wanted one number")
+        if value is not None:
+            array = _checks.array(name, value)
+            _checks.real(name, array)
+            if isinstance(array, jax.core.Tracer):
+                raise _checks.InputError(f"{name}: got a traced number, wanted one of Python's")
+            if array.ndim and not loss.options[name].per_class:
+                raise _checks.InputError(f"{name}: got {value}, wanted one number")
         out[name] = None if value is None else _tuple_or_number(value)
     return out
 
@@ -194,7 +199,7 @@ def _tuple_or_number(value: Any) -> float | tuple[float, ...]:
 
 def _dtype(dtype: DTypeLike) -> str:
     with contextlib.suppress(TypeError):
-        if jnp.dtype(dtype).name in DTYPES:
+        if dtype is not None and jnp.dtype(dtype).name in DTYPES:
             return jnp.dtype(dtype).name
     raise _checks.InputError(f"dtype: got {dtype!r}, wanted one of {DTYPES}")
 
@@ -210,7 +215,7 @@ def _fits(shape: tuple[int, ...]) -> None:
     if needed > there:
         raise _checks.InputError(
             f"shape: got {math.prod(shape):,} logits, for which some {needed / 1e9:,.0f} GB are "
-            f"needed, wanted what {there / 1e9:,.0f} GB of memory hold"
+            f"needed, wanted what {there / 1e9:,.0f} GB of memory hold: a smaller shape"
         )
 
 
@@ -338,6 +343,8 @@ def compare_gradients(
       True
     """
     entry, dtype = _loss(loss), _dtype(dtype)
+    if not isinstance(shape, Sequence | np.ndarray):
+        raise _checks.InputError(f"shape: got {shape!r}, wanted several integers")
     shape = tuple(_integer("shape", n, 1) for n in shape)
     seed, repeats = _integer("seed", seed, 0), _integer("repeats", repeats, 1)
     given = _options(entry, options)

@@ -426,6 +426,8 @@ def linear_head(
     features = features.astype(jnp.promote_types(features.dtype, kernel.dtype))
     losses, slice_size = features.shape[:-1], kernel.shape[1]
     smoothing = _checks.label_smoothing(label_smoothing)
+    return_logsumexp = _checks.flag("return_logsumexp", return_logsumexp)
+    _checks.axis_name("class_axis_name", class_axis_name)
     slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
     classes = slices * slice_size
     positions = math.prod(losses)

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import jax.core
 import jax.numpy as jnp
@@ -38,8 +38,8 @@ def _tuples(x: Any) -> Any:
     return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
-# Options that only a call can judge: arrays of the positions, and axes that are bound there.
-_OF_A_CALL = frozenset({"where", "positive", "axis_name", "class_axis_name"})
+# Options that only a call can judge: arrays, and axes that are bound there.
+_OF_A_CALL = frozenset({"where", "positive", "bias", "axis_name", "class_axis_name"})
 
 
 def _shape(option: Any) -> tuple[int, ...]:
@@ -88,16 +88,34 @@ def static_options(loss: Callable[..., Any], options: Mapping[str, Any]) -> None
     jax.eval_shape(lambda *arguments: loss(*arguments, **asked), *arguments)
 
 
-def function_of(loss: Any) -> Callable[..., Any]:
-    """Return a loss that is given by name or by itself."""
+def function_of(
+    loss: Any, name: str = "loss", kinds: tuple[str, ...] = get_args(_catalogue.Kind)
+) -> Callable[..., Any]:
+    """Return a loss that is given by itself, or by its name if it is of one of the kinds."""
     if callable(loss):
         return loss
-    if loss not in _LOSSES:
-        raise _checks.InputError(
-            f"loss: got {loss!r}, wanted a function or one of {tuple(_LOSSES)}"
-        )
+    known = tuple(entry.name for entry in _catalogue.LOSSES if entry.kind in kinds)
+    if loss not in known:
+        raise _checks.InputError(f"{name}: got {loss!r}, wanted a function or one of {known}")
     # By name, since the package itself stands above its rooms and imports them.
     return getattr(importlib.import_module("focal_jax"), loss)
+
+
+def _check(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that the loss does not have, or that are not what it takes."""
+    parameters = inspect.signature(loss).parameters
+    known = [
+        k for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY or p.default is not p.empty
+    ]
+    arrays = [k for k, p in parameters.items() if k not in known and p.kind is not p.VAR_KEYWORD]
+    for name in options:
+        if name in arrays:
+            raise _checks.InputError(f"{name}: got it by name, wanted it in its place: {arrays}")
+        if name not in known and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise _checks.InputError(
+                f"{name}: got an option that the loss does not have, wanted one of {known}"
+            )
+    static_options(loss, options)
 
 
 def loss_weight(given: Any, dtype: jnp.dtype) -> Array:
@@ -147,7 +165,7 @@ class _ReducedLoss:
             # Such a loss has summed over the positions and the devices itself.
             counting, options = {}, {"axis_name": self.axis_name} | options
         elif options.get("ignore_label") is not None:
-            labels = signature.bind(*arrays, **options).arguments["labels"]
+            labels = signature.bind_partial(*arrays).arguments.get("labels")
             counting |= {"labels": labels, "ignore_label": options["ignore_label"]}
         losses = loss(*arrays, **options)
         reduced = reduce_loss(losses, normalization=self.normalization, weights=weights, **counting)
@@ -165,21 +183,11 @@ class Reduced(_ReducedLoss):
     def __setattr__(self, name: str, value: Any):
         if name == "loss":
             value = function_of(value)
+            _check(value, dict(self.options))
         if name == "options":
             value = tuple(sorted((option, _constant(x)) for option, x in dict(value).items()))
-            self._check(dict(value))
+            _check(self.loss, dict(value))
         super().__setattr__(name, value)
-
-    def _check(self, options: dict[str, Any]) -> None:
-        """Refuse options that the loss does not have, or that are not what it takes."""
-        parameters = inspect.signature(self.loss).parameters
-        known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
-        for name in options:
-            if name not in known and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-                raise _checks.InputError(
-                    f"{name}: got an option that the loss does not have, wanted one of {known}"
-                )
-        static_options(self.loss, options)
 
     def __call__(
         self, *arrays: ArrayLike, weights: ArrayLike | None = None, **options: Any
@@ -201,7 +209,7 @@ class Reduced(_ReducedLoss):
 
         Differentiation: as the loss.
         """
-        self._check(options)
+        _check(self.loss, options)
         return self._reduced(self.loss, arrays, weights, dict(self.options) | options)
 
 

@@ -139,6 +139,7 @@ def reduce_loss(
         weights = _inputs.aligned(weights, losses.shape).astype(losses.dtype)
         weights = jnp.where(weights < 0, jnp.nan, weights)
         losses *= _inputs.keep(weights, where)
+    _checks.axis_name("axis_name", axis_name)
     divisor = _divisor(normalization, losses, where, weights, axis_name)
     # Nothing that counts is divided by 1. A count is never a fraction, a sum of weights may be.
     too_small = divisor < 1 if weights is None else divisor <= 0

@@ -80,6 +80,7 @@ def integer_head(
     axis = _checks.axis(axis, logits.ndim)
     smoothing = _checks.label_smoothing(label_smoothing)
     labels = _inputs.int32_labels(labels, logits.shape, axis)
+    _checks.axis_name("class_axis_name", class_axis_name)
     slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
     dtype = _inputs.compute_dtype(logits)
     alpha = _inputs.class_weights(alpha, slices * logits.shape[axis], dtype)
@@ -91,7 +92,8 @@ def integer_head(
             not_varying(name, x, class_axis_name)
     labels = jnp.expand_dims(labels, axis)
     mask = _inputs.not_ignored(labels, ignore_label, mask)
-    static = loss, of_row, axis, class_axis_name, smoothing, return_logsumexp
+    pair = _checks.flag("return_logsumexp", return_logsumexp)
+    static = loss, of_row, axis, class_axis_name, smoothing, pair
     found = _losses(*static, logits, labels, alpha, prepared, mask)
     return jax.tree.map(lambda x: jnp.squeeze(x, axis), found)
 

@@ -62,6 +62,7 @@ def _losses(axis, axis_name, logits, labels, options, where):
     # 1 - TI is the share of what is wrong: never a difference.
     wrong, right = alpha * fn + beta * fp, tp + smooth
     share, index = (_scalar.divide(x, right + wrong) for x in (wrong, right))
+    index = jnp.where(right + wrong == 0, 1, index)  # nothing there, and nothing wrong
     return _scalar.power_of_size(share, _scalar.log_size(share, index), gamma)
 
 

@@ -723,6 +723,9 @@ def focal_tversky_loss(
         for name, x in (("alpha", alpha), ("beta", beta), ("smooth", smooth))
     )
     gamma = _exponent("gamma", gamma, every, z.dtype)
+    # A class that is neither there nor predicted has all of its region right.
+    nothing = hit + missed + mistaken + smooth == 0
+    hit = jnp.where(nothing, 1, hit)
     return _tversky(_JAX, hit, missed, mistaken, alpha, beta, gamma, smooth)
 
 

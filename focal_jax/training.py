@@ -133,10 +133,12 @@ def class_balanced_alpha(
     """
     beta = _static("beta", beta, lambda beta: 0 <= beta < 1, "a number in [0, 1)")
     counts = _counts(counts)
+    ignore_label = _checks.ignore_label(ignore_label)
     if ignore_label is not None:
         counts = jnp.where(jnp.arange(counts.size) == ignore_label, 0, counts)
     if num_classes is not None:
-        if not (isinstance(num_classes, numbers.Integral) and num_classes > 0):
+        integer = isinstance(num_classes, numbers.Integral) and num_classes is not True
+        if not (integer and num_classes > 0):
             raise _checks.InputError(f"num_classes: got {num_classes!r}, wanted an integer above 0")
         classes = jnp.pad(counts, (0, max(0, int(num_classes) - counts.size)))[:num_classes]
         counts = jnp.where(jnp.any(counts[num_classes:] != 0), jnp.nan, classes)
@@ -180,6 +182,7 @@ def logit_adjustment(counts: ArrayLike | Sequence[float], *, tau: float = 1.0) -
     """
     tau = _static("tau", tau, lambda tau: 0 <= tau < math.inf, "a finite number >= 0")
     counts = _counts(counts)
+    counts = counts / jnp.max(counts, initial=0)  # whose sum has room in any dtype
     return jax.scipy.special.xlogy(jnp.asarray(tau, counts.dtype), counts / jnp.sum(counts))
 
 
@@ -257,7 +260,7 @@ def sample_dependent_gamma(p_t: ArrayLike) -> Array:
       Mukhoti, Kulharia, Sanyal, Golodetz, Torr, Dokania. [Calibrating Deep Neural Networks
       using Focal Loss](https://arxiv.org/abs/2002.09437). NeurIPS 2020.
     """
-    p_t = jnp.asarray(p_t)
+    p_t = _checks.array("p_t", p_t)
     _checks.floating("p_t", p_t)
     return jnp.where(p_t < 0.2, 5, 3).astype(p_t.dtype)
 

@@ -64,8 +64,11 @@ def pyramid_anchors(
     whole_pixels = _checks.flag("whole_pixels", whole_pixels)
     if not isinstance(center, int | float) or not 0 <= center <= 1:
         raise _checks.InputError(f"center: got {center!r}, wanted a number in [0, 1]")
-    for name, numbers in {"image_shape": image_shape, "scales": scales, "ratios": ratios}.items():
-        if min(numbers, default=1) <= 0:
+    given = {"image_shape": image_shape, "levels": levels, "scales": scales, "ratios": ratios}
+    for name, numbers in given.items():
+        if np.ndim(numbers) != 1 or np.asarray(numbers).dtype.kind not in "iuf":
+            raise _checks.InputError(f"{name}: got {numbers!r}, wanted several numbers")
+        if name != "levels" and min(numbers, default=1) <= 0:
             raise _checks.InputError(f"{name}: got {tuple(numbers)}, wanted positive numbers")
     heights = np.sqrt(ratios)[:, None, None]
     shapes = np.concatenate([1 / heights, heights], -1) / 2  # half a side, of a square of 1

@@ -79,7 +79,7 @@ def _class_loss(given: Any, alpha: Any, gamma: Any) -> Callable[..., Array]:
                 f"{name}: got {option} beside a class_loss, wanted it among that loss's own "
                 "options, as functools.partial gives them"
             )
-    return function_of(given)
+    return function_of(given, "class_loss", kinds=("elementwise",))
 
 
 def retinanet_loss(
@@ -171,11 +171,11 @@ def retinanet_loss(
       Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
       Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
-    class_logits, box_regression = jnp.asarray(class_logits), jnp.asarray(box_regression)
-    annotations = _inputs.option("annotations", jnp.asarray(annotations), jnp.dtype(jnp.float32))
-    anchors = jnp.asarray(anchors)
-    _checks.floating("class_logits", class_logits)
-    _checks.floating("box_regression", box_regression)
+    class_logits = _inputs.floating("class_logits", class_logits)
+    box_regression = _inputs.floating("box_regression", box_regression)
+    annotations = _checks.array("annotations", annotations)
+    annotations = _inputs.option("annotations", annotations, jnp.dtype(jnp.float32))
+    anchors = _checks.array("anchors", anchors)
     if class_logits.ndim != 3:
         raise _checks.InputError(
             f"class_logits: got shape {class_logits.shape}, wanted [images, anchors, classes]"
@@ -199,7 +199,11 @@ def retinanet_loss(
     of_classes = _class_loss(class_loss, alpha, gamma)
     # What it refuses, before any work.
     losses = jax.eval_shape(lambda z: of_classes(z, z > 0, where=z[..., :1] > 0), class_logits)
-    _checks.shape("class_loss's result", losses, class_logits.shape, "a loss for each logit")
+    if getattr(losses, "shape", None) != class_logits.shape:
+        raise _checks.InputError(
+            f"class_loss: got a function that returns {losses}, wanted an array of shape "
+            f"{class_logits.shape}, a loss for each logit"
+        )
 
     sound = _sound(annotations, classes)[:, None]
     (anchors,) = rows_of_four(anchors=anchors)
