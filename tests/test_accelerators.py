@@ -203,7 +203,7 @@ def test_the_linear_head_beside_the_plain_one(device, temporaries, most_bytes, m
     plain, _ = compiled(device, "linear head", "bfloat16", PLAIN)
     assert linear["temporary_share"] <= temporaries < 1 < plain["temporary_share"]
     assert linear["kernels"] > 100  # the loops' bodies, as often as they run
-    assert plain["bytes"] < linear["bytes"] <= most_bytes * plain["bytes"]
+    assert 0 < linear["bytes"] <= most_bytes * plain["bytes"]
     if most_cycles:
         assert linear["unestimated"] == 0
         assert linear["cycles"] <= most_cycles * plain["cycles"]
