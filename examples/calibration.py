@@ -140,7 +140,7 @@ def calibration_error(labels: np.ndarray, logits: np.ndarray) -> float:
 
 def fitted_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
     """Return the temperature that the logits are best divided by, of `TEMPERATURES`."""
-    scaled = jnp.asarray(logits) / TEMPERATURES[:, None, None]
+    scaled = jnp.asarray(logits)[None] / TEMPERATURES[:, None, None]
     likelihoods = focal_loss(scaled, np.broadcast_to(labels, scaled.shape[:2]), gamma=0).mean(1)
     return float(TEMPERATURES[int(likelihoods.argmin())])
 

@@ -55,7 +55,7 @@ def equal_number(data: Canvases, found: Detections) -> float:
     return float(np.sort(found.scores.ravel())[-objects])
 
 
-def _label_places(boxes: list, width: float = 22, height: float = 9) -> list[tuple[float, float]]:
+def _label_places(boxes: list, width: float = 25, height: float = 9) -> list[tuple[float, float]]:
     """Return a corner for the label of each box, where it hides no other as far as possible."""
     taken: list[tuple[float, float]] = []
     for x1, y1, x2, y2 in boxes:
