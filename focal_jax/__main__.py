@@ -49,7 +49,8 @@ def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:  # no such folder; no such format
-        raise InputError(f"{path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: {reason}") from error
     print(f"{path} written", file=sys.stderr)
 
 
@@ -161,8 +162,15 @@ def _name(given: str) -> str:
     return given
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="focal-jax",
         description="Focal losses for JAX: look at them, check them, compare them.",
     )

@@ -182,7 +182,6 @@ def logit_adjustment(counts: ArrayLike | Sequence[float], *, tau: float = 1.0) -
     """
     tau = _static("tau", tau, lambda tau: 0 <= tau < math.inf, "a finite number >= 0")
     counts = _counts(counts)
-    counts = counts / jnp.max(counts, initial=0)  # whose sum has room in any dtype
     return jax.scipy.special.xlogy(jnp.asarray(tau, counts.dtype), counts / jnp.sum(counts))
 
 

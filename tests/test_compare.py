@@ -233,6 +233,9 @@ def test_calls_are_timed_in_turns(monkeypatch):
         (SIGMOID, {"epsilon": 1.0}, r"epsilon: got an option that sigmoid_focal_loss does not"),
         (SIGMOID, {"shape": (10**6, 10**6)}, "shape: got 1,000,000,000,000 logits, for which"),
         ("linear_" + INTEGER, {"axis": 0}, "axis: got 0, wanted the last"),
+        (SIGMOID, {"shape": 5}, "shape: got 5, wanted several integers"),
+        (SIGMOID, {"alpha": 1j}, "alpha: got dtype complex64, wanted real"),
+        (SIGMOID, {"dtype": None}, "dtype: got None"),
         (SIGMOID, {"seed": -1}, "seed: got -1"),
         (SIGMOID, {"repeats": 0}, "repeats: got 0"),
     ],
@@ -266,7 +269,9 @@ def test_bad_command_lines_end_with_a_message_and_code_2(arguments, message, cap
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 # ---------------------------------------------------------------- the command line

@@ -144,6 +144,24 @@ def test_one_loss(module, row, changes, message):
     _refused(module, row, changes, message)
 
 
+@pytest.mark.parametrize("row", [INTEGER, LINEAR], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"return_logsumexp": []}, r"return_logsumexp: got \[\], wanted True or False"),
+        ({"return_logsumexp": jnp.array(True)}, "return_logsumexp: got .*, wanted True or False"),
+        ({"class_axis_name": 3}, "class_axis_name: got 3, wanted the name of a mapped axis"),
+    ],
+)
+def test_options_of_the_heads(row, changes, message):
+    _refused(focal_jax, row, changes, message)
+
+
+def test_a_number_names_no_axis():
+    with pytest.raises(ValueError, match="axis_name: got 0, wanted the name of a mapped axis"):
+        focal_jax.reduce_loss(jnp.ones(3), axis_name=0)
+
+
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.0, "all"])
 def test_bad_chunk_sizes(chunk_size):
     wanted = f"chunk_size: got {chunk_size!r}, wanted None or an"

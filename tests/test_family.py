@@ -606,6 +606,22 @@ def test_tversky_over_devices():
     assert_close(got, _slopes(whole, logits, labels), 1e-5)
 
 
+@pytest.mark.parametrize("gamma", [0.75, 1, 2.5])
+@pytest.mark.parametrize("module", [focal_jax, reference])
+def test_tversky_without_smoothing_of_an_absent_class(module, gamma):
+    logits, labels = jnp.array([[5.0, 0, -300], [0, 5, -300]]), jnp.eye(2, 3)
+    loss = partial(module.focal_tversky_loss, smooth=0.0, gamma=gamma)
+    for exponent in ({}, {"gamma": jnp.float32(gamma)}):
+        losses = loss(logits, labels, **exponent)
+        assert losses[2] == 0
+        assert np.all(losses[:2] > 0)
+        nothing = loss(logits, labels, where=jnp.zeros(2, bool), **exponent)
+        np.testing.assert_array_equal(nothing, 0)
+    if module is focal_jax:
+        gradient = jax.grad(lambda z: loss(z, labels).sum())(logits)
+        assert np.all(np.isfinite(gradient))
+
+
 def test_tversky_is_quiet_where_there_is_nothing():
     logits, labels = jnp.full((4, 2), jnp.nan), jnp.full((4, 2), jnp.nan)
     loss = lambda z: focal_jax.focal_tversky_loss(z, labels, where=jnp.zeros(4, bool))  # noqa: E731

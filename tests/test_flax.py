@@ -224,6 +224,23 @@ def test_a_bad_option_of_any_loss_is_refused_when_the_module_is_made(room, loss,
         room.Reduced(loss, **options)
 
 
+def test_a_bias_of_the_linear_head(room):
+    features, kernel, bias = jnp.ones((2, 4)), jnp.ones((4, 3)), jnp.arange(3.0)
+    name, labels = "linear_softmax_focal_loss_with_integer_labels", jnp.array([0, 2])
+    wanted = getattr(focal_jax, name)(features, kernel, labels, bias=bias).mean()
+    for module in (room.Reduced(name), room.Reduced(name, alpha=jnp.ones(3))):
+        np.testing.assert_allclose(module(features, kernel, labels, bias=bias), wanted, rtol=1e-6)
+    held = room.Reduced(name, bias=bias)
+    np.testing.assert_allclose(held(features, kernel, labels), wanted, rtol=1e-6)
+
+
+def test_an_array_by_its_name_is_told_its_place(room, data):
+    logits, labels = data
+    loss = room.Reduced("softmax_focal_loss_with_integer_labels", ignore_label=1)
+    with pytest.raises(InputError, match="labels: got it by name, wanted it in its place"):
+        loss(logits, labels=labels)
+
+
 @pytest.mark.parametrize("loss", _catalogue.LOSSES, ids=lambda loss: loss.name)
 def test_any_loss_is_made_with_what_it_takes(room, loss):
     options = {name: option.low + 0.5 for name, option in loss.options.items()}
