@@ -1,6 +1,7 @@
 """Train the detector with one loss; checkpoints with orbax, so that a run can go on."""
 
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -97,13 +98,24 @@ def prepare(runs: Iterable) -> None:
         canvases("train", run.budget.canvases, run.seed, run.budget.objects)
 
 
+# Orbax's managers disturb each other when two threads write at a time.
+one_at_a_time = threading.Lock()
+
+
+def save(checkpoints: Path, done: int, state: dict) -> None:
+    """Write a checkpoint in place of the one before."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    with one_at_a_time, ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
+        manager.save(done, args=ocp.args.StandardSave(state))
+
+
 def restored(checkpoints: Path, like: dict) -> tuple[int, dict | None]:
     """Return the last checkpoint's step and what it holds; 0 and None where there is none.
 
     One that cannot be read is named and removed, with all that lies beside it.
     """
     try:
-        with ocp.CheckpointManager(checkpoints.absolute()) as manager:
+        with one_at_a_time, ocp.CheckpointManager(checkpoints.absolute()) as manager:
             done = manager.latest_step()
             if done is None:
                 return 0, None
@@ -142,21 +154,19 @@ def train(
         # On the host: what is restored then belongs to no device, and nothing compiles again.
         return {"state": jax.tree.map(np.asarray, (parameters, adam)), "losses": losses}
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=1)
     done, saved = restored(checkpoints, state())
     if saved:
         parameters, adam = saved["state"]
         losses = np.array(saved["losses"])
-    with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
-        tick(done, losses[max(done - 1, 0)].sum())
-        for number in range(done, budget.steps):
-            random = np.random.default_rng((seed, number))  # the batch depends on the step alone
-            batch = random.integers(budget.canvases, size=budget.batch)
-            chosen = (x[batch] for x in data)
-            parameters, adam, last = step(parameters, adam, *chosen, rates[number], weight)
-            losses[number] = last
-            done = number + 1
-            tick(done, losses[number].sum())
-            if done % budget.save_every == 0 or done == budget.steps:
-                manager.save(done, args=ocp.args.StandardSave(state()))
+    tick(done, losses[max(done - 1, 0)].sum())
+    for number in range(done, budget.steps):
+        random = np.random.default_rng((seed, number))  # the batch depends on the step alone
+        batch = random.integers(budget.canvases, size=budget.batch)
+        chosen = (x[batch] for x in data)
+        parameters, adam, last = step(parameters, adam, *chosen, rates[number], weight)
+        losses[number] = last
+        done = number + 1
+        tick(done, losses[number].sum())
+        if done % budget.save_every == 0 or done == budget.steps:
+            save(checkpoints, done, state())
     return nnx.merge(graph(), parameters), losses
