@@ -207,7 +207,7 @@ def by_imbalance(rows: dict[str, list], path: Path) -> Path:
     `rows` has for each rival the imbalances, the mean paired differences in AP, and the halves of
     their intervals.
     """
-    figure, panel = _style.figure(width=6)
+    figure, panel = _style.figure(width=6, height=4)
     for (name, points), color, shift in zip(rows.items(), COLORS, (0.97, 1, 1.03)):
         ratios, means, halves = (np.array(x) for x in zip(*points))
         panel.errorbar(
@@ -223,5 +223,6 @@ def by_imbalance(rows: dict[str, list], path: Path) -> Path:
     ticks = [round(ratio) for ratio, *_ in next(iter(rows.values()))]
     panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
     panel.set_xticks([], minor=True)
-    panel.legend(title="mean of paired seeds, 95 % interval")
+    panel.set_title("mean of paired seeds, 95 % interval")
+    figure.legend(loc="outside lower center", ncols=2)
     return _save(figure, path)
