@@ -114,7 +114,7 @@ def _optimized(optimizer, loss, parameters, state, *more):
     return value, others, optax.apply_updates(parameters, updates), state
 
 
-def detector(images: int = 4, width: int = 256, classes: int = 80, boxes: int = 100) -> Program:
+def detector(images: int = 4, classes: int = 80, boxes: int = 100) -> Program:
     """Return a training step of the detector of `examples/retinanet_digits`, at COCO's size.
 
     Four images of 608 by 1,024 pixels a device, 80 classes. Under `jit` alone: the batch is
@@ -124,13 +124,12 @@ def detector(images: int = 4, width: int = 256, classes: int = 80, boxes: int = 
     from examples.retinanet_digits import model as example
 
     mesh, size = pod(), (608, 1024)
-    anchors = pyramid_anchors(size, example.LEVELS, example.SCALES, example.RATIOS)
+    # Ten times as wide, with a cell for every 8 pixels at the finest.
+    anchors = pyramid_anchors(size, (3, 4, 5), example.SCALES, example.RATIOS)
+    widths = [10 * width for width in example.WIDTHS]
 
     def create():
-        rngs = nnx.Rngs(0)
-        model = example.RetinaNet(rngs, width=width)
-        model.classes = example.Head(width, classes, 0.01, rngs)
-        return model
+        return example.RetinaNet(nnx.Rngs(0), classes=classes, patch=8, widths=widths)
 
     graph, parameters, others = nnx.split(nnx.eval_shape(create), nnx.Param, ...)
 

@@ -1,5 +1,6 @@
 """A small RetinaNet in Flax NNX: backbone, feature pyramid, two heads shared by the levels."""
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -38,12 +39,12 @@ def _patches(x: Array, side: int) -> Array:
 class Backbone(nnx.Module):
     """Features of an image at three resolutions, each half the one before."""
 
-    def __init__(self, rngs: nnx.Rngs, patch: int = 4):
+    def __init__(self, rngs: nnx.Rngs, patch: int = 4, widths: Sequence[int] = WIDTHS):
         """Initialize the layers from `rngs`; the first stage has a cell for each `patch`."""
         self.patch = patch
-        self.stem = _conv(patch**2, WIDTHS[0], rngs=rngs)
-        self.start = nnx.Linear(WIDTHS[0], WIDTHS[0], rngs=rngs)
-        pairs = list(pairwise(WIDTHS))
+        self.stem = _conv(patch**2, widths[0], rngs=rngs)
+        self.start = nnx.Linear(widths[0], widths[0], rngs=rngs)
+        pairs = list(pairwise(widths))
         self.down = nnx.List([nnx.Linear(4 * a, b, rngs=rngs) for a, b in pairs])
         self.mix = nnx.List([_conv(b, b, rngs=rngs) for _, b in pairs])
 
@@ -74,11 +75,11 @@ class Classifier(nnx.Module):
 class Pyramid(nnx.Module):
     """A backbone, and the features of each of its stages mixed with coarser ones."""
 
-    def __init__(self, rngs: nnx.Rngs, patch: int = 4):
+    def __init__(self, rngs: nnx.Rngs, patch: int = 4, widths: Sequence[int] = WIDTHS):
         """Initialize the layers from `rngs`."""
-        self.backbone = Backbone(rngs, patch)
-        self.lateral = nnx.List([nnx.Linear(width, WIDTHS[0], rngs=rngs) for width in WIDTHS])
-        self.norms = nnx.List([nnx.LayerNorm(WIDTHS[0], rngs=rngs) for _ in WIDTHS])
+        self.backbone = Backbone(rngs, patch, widths)
+        self.lateral = nnx.List([nnx.Linear(width, widths[0], rngs=rngs) for width in widths])
+        self.norms = nnx.List([nnx.LayerNorm(widths[0], rngs=rngs) for _ in widths])
 
     def __call__(self, images: Array) -> list[Array]:
         """Return the features of each level of images `[B, H, W, 1]` in [0, 255], finest first."""
@@ -91,12 +92,12 @@ class Pyramid(nnx.Module):
 class Head(nnx.Module):
     """Predict `values` numbers for every anchor of a level."""
 
-    def __init__(self, values: int, prior: float | None, rngs: nnx.Rngs):
+    def __init__(self, values: int, prior: float | None, rngs: nnx.Rngs, width: int = WIDTHS[0]):
         """Initialize the layers from `rngs`, the last bias from the prior, or with 0."""
         self.values = values
-        self.mix = _conv(WIDTHS[0], WIDTHS[0], rngs=rngs)
+        self.mix = _conv(width, width, rngs=rngs)
         self.last = nnx.Linear(
-            WIDTHS[0],
+            width,
             SHAPES * values,
             bias_init=prior_bias_init(prior) if prior else nnx.initializers.zeros,
             rngs=rngs,
@@ -110,14 +111,22 @@ class Head(nnx.Module):
 class RetinaNet(nnx.Module):
     """Class logits and box offsets for every anchor."""
 
-    def __init__(self, rngs: nnx.Rngs, *, prior: float | None = 0.01):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        *,
+        prior: float | None = 0.01,
+        classes: int = CLASSES,
+        patch: int = 4,
+        widths: Sequence[int] = WIDTHS,
+    ):
         """Initialize the layers; `prior` is every class's probability at the start."""
-        self.pyramid = Pyramid(rngs)
-        self.classes = Head(CLASSES, prior, rngs)
-        self.boxes = Head(4, None, rngs)
+        self.pyramid = Pyramid(rngs, patch, widths)
+        self.classes = Head(classes, prior, rngs, widths[0])
+        self.boxes = Head(4, None, rngs, widths[0])
 
     def __call__(self, images: Array) -> tuple[Array, Array]:
-        """Return logits `[B, A, CLASSES]` and offsets `[B, A, 4]` of images `[B, H, W, 1]`."""
+        """Return logits `[B, A, classes]` and offsets `[B, A, 4]` of images `[B, H, W, 1]`."""
         levels = self.pyramid(images)
         classes, boxes = ([head(x) for x in levels] for head in (self.classes, self.boxes))
         return jnp.concatenate(classes, 1), jnp.concatenate(boxes, 1)
