@@ -4,7 +4,6 @@ import os
 # Before JAX starts its backend: eight devices, so that sharding is tested in every run.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-import helpers
 import hypothesis
 import jax
 import matplotlib
@@ -41,6 +40,8 @@ def _compilation(request):
     compiled programs, so that both are tested as they are run. But with them a program takes four
     times as long to compile, or more, and derivatives of a higher order have many.
     """
+    import helpers  # here: it reads the catalogue, to which a plugin may add a loss first
+
     marker = request.node.get_closest_marker("quick")
     helpers.quick = marker is not None and (not marker.args or marker.args[0])
     wanted = None if helpers.quick else _ONE_DEVICE
