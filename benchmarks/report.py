@@ -20,6 +20,7 @@ from rich.table import Table as RichTable
 from benchmarks.measure import GRADIENT, MODES, OPS, VALUE
 from benchmarks.peers import BEFORE, LINEAR, LINEAR_BEFORE, OURS, PLAIN
 from benchmarks.workloads import SMALL
+from focal_jax import _style
 
 Rows = list[dict[str, Any]]
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -391,13 +392,13 @@ def markdown(tables: Sequence[Table]) -> str:
 
 # One colour for an implementation in every figure; ours and the plain formula stand out.
 _COLOURS = {
-    OURS: "#0072b2",
-    PLAIN: "#d55e00",
-    BEFORE: "#56b4e9",
-    "optax": "#cc79a7",
-    "one-hot": "#009e73",
-    "torch": "#999999",
-    "torch.compile": "#444444",
+    OURS: _style.BLUE,
+    PLAIN: _style.VERMILION,
+    BEFORE: _style.TRUTH,
+    "optax": _style.PURPLE,
+    "one-hot": _style.GREEN,
+    "torch": _style.INK,
+    "torch.compile": (_style.INK, 0.5),
 }
 
 
@@ -418,7 +419,6 @@ def _bars(axes: Axes, rows: Rows, field: str) -> None:
                 va="center",
                 size="x-small",
                 weight="bold" if name == OURS else "normal",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
             place += 1
         ticks[(start + place - 1) / 2] = workload
@@ -426,48 +426,44 @@ def _bars(axes: Axes, rows: Rows, field: str) -> None:
     axes.set_yticks(list(ticks), list(ticks.values()))
     axes.set(ylim=(place - 0.8, -0.8))
     axes.tick_params("y", length=0)
+    axes.grid(visible=False, axis="y")
     axes.margins(x=0.12)
 
 
 def _legend(figure: Figure, names: Sequence[str]) -> None:
     patches = [Patch(color=_COLOURS[name], label=name) for name in names]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(names))
 
 
 def _bar_figure(rows: Rows, field: str, title: str) -> Figure:
     dtypes = _distinct(row["dtype"] for row in rows)
     most = max(len(select(rows, dtype=dtype)) for dtype in dtypes)
-    size = (1.5 + 5 * len(dtypes), 1.6 + 0.19 * most)
-    figure = Figure(figsize=size, dpi=160, layout="constrained")
-    for axes, dtype in zip(figure.subplots(1, len(dtypes), sharey=False, squeeze=False)[0], dtypes):
+    figure, panels = _style.figure(
+        1, len(dtypes), width=1.5 + 5 * len(dtypes), height=1.6 + 0.19 * most, squeeze=False
+    )
+    for axes, dtype in zip(panels[0], dtypes):
         _bars(axes, select(rows, dtype=dtype), field)
-        axes.axvline(1, color="0.3", linewidth=0.8, linestyle="--", zorder=0)
-        axes.set_title(dtype, size="medium", loc="left")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.suptitle(title, size="medium")
+        axes.axvline(1, color=_style.INK, linewidth=0.8, linestyle="--", zorder=0)
+        axes.set_title(dtype)
+        axes.spines["left"].set_visible(False)
+    figure.suptitle(title)
     _legend(figure, [name for name in _COLOURS if select(rows, implementation=name)])
     return figure
-
-
-def _dress(axes: Axes, title: str) -> None:
-    axes.set_title(title, size="medium", loc="left")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _titled(figure: Figure, panels: Sequence[Axes], ylabel: str, title: str) -> Figure:
     """Return a figure of several panels with what they share: a title, a legend, one y axis."""
     panels[0].set_ylabel(ylabel)
-    panels[0].legend(frameon=False)
-    figure.suptitle(title, size="medium")
+    panels[0].legend()
+    figure.suptitle(title)
     return figure
 
 
 def _growth_figure(rows: Rows) -> Figure:
     """Draw time against size, one panel a curve, and the slope of a cost in proportion."""
     curves = _distinct(row["curve"] for row in rows)
-    figure = Figure(figsize=(1 + 4 * len(curves), 4), dpi=160, layout="constrained")
-    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    width = 1 + 4 * len(curves)
+    figure, (panels,) = _style.figure(1, len(curves), width=width, sharey=True, squeeze=False)
     for axes, curve in zip(panels, curves):
         for name in (OURS, PLAIN):
             points = select(rows, curve=curve, implementation=name)
@@ -482,21 +478,20 @@ def _growth_figure(rows: Rows) -> Figure:
         slope = min(row["seconds"]["median"] for row in largest) * 1e3 / sizes[-1] / 3
         ends = [sizes[0], sizes[-1]]
         axes.plot(
-            ends, [slope * n for n in ends], color="0.6", linestyle=":", label="in proportion"
+            ends, [slope * n for n in ends], color=_style.INK, linestyle=":", label="in proportion"
         )
         head, _, what = curve.rpartition(", ")
         axes.set(xscale="log", yscale="log", xlabel=what)
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _dress(axes, head)
+        axes.set_title(head)
     return _titled(
         figure, panels, "median time [ms], band: quartiles", f"Growth, {GRADIENT}, float32"
     )
 
 
 def _scaling_figure(rows: Rows, cores: int) -> Figure:
-    figure = Figure(figsize=(8, 3.6), dpi=160, layout="constrained")
     kinds = {"strong": "strong: eight images in all", "weak": "weak: one image for each device"}
-    panels = figure.subplots(1, len(kinds), sharey=True)
+    figure, panels = _style.figure(1, len(kinds), sharey=True)
     for axes, (kind, title) in zip(panels, kinds.items()):
         for name in (OURS, PLAIN):
             points = select(rows, kind=kind, implementation=name)
@@ -506,11 +501,12 @@ def _scaling_figure(rows: Rows, cores: int) -> Figure:
         axes.set(xscale="log", ylim=(0, None), xlabel="host devices")
         axes.set_xticks(devices, [str(n) for n in devices])
         axes.xaxis.set_minor_locator(NullLocator())
-        _dress(axes, title)
+        axes.set_title(title)
     about = f"Scaling: XLA host devices that share {cores} cores"
     return _titled(figure, panels, "median time [ms]", about)
 
 
+@_style.applied()
 def figures(results: dict[str, Any]) -> dict[str, Figure]:
     """Return what there is to draw, by name."""
     drawn = {}
