@@ -4,6 +4,7 @@ A row is a loss of the catalogue with one kind of labels. All arguments go by th
 that a test need not know whether a loss takes logits, or features and a kernel.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -205,16 +206,27 @@ def _jitted(row, which):
 # Whether programs are to be compiled quickly, not to be fast: as the test at hand is marked.
 quick = False
 # No optimization by LLVM, fusions by the emitter that is quicker itself, and all in one piece.
-QUICK = {
+_QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
     "xla_cpu_parallel_codegen_split_count": 1,
 }
 
 
+@functools.cache
+def quick_options() -> dict[str, Any]:
+    """Return what of that this XLA knows: such options come and go."""
+    known = {}
+    for name, value in _QUICK.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(jnp.negative, compiler_options={name: value}).lower(1.0).compile()
+            known[name] = value
+    return known
+
+
 def jit(function: Callable, **options: Any) -> Any:
     """Return the function compiled, as the test's mark has it; not for use within another."""
-    return jax.jit(function, compiler_options=QUICK if quick else None, **options)
+    return jax.jit(function, compiler_options=quick_options() if quick else None, **options)
 
 
 def total(function: Callable, cotangent: Any = 1.0, **fixed):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QUICK
+from helpers import quick_options
 from hypothesis import given, settings, strategies as st
 from jax.sharding import Mesh, PartitionSpec as P
 
@@ -49,7 +49,7 @@ STATIC += ("empty_images", "normalization")
 # Compiled whole: one op at a time, they would take minutes to compile. And quickly: what the loss
 # is as it is run stands against the original's numbers.
 pytestmark = pytest.mark.quick
-jit = partial(jax.jit, compiler_options=QUICK)
+jit = partial(jax.jit, compiler_options=quick_options())
 loss_of = jit(retinanet_loss, static_argnames=STATIC)
 matches_of = jit(match_anchors, static_argnames=("positive_iou", "negative_iou", "force_match"))
 iou_of, encode, decode = map(jit, (box_iou, encode_boxes, decode_boxes))
