@@ -25,7 +25,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
@@ -35,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from focal_jax import linear_softmax_focal_loss_with_integer_labels, reduce_loss
+from focal_jax import _style, linear_softmax_focal_loss_with_integer_labels, reduce_loss
 
 SOURCES = "python", "numpy", "flax", "optax", "sklearn"
 START = "half-way"  # what all the losses start from
@@ -202,9 +201,10 @@ def show(names: list[str], shares: np.ndarray, results: dict[str, np.ndarray], c
         console.print(table)
 
 
+@_style.applied()
 def plot(names: list[str], results: dict[str, np.ndarray], path: Path) -> None:
     """Draw both measures of each group of tokens."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
+    figure, axes = _style.figure(1, 2, width=13, height=4)
     for axis, title in zip(axes, TITLES):
         axis.set(title=title, yscale="log")
         axis.set_xticks(range(len(names)), names, fontsize=8)
@@ -213,8 +213,7 @@ def plot(names: list[str], results: dict[str, np.ndarray], path: Path) -> None:
             axis.bar(np.arange(len(names)) + 0.2 * i - 0.3, values, 0.2, label=name)
     axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    figure.savefig(path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

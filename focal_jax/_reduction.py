@@ -1,8 +1,10 @@
 """From losses per position to one number."""
 
+import numbers
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -103,8 +105,8 @@ def reduce_loss(
     Raises:
       ValueError: for losses that are not floating, an unknown normalization or one that
         is not a scalar, `"batch_size"` of a scalar, a `where` that is not bool, labels that
-        are not integers, an `ignore_label` without labels, shapes that do not fit the
-        losses.
+        are not integers, an `ignore_label` without labels, negative weights of Python's or
+        NumPy's (of JAX's the result is NaN), shapes that do not fit the losses.
       NameError: for an `axis_name` that is not bound here.
 
     Differentiation: any mode, in the losses, the weights and an array divisor.
@@ -134,7 +136,10 @@ def reduce_loss(
         )
     losses = _inputs.keep(losses, where)
     if weights is not None:
-        weights = _inputs.option("weights", weights, losses.dtype)
+        given, weights = weights, _inputs.option("weights", weights, losses.dtype)
+        # What has its numbers without waiting for a device is told at once.
+        if isinstance(given, numbers.Real | np.ndarray) and np.min(given, initial=0) < 0:
+            raise _checks.InputError(f"weights: got {np.min(given)}, wanted zero or more")
         _checks.broadcastable("weights", weights, losses.shape, "the losses")
         weights = _inputs.aligned(weights, losses.shape).astype(losses.dtype)
         weights = jnp.where(weights < 0, jnp.nan, weights)

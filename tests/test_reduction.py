@@ -171,6 +171,9 @@ def test_no_weight_at_all_is_zero_and_a_negative_one_is_loud(normalization):
     assert np.isfinite(gradients[1]).all()
     assert np.isnan(reduced(LOSSES, jnp.asarray(WEIGHTS).at[1, 1].set(-1e-3)))
     assert reduced(LOSSES[:0], WEIGHTS[:0]) == 0
+    for negative in (-1.0, -np.ones(LOSSES.shape, np.float32)):
+        with pytest.raises(ValueError, match=r"weights: got -1\.0, wanted zero or more"):
+            reduced(LOSSES, negative)
 
 
 POD = (65536, 32768)
