@@ -9,8 +9,6 @@ import numpy as np
 
 from focal_jax import _catalogue
 
-_LOSSES = {loss.name: loss for loss in _catalogue.LOSSES}
-
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
@@ -25,7 +23,7 @@ class Workload:
     @property
     def kind(self) -> str:
         """What the loss is a function of, as the catalogue has it."""
-        return _LOSSES[self.loss].kind
+        return _catalogue.by_name()[self.loss].kind
 
     @property
     def positions(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ import jax
 
 from focal_jax import _catalogue, _compare, _curves
 from focal_jax._checks import InputError
-from focal_jax._comparison import GradientComparison
+from focal_jax._comparison import GradientComparison, Table
 from focal_jax._extras import extra
 from focal_jax._version import __version__
 
@@ -82,6 +82,9 @@ def _compare_command(
     table, figure = json_file != "-", plot is not None
     for module in ["mpmath"] + ["rich.table"] * table + ["matplotlib.figure"] * figure:
         extra(module)  # before the measurement, not after it
+    for name in _OPTIONS.keys() & question.keys():
+        if len(question[name]) == 1:  # one number, not one a class
+            (question[name],) = question[name]
     report = _with_a_bar(
         _compare.STEPS, lambda say: _compare.compare_gradients(progress=say, **question)
     )
@@ -102,7 +105,6 @@ def _plot_command(out: Path, gamma: Sequence[float] = _curves.GAMMAS, family: bo
 
 
 def _doctor_command() -> None:
-    rich = extra("rich.table")
     console = extra("rich.console").Console()
     extra("mpmath")
     print(f"focal_jax {__version__}, Python {sys.version.split()[0]} on {sys.platform}")
@@ -123,18 +125,12 @@ def _doctor_command() -> None:
             loss.name: (say(loss.name), _compare.check(loss))[1] for loss in _catalogue.LOSSES
         },
     )
-    table = rich.Table(
-        box=extra("rich.box").SIMPLE_HEAD,
-        padding=(0, 1),
-        caption=f"float32 gradients against 60 digits; right: below {_compare.LIMIT:.0e}.",
-        caption_justify="left",
-    )
-    table.add_column("loss")
-    table.add_column("error", justify="right")
-    table.add_column("")
-    for name, error in found.items():
-        table.add_row(name, f"{error:.0e}", "right" if error < _compare.LIMIT else "WRONG")
-    console.print(table)
+    rows = [
+        (name, f"{error:.0e}", "right" if error < _compare.LIMIT else "WRONG")
+        for name, error in found.items()
+    ]
+    caption = f"float32 gradients against 60 digits; right: below {_compare.LIMIT:.0e}."
+    console.print(Table(("loss", "error", ""), 1, rows, caption))
     wrong = [name for name, error in found.items() if not error < _compare.LIMIT]
     if wrong:
         raise SystemExit(f"not right on this machine: {', '.join(wrong)}")
@@ -197,26 +193,17 @@ def _parser() -> argparse.ArgumentParser:
     add("axis", "which axis of the logits has the classes", type=int, metavar="N")
     add("dtype", "the dtype of the logits", choices=_compare.DTYPES)
     for name, losses in _OPTIONS.items():
-        defaults = {loss.options[name].default for loss in losses}
+        found = [loss.options[name] for loss in losses]
+        several = ", or one for each class" if any(x.per_class for x in found) else ""
+        defaults = {x.default for x in found}
+        default = defaults.pop() if len(defaults) == 1 else "the loss's own"
         compare.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
             type=float,
             nargs="+",
             metavar="X",
-            help=(
-                "an option of the loss"
-                + (
-                    ", or one for each class"
-                    if any(x.options[name].per_class for x in losses)
-                    else ""
-                )
-                + (
-                    f" (default: {defaults.pop()})"
-                    if len(defaults) == 1
-                    else " (default: the loss's own)"
-                )
-            ),
+            help=f"an option of the loss{several} (default: {default})",
         )
     add("seed", "of the random logits and labels", type=int, metavar="N")
     add("repeats", "how often each kind of logits is timed", type=int, metavar="N")
@@ -271,10 +258,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; a bad argument ends it with a message and exit code 2."""
     parser = _parser()
     options = vars(parser.parse_args(arguments))
-    if options["run"] is _compare_command:
-        for name in _OPTIONS.keys() & options.keys():
-            if len(options[name]) == 1:
-                options[name] = options[name][0]
     try:
         options.pop("run")(**options)
     except (InputError, OSError) as error:

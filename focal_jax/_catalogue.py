@@ -66,6 +66,11 @@ class Loss(NamedTuple):
         return "integer" not in self.labels
 
 
+def by_name() -> dict[str, Loss]:
+    """Return the losses by their names."""
+    return {loss.name: loss for loss in LOSSES}
+
+
 _GAMMA = Option(0.0, 5.0, default=2.0, exponent=True)
 _CLASS_WEIGHT = Option(0.0, math.inf, default=None, per_class=True)
 

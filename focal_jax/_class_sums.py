@@ -7,6 +7,7 @@ reduction takes all in one pass. XLA's CPU backend has fast paths for a plain ma
 plain sum, and none for that reduction: there it is a pass each.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,6 +89,17 @@ def _in_passes(axis: int, gradient: bool, logits: Array, places: Places, where) 
     return ClassSums(top, true, jnp.sum(e, axis, keepdims=True))
 
 
+def reduced(axis: int, operands: Any, of_nothing: Any, joined: Callable[[Any, Any], Any]) -> Any:
+    """Return the reduction of trees of arrays along the class axis, which keeps a size of one."""
+    leaves, tree = jax.tree.flatten(operands)
+
+    def flat(*sides):
+        return tuple(jax.tree.leaves(joined(*(jax.tree.unflatten(tree, x) for x in sides))))
+
+    found = lax.reduce(leaves, jax.tree.leaves(of_nothing), flat, (axis,))
+    return jax.tree.unflatten(tree, [jnp.expand_dims(x, axis) for x in found])
+
+
 def _in_one_pass(axis: int, gradient: bool, logits: Array, places: Places, where) -> ClassSums:
     """Return the sums by one reduction, which reads the logits once."""
     del gradient
@@ -96,18 +108,15 @@ def _in_one_pass(axis: int, gradient: bool, logits: Array, places: Places, where
     true = tuple(jnp.where(classes == place, z, 0) for place in places)
     # Of a class alone, exp(logit - top) is 1, or 0 for one that does not count.
     one = without(jnp.where(z == -jnp.inf, 0, jnp.ones_like(z)), classes, *places)
-    parts, tree = jax.tree.flatten(ClassSums(jnp.maximum(z, least), true, one))
 
-    def joined(*sides):
-        a, b = (jax.tree.unflatten(tree, x) for x in sides)
+    def joined(a, b):
         top = jnp.maximum(a.top, b.top)
         rest = a.rest * jnp.exp(a.top - top) + b.rest * jnp.exp(b.top - top)
-        return tuple(jax.tree.leaves(ClassSums(top, jax.tree.map(jnp.add, a.true, b.true), rest)))
+        return ClassSums(top, jax.tree.map(jnp.add, a.true, b.true), rest)
 
     zero = jnp.zeros((), z.dtype)
-    of_nothing = jax.tree.leaves(ClassSums(zero + least, (zero,) * len(places), zero))
-    sums = lax.reduce(parts, of_nothing, joined, (axis,))
-    return jax.tree.unflatten(tree, [jnp.expand_dims(x, axis) for x in sums])
+    of_nothing = ClassSums(zero + least, (zero,) * len(places), zero)
+    return reduced(axis, ClassSums(jnp.maximum(z, least), true, one), of_nothing, joined)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -23,9 +23,9 @@ from jax.typing import ArrayLike, DTypeLike
 from focal_jax import _catalogue, _checks, reference
 from focal_jax._comparison import GradientComparison, GradientError, Measured
 from focal_jax._extras import extra
+from focal_jax._modules import function_of
 
-_LOSSES = {loss.name: loss for loss in _catalogue.LOSSES}
-NAMES = tuple(_LOSSES)
+NAMES = tuple(_catalogue.by_name())
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # From a uniform number in [-1, 1) to the margin, the true logit less the log-sum-exp of
@@ -44,7 +44,7 @@ STEPS = 3 + len(_MARGINS)
 
 
 class _Case(NamedTuple):
-    """Arguments of a loss in float64, the class axis last, and what is done with them."""
+    """Logits and labels of a loss, in float64 but for class indices."""
 
     logits: np.ndarray
     labels: np.ndarray
@@ -75,14 +75,15 @@ def _draw(loss: _catalogue.Loss, shape: tuple[int, ...], axis: int, margins, rng
 
 def _truth(loss: _catalogue.Loss, case: _Case, axis: int, options: Mapping[str, Any]) -> np.ndarray:
     """Return the gradient of the summed losses in the logits, to 60 digits and then in float64."""
-    evaluate = extra("mpmath") and importlib.import_module("focal_jax._truth").evaluate
+    extra("mpmath")  # which the module needs to be imported
+    evaluate = importlib.import_module("focal_jax._truth").evaluate
     logits, labels = (np.asarray(x, np.float64) for x in case)
     flat: dict[str, Any] = {"logits": logits.ravel(), "labels": labels.ravel()}
     if loss.softmax:
         logits = np.moveaxis(logits, axis, -1)
-        labels = np.moveaxis(labels, axis, -1) if labels.ndim == logits.ndim else labels
         flat["logits"] = logits.reshape(-1, logits.shape[-1])
-        flat["labels"] = labels.reshape(flat["logits"].shape if labels.ndim == logits.ndim else -1)
+        if labels.ndim == logits.ndim:  # a weight for each class
+            flat["labels"] = np.moveaxis(labels, axis, -1).reshape(flat["logits"].shape)
     for name, value in options.items():
         if value is not None and loss.kind == "region":
             flat[name] = np.float64(value)
@@ -153,14 +154,9 @@ def _seconds(calls: Sequence[Callable], cases: Sequence[tuple], repeats: int) ->
 # ---------------------------------------------------------------- the arguments
 
 
-def _function(name: str) -> Callable:
-    # The package's own front door, which imports this module.
-    return getattr(importlib.import_module("focal_jax"), name)
-
-
 def _loss(given: str | Callable) -> _catalogue.Loss:
-    for name, loss in _LOSSES.items():
-        if given == name or given is _function(name):
+    for loss in _catalogue.LOSSES:
+        if given == loss.name or given is function_of(loss.name):
             return loss
     raise _checks.InputError(f"loss: got {given!r}, wanted one of {NAMES}, or the function itself")
 
@@ -252,7 +248,7 @@ def check(loss: _catalogue.Loss) -> float:
     with _precision("float32"):
         cases = [_draw(loss, shape, len(shape) - 1, margins, rng) for margins in _MARGINS.values()]
         given = [_given(loss, case, "float32") for case in cases]
-        call = _compile(_function(loss.name), options, *given[0])
+        call = _compile(function_of(loss.name), options, *given[0])
         worst = 0.0
         for case, arguments in zip(cases, given):
             truth = _truth(
@@ -361,7 +357,7 @@ def compare_gradients(
     keywords: dict[str, Any] = dict(given)
     if entry.softmax and entry.kind != "linear":
         keywords["axis"] = axis
-    functions = _function(entry.name), getattr(reference, entry.name)
+    functions = function_of(entry.name), getattr(reference, entry.name)
 
     def drawn(shape: tuple[int, ...]) -> list[_Case]:
         return [_draw(entry, shape, axis, margins, rng) for margins in _MARGINS.values()]

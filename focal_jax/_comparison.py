@@ -37,11 +37,27 @@ class Measured:
     temporary_bytes: int | None  # None where the compiler does not say
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
+    """Rows of text, for a terminal or a notebook."""
+
     headings: tuple[str, ...]
     left: int  # how many columns are words
     rows: list[tuple[str, ...]]
     caption: str
+
+    def __rich__(self) -> Any:
+        """Return the table for a terminal."""
+        table = extra("rich.table").Table(
+            box=extra("rich.box").SIMPLE_HEAD,
+            padding=(0, 1),
+            caption=self.caption,
+            caption_justify="left",
+        )
+        for i, heading in enumerate(self.headings):
+            table.add_column(heading, justify="left" if i < self.left else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +119,7 @@ class GradientComparison:
     def _implementations(self) -> dict[str, Measured]:
         return {"custom": self.custom, "autodiff": self.autodiff}
 
-    def _tables(self) -> list[_Table]:
+    def _tables(self) -> list[Table]:
         errors = []
         for regime in MARGINS:
             for name, measured in self._implementations.items():
@@ -117,7 +133,7 @@ class GradientComparison:
             for name, measured in self._implementations.items()
         ]
         return [
-            _Table(
+            Table(
                 ("logits", "gradient", "relative", "absolute", "NaN, inf"),
                 2,
                 errors,
@@ -126,7 +142,7 @@ class GradientComparison:
                 + ", ".join(f"{name} {margin}" for name, margin in MARGINS.items())
                 + ".",
             ),
-            _Table(
+            Table(
                 ("gradient", "median time", "temporary memory"),
                 1,
                 cost,
@@ -136,19 +152,8 @@ class GradientComparison:
 
     def __rich__(self) -> Any:
         """Return the tables for a terminal, in sixty columns."""
-        rich = extra("rich.table")
         shown: list[Any] = [*self._title, ""]
-        for headings, left, rows, caption in self._tables():
-            table = rich.Table(
-                box=extra("rich.box").SIMPLE_HEAD,
-                padding=(0, 1),
-                caption=caption,
-                caption_justify="left",
-            )
-            for i, heading in enumerate(headings):
-                table.add_column(heading, justify="left" if i < left else "right")
-            for row in rows:
-                table.add_row(*row)
+        for table in self._tables():
             shown += [table, ""]
         return extra("rich.console").Group(*shown, self.verdict)
 

@@ -1,6 +1,5 @@
 """Figures of the losses themselves: drawn from the library's own losses and gradients."""
 
-import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from focal_jax import _catalogue, _style
+from focal_jax._modules import function_of
 from focal_jax._sigmoid import sigmoid_focal_loss
 
 GAMMAS = tuple(_style.GAMMAS)  # those of the paper's Figure 1
@@ -57,7 +57,7 @@ def curves(loss: _catalogue.Loss, logit: np.ndarray) -> Iterator[Curve]:
     interval has five bins, of which the middle one varies; a region has two classes and a
     hundred positions, half of each class, whose true logits are all x.
     """
-    function = getattr(importlib.import_module("focal_jax"), loss.name)
+    function = function_of(loss.name)
 
     def row(x: Array) -> Array:
         return jnp.stack([x, jnp.zeros_like(x), jnp.full_like(x, -1)])

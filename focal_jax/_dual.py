@@ -9,8 +9,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax import _checks, _inputs, _scalar
-from focal_jax._class_sums import ClassSums, classes_along, kept, picked
-from focal_jax._largest_apart import no_tangent, places
+from focal_jax._class_sums import ClassSums, classes_along, kept, picked, reduced
+from focal_jax._largest_apart import first_place, no_tangent, places
 from focal_jax._position import position
 from focal_jax._scalar import Terms
 from focal_jax._softmax_integer import integer_head
@@ -26,10 +26,7 @@ class _Next(NamedTuple):
 
 def _below_in_passes(axis: int, z: Array) -> _Next:
     """Return the largest entry, the first of several, as a CPU likes it."""
-    if not z.shape[axis]:
-        none = jnp.sum(z, axis, keepdims=True)
-        return _Next(none, jnp.zeros_like(none, jnp.int32))
-    place = jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
+    place = first_place(z, axis)
     return _Next(picked(z, place, axis), place)
 
 
@@ -37,13 +34,11 @@ def _below_in_one_pass(axis: int, z: Array) -> _Next:
     """Return the same by one reduction, which reads the logits once and looks nothing up."""
 
     def larger(a, b):
-        (z_a, place_a), (z_b, place_b) = a, b
-        first = (z_a > z_b) | ((z_a == z_b) & (place_a < place_b))
-        return jnp.where(first, z_a, z_b), jnp.where(first, place_a, place_b)
+        first = (a.z > b.z) | ((a.z == b.z) & (a.place < b.place))
+        return jax.tree.map(partial(jnp.where, first), a, b)
 
-    nothing = jnp.asarray(-jnp.inf, z.dtype), jnp.int32(_checks.INT32.max)
-    found = lax.reduce((z, places(z, axis)), nothing, larger, (axis,))
-    return _Next(*(jnp.expand_dims(x, axis) for x in found))
+    nothing = _Next(jnp.asarray(-jnp.inf, z.dtype), jnp.int32(_checks.INT32.max))
+    return reduced(axis, _Next(z, places(z, axis)), nothing, larger)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

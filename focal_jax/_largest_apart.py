@@ -15,7 +15,15 @@ import numpy as np
 from jax import Array, lax
 
 from focal_jax import _checks
-from focal_jax._class_sums import classes_along, kept, others, picked, plain_class_sums, without
+from focal_jax._class_sums import (
+    classes_along,
+    kept,
+    others,
+    picked,
+    plain_class_sums,
+    reduced,
+    without,
+)
 from focal_jax._cpu import compiled_apart
 from focal_jax._scalar import Terms, class_terms
 
@@ -77,22 +85,11 @@ def no_tangent(x: Array) -> Any:
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
-def _place(v: Array, axis: int) -> Array:
+def first_place(v: Array, axis: int) -> Array:
     """Return the first place of the largest entry, with a class axis of one."""
     if not v.shape[axis]:
         return jnp.zeros_like(jnp.sum(v, axis, keepdims=True), jnp.int32)
     return jnp.argmax(v, axis, keepdims=True).astype(jnp.int32)
-
-
-def _reduced(axis: int, operands, of_nothing, joined):
-    """Return the reduction of trees of arrays along the class axis, which keeps a size of one."""
-    leaves, tree = jax.tree.flatten(operands)
-
-    def flat(*sides):
-        return tuple(jax.tree.leaves(joined(*(jax.tree.unflatten(tree, x) for x in sides))))
-
-    reduced = lax.reduce(leaves, jax.tree.leaves(of_nothing), flat, (axis,))
-    return jax.tree.unflatten(tree, [jnp.expand_dims(x, axis) for x in reduced])
 
 
 def _winner_first(size_a, a: Apart, size_b, b: Apart) -> tuple[Apart, Apart]:
@@ -141,7 +138,7 @@ def in_one_pass(axis: int, place: Array, v: Array, beside: Any) -> tuple[Apart, 
     none = jax.tree.map(lambda x: jnp.zeros((), x.dtype), beside)
     of_nothing = Apart(jnp.int32(_checks.INT32.max), zero, zero), none
     order = jnp.where(classes_along(v, axis) == place, -1, places(v, axis))
-    found, sums = _reduced(axis, (Apart(order, v, jnp.zeros_like(v)), beside), of_nothing, joined)
+    found, sums = reduced(axis, (Apart(order, v, jnp.zeros_like(v)), beside), of_nothing, joined)
     return found._replace(place=place), sums
 
 
@@ -171,7 +168,7 @@ def _apart_jvp(form, axis, primals, tangents):
 
 
 def _row_in_passes(axis: int, logits: Array, where: Array | None) -> Row:
-    place = _place(kept(logits, where), axis)
+    place = first_place(kept(logits, where), axis)
     sums = plain_class_sums(axis, False, logits, (place,), where)
     return Row(sums.top, Apart(place, jnp.exp(sums.true[0] - sums.top), sums.rest))
 
@@ -191,7 +188,7 @@ def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
     # Of a class alone, exp(logit - top) is 1, or 0 for one that is switched off.
     one = jnp.where(z == -jnp.inf, 0, jnp.ones_like(z))
     operands = Row(jnp.maximum(z, least), Apart(places(z, axis), one, jnp.zeros_like(z)))
-    return _reduced(axis, operands, of_nothing, joined)
+    return reduced(axis, operands, of_nothing, joined)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

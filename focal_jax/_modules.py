@@ -19,8 +19,6 @@ from focal_jax._sigmoid import sigmoid_focal_loss
 from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
 from focal_jax._softmax_soft import softmax_focal_loss
 
-_LOSSES = {loss.name: loss for loss in _catalogue.LOSSES}
-
 
 def _constant(option: Any) -> Any:
     """Return an array of numbers as nested tuples, anything else as it is.
@@ -55,7 +53,7 @@ def static_options(loss: Callable[..., Any], options: Mapping[str, Any]) -> None
     What is traced is left to the call, and so is a loss that is not of this package.
     """
     name = getattr(loss, "__name__", "")
-    entry = _LOSSES.get(name)
+    entry = _catalogue.by_name().get(name)
     if entry is None or loss is not function_of(name):
         return
     asked = {
@@ -63,8 +61,8 @@ def static_options(loss: Callable[..., Any], options: Mapping[str, Any]) -> None
         for k, v in options.items()
         if k not in _OF_A_CALL and not isinstance(v, jax.core.Tracer)
     }
-    if asked.get("return_logsumexp"):
-        raise _checks.InputError("return_logsumexp: got True, wanted losses alone to reduce")
+    if not asked:
+        return
     # The smallest shapes that the options fit.
     per_class = {k for k, option in entry.options.items() if option.per_class}
     classes = next((n for k in per_class for n in _shape(asked.get(k))[:1]), 2)
@@ -101,8 +99,8 @@ def function_of(
     return getattr(importlib.import_module("focal_jax"), loss)
 
 
-def _check(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Refuse options that the loss does not have, or that are not what it takes."""
+def known_options(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that the loss does not have; what they are, the loss itself refuses."""
     parameters = inspect.signature(loss).parameters
     known = [
         k for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY or p.default is not p.empty
@@ -115,7 +113,8 @@ def _check(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
             raise _checks.InputError(
                 f"{name}: got an option that the loss does not have, wanted one of {known}"
             )
-    static_options(loss, options)
+    if options.get("return_logsumexp"):
+        raise _checks.InputError("return_logsumexp: got True, wanted losses alone to reduce")
 
 
 def loss_weight(given: Any, dtype: jnp.dtype) -> Array:
@@ -183,11 +182,16 @@ class Reduced(_ReducedLoss):
     def __setattr__(self, name: str, value: Any):
         if name == "loss":
             value = function_of(value)
-            _check(value, dict(self.options))
+            self._check(value, dict(self.options))
         if name == "options":
             value = tuple(sorted((option, _constant(x)) for option, x in dict(value).items()))
-            _check(self.loss, dict(value))
+            self._check(self.loss, dict(value))
         super().__setattr__(name, value)
+
+    def _check(self, loss: Callable[..., Array], options: Mapping[str, Any]) -> None:
+        """Refuse options before there is any input."""
+        known_options(loss, options)
+        static_options(loss, options)
 
     def __call__(
         self, *arrays: ArrayLike, weights: ArrayLike | None = None, **options: Any
@@ -209,7 +213,7 @@ class Reduced(_ReducedLoss):
 
         Differentiation: as the loss.
         """
-        _check(self.loss, options)
+        known_options(self.loss, options)
         return self._reduced(self.loss, arrays, weights, dict(self.options) | options)
 
 

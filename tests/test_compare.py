@@ -360,7 +360,7 @@ def test_doctor_finds_the_gradients_right(capsys, monkeypatch):
 
 def test_doctor_finds_what_is_wrong(capsys, monkeypatch):
     monkeypatch.setattr(_catalogue, "LOSSES", CATALOGUE[:1])
-    monkeypatch.setattr(_compare, "_function", lambda name: getattr(reference, name))
+    monkeypatch.setattr(_compare, "function_of", lambda name: getattr(reference, name))
     with pytest.raises(SystemExit, match=f"not right on this machine: {SIGMOID}"):
         main(["doctor"])
     assert "WRONG" in capsys.readouterr().out

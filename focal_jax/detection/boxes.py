@@ -41,7 +41,7 @@ def rows_of_four(**arrays: ArrayLike) -> list[Array]:
     """Return arrays checked to be `[any, 4]`, floating, in the widest of their dtypes."""
     checked = []
     for name, array in arrays.items():
-        array = _inputs.option(name, _checks.array(name, array), jnp.dtype(jnp.float32))
+        array = _inputs.option(name, array, jnp.dtype(jnp.float32))
         _checks.shape(name, array, (*array.shape[:1], 4), "a row of four numbers for each box")
         checked.append(array)
     dtype = np.result_type(*(_inputs.compute_dtype(array) for array in checked))

@@ -173,7 +173,6 @@ def retinanet_loss(
     """
     class_logits = _inputs.floating("class_logits", class_logits)
     box_regression = _inputs.floating("box_regression", box_regression)
-    annotations = _checks.array("annotations", annotations)
     annotations = _inputs.option("annotations", annotations, jnp.dtype(jnp.float32))
     anchors = _checks.array("anchors", anchors)
     if class_logits.ndim != 3:

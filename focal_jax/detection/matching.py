@@ -117,9 +117,7 @@ def match_anchors(
       Detection](https://arxiv.org/abs/1708.02002). ICCV 2017. Section 4.
     """
     positive_iou, negative_iou = _options.iou_thresholds(positive_iou, negative_iou)
-    annotations = _inputs.option(
-        "annotations", _checks.array("annotations", annotations), jnp.dtype(jnp.float32)
-    )
+    annotations = _inputs.option("annotations", annotations, jnp.dtype(jnp.float32))
     _checks.shape(
         "annotations",
         annotations,
