@@ -264,7 +264,7 @@ def test_labels_do_not_hide_each_other():
 def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "TRIALS", ((0.006, 1.0), (0.015, 1.0)))
     readme = tmp_path / "README.md"
-    names = ("trials", "table", "imbalance")
+    names = ("trials", "table", "imbalance", "steps")
     readme.write_text(
         "before\n"
         + "".join(
@@ -276,8 +276,8 @@ def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
     quick = [x for x in OPTIONS if not x.startswith("--steps")]
     losses = list(ablation.COMPARED)
     options = [
-        *quick, "--steps=2", f"--out={tmp_path}", "--seeds=2", "--imbalance-seeds=2",
-        "--other-objects", "1.0", f"--readme={readme}", "--losses", *losses,
+        *quick, "--steps=2", f"--out={tmp_path}", "--seeds=2", "--other-seeds=2",
+        "--other-objects", "1.0", "--other-steps", "3", f"--readme={readme}", "--losses", *losses,
     ]  # fmt: skip
     ran, experiment = [], experiments.experiment
 
@@ -296,7 +296,7 @@ def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
         experiments, "experiment", lambda run, *a: ran.append(run) or experiment(run, *a)
     )
     results = ablation.main(options)
-    assert len(ran) == len(set(ran)) == 4 * 2 + 4 * 2 + 4 * 2  # none a second time
+    assert len(ran) == len(set(ran)) == 4 * 2 * 4  # trials, seeds, objects, steps: none a second time
     assert before < set(ran)
 
     assert {run.part for run in ran[:8]} == {"validation"}
@@ -308,6 +308,7 @@ def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
     assert "stale" not in text
     assert "| CE, alpha .75 | 2 | " in text
     assert "| 1 | 1,482 | 2 | " in text
+    assert "| 3 | 2 | " in text
     for name in ("ablation", "imbalance"):
         assert plt.imread(tmp_path / f"{name}.png").shape[1] > 1000
 

@@ -3,13 +3,15 @@
     python -m examples.retinanet_digits.ablation
 
 follows the protocol of this folder's README.md: it tunes every loss, trains each with every
-seed, does so once more with fewer and with more objects, and writes the tables and the figures
-beside the README. It goes on where it was stopped.
+seed, does so once more with fewer and with more objects and with more steps, and writes the tables
+and the figures beside the README. It goes on where it was stopped.
 """
 
 import argparse
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -23,6 +25,8 @@ README = Path(__file__).parent / "README.md"
 RECIPES = {
     "CE": (Recipe(gamma=0, alpha=None), 30.2),
     "CE, alpha .75": (Recipe(gamma=0, alpha=0.75), 31.1),
+    "CE, alpha .9": (Recipe(gamma=0, alpha=0.9), 30.8),
+    "CE, alpha .99": (Recipe(gamma=0, alpha=0.99), 28.7),
     "FL, gamma .5, alpha .5": (Recipe(gamma=0.5, alpha=0.5), 32.9),
     "FL, gamma 1, alpha .25": (Recipe(gamma=1, alpha=0.25), 33.7),
     "FL, gamma 2, alpha .25": (Recipe(gamma=2, alpha=0.25), 34.0),
@@ -37,9 +41,10 @@ BALANCED, FOCAL = "CE, alpha .75", "FL, gamma 2, alpha .25"  # which the test co
 RIVALS = ("CE", BALANCED, "CE, alpha .75, prior .0001")
 COMPARED = (*RIVALS, FOCAL)
 # Learning rate, weight of the class loss.
-TRIALS = ((0.002, 1.0), (0.006, 1.0), (0.015, 1.0), (0.006, 4.0))
+TRIALS = ((0.0007, 1.0), (0.002, 1.0), (0.006, 1.0), (0.015, 1.0), (0.006, 4.0))
 TRIAL_SEED = 100
-OBJECTS = (4.0, 1.0)  # of the canvases in the mean, beside the main setting's
+# Beside the main setting's: objects of the canvases in the mean, steps of training.
+OBJECTS, STEPS = (4.0, 1.0), (3000,)
 
 
 # ------------------------------------------------------------------------------- runs
@@ -102,13 +107,10 @@ def interval(runs: list[dict], others: list[dict]) -> tuple[float, float]:
     return float(np.mean(differences)), float(half)
 
 
-def points(by_objects: dict[float, dict[str, list[dict]]]) -> dict[str, list[tuple]]:
-    """Return for each rival of the focal loss the imbalances and the intervals there."""
+def points(settings: Mapping[Any, dict]) -> dict[str, list[tuple]]:
+    """Return for each rival of the focal loss the settings and the intervals there."""
     return {
-        rival: [
-            (figures.imbalance(objects), *interval(rows[FOCAL], rows[rival]))
-            for objects, rows in by_objects.items()
-        ]
+        rival: [(x, *interval(rows[FOCAL], rows[rival])) for x, rows in settings.items()]
         for rival in RIVALS
     }
 
@@ -151,19 +153,25 @@ def table(rows: dict[str, list[dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def imbalance_table(by_objects: dict[float, dict[str, list[dict]]]) -> str:
-    """Return the AP of the compared losses at each imbalance as Markdown."""
+def settings_table(heads: Mapping[str, Callable], settings: Mapping[Any, dict]) -> str:
+    """Return the AP of the compared losses in each setting as Markdown.
+
+    `heads` has the first columns' titles, and how each shows a setting.
+    """
     lines = [
-        f"| digits a canvas | background to 1 | seeds | {' | '.join(COMPARED)} "
-        "| focal less balanced, 95 % |",
-        "| --- " * (4 + len(COMPARED)) + "|",
+        f"| {' | '.join(heads)} | seeds | {' | '.join(COMPARED)} | focal less balanced, 95 % |",
+        "| --- " * (len(heads) + 2 + len(COMPARED)) + "|",
     ]
-    for objects, rows in by_objects.items():
-        cells = [_cell([100 * run["AP"] for run in rows[name]]) for name in COMPARED]
-        cells.append(_difference(rows[FOCAL], rows[BALANCED]))
-        ratio = figures.imbalance(objects)
-        lines.append(f"| {objects:g} | {ratio:,.0f} | {len(rows[FOCAL])} | {' | '.join(cells)} |")
+    for setting, rows in settings.items():
+        cells = [show(setting) for show in heads.values()]
+        cells.append(str(len(rows[FOCAL])))
+        cells += [_cell([100 * run["AP"] for run in rows[name]]) for name in COMPARED]
+        lines.append(f"| {' | '.join(cells)} | {_difference(rows[FOCAL], rows[BALANCED])} |")
     return "\n".join(lines) + "\n"
+
+
+def _ratio(objects: float) -> str:
+    return f"{figures.imbalance(objects):,.0f}"
 
 
 def written(text: str, name: str, lines: str) -> str:
@@ -180,9 +188,10 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     """Run what is left to run, then write the tables and the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--imbalance-seeds", type=int, default=5)
+    parser.add_argument("--other-seeds", type=int, default=5, help="of the other settings")
     parser.add_argument("--losses", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--other-objects", nargs="*", type=float, default=list(OBJECTS))
+    parser.add_argument("--other-steps", nargs="*", type=int, default=list(STEPS))
     parser.add_argument("--readme", type=Path, default=README)
     args, budget = parse(parser, argv)
     if missing := set(COMPARED) - set(args.losses):
@@ -190,21 +199,26 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     with bars() as progress:
         tried = trials(args.losses, budget, args.out, progress)
         recipes = chosen(tried)
+        others = [replace(budget, objects=x) for x in args.other_objects]
+        others += [replace(budget, steps=x) for x in args.other_steps]
+        seeds = {budget: range(args.seeds)} | dict.fromkeys(others, range(args.other_seeds))
         jobs = {
-            (name, seed): Run(recipe, budget, seed)
-            for seed in range(args.seeds)
-            for name, recipe in recipes.items()
+            (name, seed, setting): Run(recipes[name], setting, seed)
+            for setting in seeds
+            for seed in seeds[setting]
+            for name in (recipes if setting == budget else COMPARED)
         }
-        settings = {
-            (name, seed, objects): Run(recipes[name], replace(budget, objects=objects), seed)
-            for objects in args.other_objects
-            for seed in range(args.imbalance_seeds)
-            for name in COMPARED
-        }
-        everything = {", ".join(map(str, key)): run for key, run in (jobs | settings).items()}
-        found = dict(zip(jobs | settings, run_all(everything, args.out, progress).values()))
+        names = [
+            f"{name}, seed {seed}, objects {setting.objects:g}, steps {setting.steps}"
+            for name, seed, setting in jobs
+        ]
+        ended = run_all(dict(zip(names, jobs.values())), args.out, progress)
+        found = dict(zip(jobs, ended.values()))
 
-    results = {name: [found[name, seed] for seed in range(args.seeds)] for name in recipes}
+    def rows(losses, setting: Budget) -> dict[str, list[dict]]:
+        return {name: [found[name, seed, setting] for seed in seeds[setting]] for name in losses}
+
+    results = rows(recipes, budget)
     page = written(args.readme.read_text(), "trials", trials_table(tried))
     page = written(page, "table", table(results))
     figures.ablation(
@@ -212,18 +226,19 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
         {name: RECIPES[name][1] for name in results},
         args.readme.with_name("ablation.png"),
     )
-    if settings:
-        by_objects = {
-            objects: {
-                name: [found[name, seed, objects] for seed in range(args.imbalance_seeds)]
-                for name in COMPARED
-            }
-            for objects in args.other_objects
-        }
-        by_objects[budget.objects] = {name: results[name] for name in COMPARED}
-        by_objects = dict(sorted(by_objects.items(), reverse=True))
-        page = written(page, "imbalance", imbalance_table(by_objects))
-        figures.by_imbalance(points(by_objects), args.readme.with_name("imbalance.png"))
+    by_objects = {
+        x: rows(COMPARED, replace(budget, objects=x))
+        for x in sorted({budget.objects, *args.other_objects}, reverse=True)
+    }
+    heads = {"digits a canvas": "{:g}".format, "background to 1": _ratio}
+    page = written(page, "imbalance", settings_table(heads, by_objects))
+    by_ratio = {figures.imbalance(x): runs for x, runs in by_objects.items()}
+    figures.by_imbalance(points(by_ratio), args.readme.with_name("imbalance.png"))
+    by_steps = {
+        x: rows(COMPARED, replace(budget, steps=x))
+        for x in sorted({budget.steps, *args.other_steps})
+    }
+    page = written(page, "steps", settings_table({"steps": "{:,}".format}, by_steps))
     args.readme.write_text(page)
     return results
 
