@@ -10,6 +10,7 @@ Each loss has the same seeds: of the scenes, the weights and the batches.
 
 import argparse
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -24,7 +25,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from examples.retinanet_digits.data import digits, draw, enlarged, find_room
-from examples.retinanet_digits.model import WIDTHS, Pyramid
 from examples.retinanet_digits.pretrain import fast_rngs
 from focal_jax import _style
 from focal_jax.nnx import SoftmaxFocalLoss
@@ -56,17 +56,47 @@ def scenes(part: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), np.stack(classes)
 
 
-class Segmenter(nnx.Module):
-    """A plane of logits for each class."""
+_conv = partial(nnx.Conv, kernel_size=(3, 3), use_bias=False)
 
-    def __init__(self, rngs: nnx.Rngs):
+
+class Stage(nnx.Module):
+    """Halve the resolution."""
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
         """Initialize the layers from `rngs`."""
-        self.pyramid = Pyramid(rngs, patch=2)
-        self.last = nnx.Conv(WIDTHS[0], CLASSES, (3, 3), rngs=rngs)
+        self.down = _conv(inputs, outputs, strides=2, rngs=rngs)
+        self.mix = _conv(outputs, outputs, rngs=rngs)
+        self.norms = nnx.List([nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        """Return features of half the height and width."""
+        for layer, norm in zip((self.down, self.mix), self.norms):
+            x = nnx.relu(norm(layer(x)))
+        return x
+
+
+class Segmenter(nnx.Module):
+    """A plane of logits for each class, from features at three resolutions."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int = 24):
+        """Initialize the layers from `rngs`."""
+        self.stem = nnx.Conv(1, width // 2, (3, 3), rngs=rngs)
+        widths = [width // 2, width, width, width]
+        self.stages = nnx.List([Stage(*pair, rngs) for pair in pairwise(widths)])
+        self.lateral = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in self.stages])
+        self.last = nnx.Conv(width, CLASSES, (3, 3), rngs=rngs)
 
     def __call__(self, images):
-        """Return logits `[B, CLASSES, H, W]` of images `[B, H, W, 1]`."""
-        planes = jnp.moveaxis(self.last(self.pyramid(images)[0]), -1, 1)
+        """Return logits `[B, CLASSES, H, W]` of images `[B, H, W, 1]` in [0, 255]."""
+        x = nnx.relu(self.stem(images / 255))
+        levels = []
+        for stage, lateral in zip(self.stages, self.lateral):
+            x = stage(x)
+            levels.append(lateral(x))
+        mixed = levels[-1]
+        for level in levels[-2::-1]:
+            mixed = level + mixed.repeat(2, 1).repeat(2, 2)
+        planes = jnp.moveaxis(self.last(mixed), -1, 1)
         return jax.image.resize(planes, (*planes.shape[:2], *images.shape[1:3]), "linear")
 
 
@@ -91,6 +121,7 @@ def train(step, data, optimization, seed: int, args: argparse.Namespace, tick):
         batch = random.integers(args.scenes, size=args.batch)
         losses.append(float(step(model, optimizer, *(x[batch] for x in data))))
         tick()
+    model.eval()  # from here on, normalize by the statistics of training
     return model, losses
 
 
@@ -117,7 +148,7 @@ def plot(images, truth, predictions: dict[str, np.ndarray], path: Path, rows: in
     palette[VOID] = 0.5
     columns = {"image": np.repeat(images / 255, 3, -1), "truth": palette[truth]}
     columns |= {name: palette[predicted] for name, predicted in predictions.items()}
-    figure, axes = _style.figure(rows, len(columns), height=1.42 * rows + 0.6)
+    figure, axes = _style.figure(rows, len(columns), height=1.2 * rows + 0.7)
     for panels, (name, pictures) in zip(axes.T, columns.items()):
         panels[0].set_title(name.replace("balanced ", "balanced\n"), fontsize="small")
         for panel, picture in zip(panels, pictures):
@@ -140,9 +171,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--test-scenes", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=0.005)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--gamma", type=float, default=2.0)
     parser.add_argument("--beta", type=float, default=0.99999, help="of class_balanced_alpha")
     parser.add_argument("--out", type=Path, default=Path("out/segmentation"))
@@ -167,12 +198,12 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[np.ndarray, np.ndarra
         "balanced focal loss": SoftmaxFocalLoss(gamma=args.gamma, alpha=alpha, **pixels),
     }
     optimization = optax.adam(optax.cosine_decay_schedule(args.learning_rate, args.steps))
-    console, results, predictions = Console(), {}, {}
+    console, results, predictions, several = Console(), {}, {}, args.seeds > 1
     table = Table(
         "",
         "mean IoU, %",
         title=f"{args.test_scenes} scenes of digits never trained on",
-        caption=f"Mean ± standard deviation of {args.seeds} seeds.",
+        caption=f"Mean ± standard deviation of {args.seeds} seeds." if several else "One seed.",
     )
     with Progress(console=console) as progress:
         for name, function in functions.items():
@@ -186,8 +217,8 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[np.ndarray, np.ndarra
                 curves.append(losses)
                 scores.append(mean_iou(tests[seed][1], predicted))
             results[name] = np.array(curves), np.array(scores)
-            spread = 100 * np.std(scores, ddof=min(1, args.seeds - 1))
-            table.add_row(name, f"{100 * np.mean(scores):.1f} ± {spread:.1f}")
+            spread = f" ± {100 * np.std(scores, ddof=1):.1f}" if several else ""
+            table.add_row(name, f"{100 * np.mean(scores):.1f}{spread}")
     console.print(table)
     plot(*tests[0], predictions, args.out / "segmentation.png")
     console.print(f"Picture: {args.out / 'segmentation.png'}", soft_wrap=True)
