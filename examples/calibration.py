@@ -169,7 +169,7 @@ def show(results: dict[str, dict[str, np.ndarray]], console: Console) -> None:
         "",
         *results,
         title="Networks that know their training digits by heart",
-        caption=f"Mean ± standard deviation of {seeds} seeds. ECE: expected calibration error. "
+        caption=f"Mean ± standard deviation, seeds: {seeds}. ECE: expected calibration error. "
         'NLL: negative log-likelihood. "Scaled": after the temperature that validation '
         "images chose; above 1 the network was too sure, below 1 not sure enough.",
     )

@@ -167,10 +167,11 @@ def show(results: dict, counts: np.ndarray, console: Console) -> None:
     }
     rows["macro F1"] = [r["macro_f1"] for r in results.values()]
     rows["ECE"] = [r["ece"] for r in results.values()]
+    seeds = len(rows["ECE"][0])
     table = Table(
         title="Balanced test set, in percent",
-        caption=f"Mean ± standard deviation of {len(rows['ECE'][0])} seeds; bold is the best "
-        "mean, significant or not. In brackets: the digit's count in training. ECE: expected "
+        caption=f"Mean ± standard deviation, seeds: {seeds}; bold is the best mean, "
+        "significant or not. In brackets: the digit's count in training. ECE: expected "
         "calibration error, lower is better.",
     )
     table.add_column("")
