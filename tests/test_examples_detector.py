@@ -103,7 +103,7 @@ def test_a_seed_is_a_set():
 
 def test_the_demo_learns_and_is_scored(demonstration):
     outcomes, _ = demonstration
-    assert list(outcomes) == ["cross entropy", demo.BALANCED, demo.FITTED, demo.FOCAL]
+    assert list(outcomes) == [demo.PLAIN, demo.BALANCED, demo.FITTED, demo.FOCAL]
     for runs in outcomes.values():
         for outcome in runs:
             assert outcome.losses.shape == (BUDGET.steps, 2)
@@ -296,20 +296,20 @@ def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
         experiments, "experiment", lambda run, *a: ran.append(run) or experiment(run, *a)
     )
     results = ablation.main(options)
-    assert len(ran) == len(set(ran)) == 4 * 2 * 4  # none a second time
+    assert len(ran) == len(set(ran)) == 6 * 2 * 4  # none a second time
     assert before < set(ran)
 
-    assert {run.part for run in ran[:8]} == {"validation"}
-    assert {run.part for run in ran[8:]} == {"test"}
+    assert {run.part for run in ran[:12]} == {"validation"}
+    assert {run.part for run in ran[12:]} == {"test"}
     assert {name: len(runs) for name, runs in results.items()} == dict.fromkeys(losses, 2)
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "stale" not in text
     assert "| CE, alpha .75 | 2 | " in text
-    assert "| 1 | 1,482 | 2 | " in text
-    assert "| 3 | 2 | " in text
-    for name in ("ablation", "imbalance"):
+    assert "|  | 805 to 1 | 1,482 to 1 |" in text
+    assert "|  | 2 steps | 3 steps |" in text
+    for name in ("ablation", "ahead"):
         assert plt.imread(tmp_path / f"{name}.png").shape[1] > 1000
 
 
@@ -347,7 +347,8 @@ def test_the_demo_has_what_the_trials_chose():
     text = ablation.README.read_text()
     rows = text.split("<!-- trials")[1].split("<!-- end")[0].splitlines()
     head = rows[1].strip("| ").split(" | ")[1:]
-    for name, recipe in zip(ablation.COMPARED, demo.RECIPES.values()):
+    compared = ("CE", ablation.TUNED, ablation.FITTED, ablation.FOCAL)
+    for name, recipe in zip(compared, demo.RECIPES.values()):
         (row,) = (row for row in rows if row.startswith(f"| {name} |"))
         (best,) = (i for i, cell in enumerate(row.strip("| ").split(" | ")[1:]) if "**" in cell)
         rate, weight = recipe.learning_rate, recipe.class_weight

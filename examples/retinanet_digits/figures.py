@@ -14,8 +14,12 @@ from examples.retinanet_digits.model import anchors
 from focal_jax import _style, sigmoid_focal_loss
 from focal_jax.detection import BACKGROUND, match_anchors
 
-# Of what the demo compares: cross entropy, balanced, with a prior that fits, focal loss.
-COLORS = (_style.INK, _style.BLUE, _style.GREEN, _style.VERMILION)
+# A colour for each alpha of cross entropy (none, .75, .95), dashes where the prior fits the
+# imbalance; and the focal loss.
+PLAIN, PAPERS, TUNED = ({"color": x} for x in (_style.INK, _style.PURPLE, _style.BLUE))
+FITTED = {"linestyle": "--"}
+COMPARED = (PLAIN, TUNED, PLAIN | FITTED, {"color": _style.VERMILION})  # by the demo, in its order
+RIVALS = (PLAIN, PAPERS, TUNED, PLAIN | FITTED, PAPERS | FITTED)  # of focal loss in the ablation
 # On canvases, which are dark: what was found rightly, what is none, what was missed.
 STYLES = {
     "right": {"color": _style.FOUND},
@@ -119,12 +123,12 @@ def precision_recall(data: Canvases, found: dict[str, Detections], path: Path) -
     """Draw precision against recall at an IoU of 0.5, all classes together."""
     figure, panel = _style.figure(width=5)
     objects = (data.annotations[..., 4] >= 0).sum()
-    for (name, one), color in zip(found.items(), COLORS):
+    for (name, one), style in zip(found.items(), COMPARED):
         right = [correct(*image)[0] for image in zip(data.annotations, *one)]
         scores = one.scores.ravel()
         order = np.argsort(-scores, kind="stable")[: (scores > 0).sum()]
         hits = np.cumsum(np.concatenate(right)[order])
-        panel.plot(hits / objects, hits / np.arange(1, len(hits) + 1), color=color, label=name)
+        panel.plot(hits / objects, hits / np.arange(1, len(hits) + 1), label=name, **style)
     panel.set(xlabel="recall", ylabel="precision, IoU from 0.5", xlim=(0, 1), ylim=(0, 1))
     panel.legend()
     return _save(figure, path)
@@ -141,12 +145,12 @@ def losses(curves: dict[str, np.ndarray], path: Path, window: int = 50) -> Path:
     with itself: it is drawn in units of where it started.
     """
     figure, (boxes, classes) = _style.figure(1, 2, sharex=True)
-    for (name, curve), color in zip(curves.items(), COLORS):
+    for (name, curve), style in zip(curves.items(), COMPARED):
         window = min(window, len(curve))
         mean = np.stack([np.convolve(x, np.full(window, 1 / window), "valid") for x in curve.T])
         steps = np.arange(window, len(curve) + 1)
-        boxes.plot(steps, mean[1], color=color, label=name)
-        classes.plot(steps, mean[0] / mean[0, 0], color=color)
+        boxes.plot(steps, mean[1], label=name, **style)
+        classes.plot(steps, mean[0] / mean[0, 0], **style)
     boxes.set(xlabel="step", ylabel="box loss", yscale="log")
     classes.set(xlabel="step", ylabel="class loss / its start", yscale="log")
     boxes.legend()
@@ -185,7 +189,7 @@ def loss_spread(data: Canvases, logits: np.ndarray, path: Path) -> Path:
 def ablation(ours: dict[str, list[float]], theirs: dict[str, float | None], path: Path) -> Path:
     """Draw the AP of every recipe and seed, and beside it the paper's."""
     figure, (here, paper) = _style.figure(
-        1, 2, sharey=True, width_ratios=(3, 2), height=0.6 + 0.4 * len(ours)
+        1, 2, sharey=True, width_ratios=(3, 2), height=0.6 + 0.32 * len(ours)
     )
     for row, (name, seeds) in enumerate(ours.items()):
         color = _style.INK if name.startswith("CE") else _style.VERMILION
@@ -195,34 +199,32 @@ def ablation(ours: dict[str, list[float]], theirs: dict[str, float | None], path
             paper.plot(theirs[name], row, "|", color=color, markersize=16, markeredgewidth=2.5)
     here.set_yticks(range(len(ours)), ours)
     here.invert_yaxis()
-    here.set_xlabel("AP here (dots: seeds, bar: their mean)")
+    here.set_xlabel("AP here (dot: a seed, bar: mean)")
     paper.set_xlabel("AP in the paper, COCO")
     return _save(figure, path)
 
 
 @_style.applied()
-def by_imbalance(rows: dict[str, list], path: Path) -> Path:
-    """Draw at which imbalance focal loss is how much ahead of each cross entropy.
+def ahead(settings: dict[str, dict[str, list]], path: Path) -> Path:
+    """Draw how much focal loss is ahead of each cross entropy, a panel for each kind of setting.
 
-    `rows` has for each rival the imbalances, the mean paired differences in AP, and the halves of
-    their intervals.
+    `settings` has by the words for a number its values, the mean paired differences in AP, and the
+    halves of their intervals, for each rival.
     """
-    figure, panel = _style.figure(width=6, height=4)
-    for (name, points), color, shift in zip(rows.items(), COLORS, (0.97, 1, 1.03)):
-        ratios, means, halves = (np.array(x) for x in zip(*points))
-        panel.errorbar(
-            ratios * shift, means, np.nan_to_num(halves), color=color, marker="o", capsize=4,
-            label=f"against {name}",
-        )  # fmt: skip
-    panel.axhline(0, color=_style.INK, linewidth=1)
-    panel.set(
-        xscale="log",
-        xlabel="background anchors to each on an object",
-        ylabel="AP of focal loss less the other's",
-    )
-    ticks = [round(ratio) for ratio, *_ in next(iter(rows.values()))]
-    panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
-    panel.set_xticks([], minor=True)
-    panel.set_title("mean of paired seeds, 95 % interval")
-    figure.legend(loc="outside lower center", ncols=2)
+    figure, panels = _style.figure(1, len(settings), sharey=True, height=4)
+    for panel, (label, rows) in zip(panels, settings.items()):
+        for (name, points), style, shift in zip(rows.items(), RIVALS, np.geomspace(0.96, 1.04, 5)):
+            values, means, halves = (np.array(x) for x in zip(*points))
+            panel.errorbar(
+                values * shift, means, np.nan_to_num(halves), marker="o", capsize=4,
+                label=f"against {name}", **style,
+            )  # fmt: skip
+        panel.axhline(0, color=_style.INK, linewidth=1)
+        panel.set(xscale="log", xlabel=label)
+        ticks = [round(value) for value, *_ in next(iter(rows.values()))]
+        panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+        panel.set_xticks([], minor=True)
+    panels[0].set(ylabel="AP of focal loss less the other's")
+    panels[0].set_title("mean of paired seeds, 95 % interval")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return _save(figure, path)
