@@ -13,10 +13,11 @@ import argparse
 
 import numpy as np
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from examples.retinanet_digits import figures
-from examples.retinanet_digits.ablation import interval
+from examples.retinanet_digits.ablation import interval, recorded
 from examples.retinanet_digits.experiment import (
     Outcome,
     Run,
@@ -71,7 +72,7 @@ def summary(outcomes: dict[str, list[Outcome]]) -> str:
     """Return one sentence of what was seen."""
     both = " and ".join(compared(outcomes, rival) for rival in (BALANCED, FITTED))
     return (
-        f"Focal loss has {both}; `make ablation` has more losses and imbalances, and "
+        f"Focal loss has {both}; `make ablation` has more losses, seeds, imbalances and steps, and "
         "examples/retinanet_digits/README.md what came of it."
     )
 
@@ -122,6 +123,10 @@ def main(argv: list[str] | None = None) -> dict[str, list[Outcome]]:
         figures.losses({name: run.losses for name, run in first.items()}, args.out / "losses.png"),
         figures.loss_spread(data, first[FOCAL].logits, args.out / "loss_spread.png"),
     )
+    console.print(
+        "\nWith more seeds and three times the steps, by the last `make ablation`, AP in %:"
+    )
+    console.print(Markdown(recorded("steps")))
     console.print("Pictures:", ", ".join(map(str, pictures)), soft_wrap=True)
     console.print(summary(outcomes), soft_wrap=True)
     return outcomes

@@ -173,11 +173,23 @@ def settings_table(title: str, settings: Mapping[Any, dict]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def written(text: str, name: str, lines: str) -> str:
-    """Return a page with other lines between the two comments of this name."""
+def _split(page: str, name: str) -> tuple[str, str, str]:
+    """Return what stands before, between and after the two comments of this name."""
     begin, end = f"<!-- {name}: written by ablation.py -->\n", f"<!-- end of {name} -->\n"
-    before, rest = text.split(begin)
-    return before + begin + lines + end + rest.split(end)[1]
+    before, rest = page.split(begin)
+    lines, after = rest.split(end)
+    return before + begin, lines, end + after
+
+
+def written(page: str, name: str, lines: str) -> str:
+    """Return a page with another table of this name."""
+    before, _, after = _split(page, name)
+    return before + lines + after
+
+
+def recorded(name: str, readme: Path = README) -> str:
+    """Return a table that the README has from the last ablation."""
+    return _split(readme.read_text(), name)[1]
 
 
 # ------------------------------------------------------------------------------- main

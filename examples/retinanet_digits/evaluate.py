@@ -69,7 +69,7 @@ def correct(
     The surest detection first, each finds at most one object, of its class and with an IoU of
     0.5 or more.
     """
-    overlaps = np.array(box_iou(boxes, rows[:, :4]))
+    overlaps = np.array(jax.jit(box_iou)(boxes, rows[:, :4]))
     overlaps[classes[:, None] != rows[None, :, 4]] = 0
     right, found = np.zeros(len(boxes), bool), np.zeros(len(rows), bool)
     for i in np.argsort(-scores, kind="stable"):

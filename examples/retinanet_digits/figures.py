@@ -59,7 +59,7 @@ def equal_number(data: Canvases, found: Detections) -> float:
     return float(np.sort(found.scores.ravel())[-objects])
 
 
-def _label_places(boxes: list, width: float = 25, height: float = 9) -> list[tuple[float, float]]:
+def _label_places(boxes: list, width: float = 28, height: float = 9) -> list[tuple[float, float]]:
     """Return a corner for the label of each box, where it hides no other as far as possible."""
     taken: list[tuple[float, float]] = []
     for x1, y1, x2, y2 in boxes:
@@ -100,13 +100,14 @@ def _draw(panel, image, rows, boxes, classes, scores, least: float) -> None:
 @_style.applied()
 def detections(data: Canvases, found: dict[str, Detections], path: Path, columns: int = 5) -> Path:
     """Draw the same canvases for each loss: right, false and missed ones are told apart."""
-    figure, axes = _style.figure(len(found), columns, height=1.75 * len(found) + 0.4, squeeze=False)
+    figure, axes = _style.figure(len(found), columns, height=1.45 * len(found) + 0.4, squeeze=False)
     crowded = np.argsort(-(data.annotations[:40, :, 4] >= 0).sum(1), kind="stable")[:columns]
     for panels, (name, one) in zip(axes, found.items()):
         least = equal_number(data, one)
         for panel, i in zip(panels, crowded):
             _draw(panel, data.images[i], data.annotations[i], *(x[i] for x in one), least)
-        panels[0].set_ylabel(f"{name}\nscores from {least:.2f}", fontsize="small")
+        title = name.replace(" cross", "\ncross")
+        panels[0].set_ylabel(f"{title}\nscores from {least:.2f}", fontsize="small")
     handles = [
         Rectangle((0, 0), 1, 1, fill=False, label=name, **style) for name, style in STYLES.items()
     ]
@@ -121,7 +122,7 @@ def detections(data: Canvases, found: dict[str, Detections], path: Path, columns
 @_style.applied()
 def precision_recall(data: Canvases, found: dict[str, Detections], path: Path) -> Path:
     """Draw precision against recall at an IoU of 0.5, all classes together."""
-    figure, panel = _style.figure(width=5)
+    figure, panel = _style.figure(width=5, height=3.5)
     objects = (data.annotations[..., 4] >= 0).sum()
     for (name, one), style in zip(found.items(), COMPARED):
         right = [correct(*image)[0] for image in zip(data.annotations, *one)]
@@ -130,7 +131,7 @@ def precision_recall(data: Canvases, found: dict[str, Detections], path: Path) -
         hits = np.cumsum(np.concatenate(right)[order])
         panel.plot(hits / objects, hits / np.arange(1, len(hits) + 1), label=name, **style)
     panel.set(xlabel="recall", ylabel="precision, IoU from 0.5", xlim=(0, 1), ylim=(0, 1))
-    panel.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return _save(figure, path)
 
 
@@ -144,16 +145,16 @@ def losses(curves: dict[str, np.ndarray], path: Path, window: int = 50) -> Path:
     The box loss is the same function in all runs, so its values compare. A class loss compares only
     with itself: it is drawn in units of where it started.
     """
-    figure, (boxes, classes) = _style.figure(1, 2, sharex=True)
+    figure, (boxes, classes) = _style.figure(1, 2, sharex=True, height=3.5)
     for (name, curve), style in zip(curves.items(), COMPARED):
         window = min(window, len(curve))
         mean = np.stack([np.convolve(x, np.full(window, 1 / window), "valid") for x in curve.T])
         steps = np.arange(window, len(curve) + 1)
         boxes.plot(steps, mean[1], label=name, **style)
         classes.plot(steps, mean[0] / mean[0, 0], **style)
-    boxes.set(xlabel="step", ylabel="box loss", yscale="log")
+    boxes.set(xlabel="step", ylabel="box loss", ylim=(0, None))
     classes.set(xlabel="step", ylabel="class loss / its start", yscale="log")
-    boxes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return _save(figure, path)
 
 
