@@ -27,7 +27,7 @@ from focal_jax.detection import BACKGROUND
 
 pytestmark = pytest.mark.slow
 
-BUDGET = Budget(steps=16, batch=4, canvases=40, test_canvases=10, save_every=5)
+BUDGET = Budget(steps=24, batch=4, canvases=40, test_canvases=10, save_every=5)
 OPTIONS = [
     f"--{name.replace('_', '-')}={value}"
     for name, value in vars(BUDGET).items()
