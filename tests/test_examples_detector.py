@@ -1,5 +1,6 @@
 """The detector and the segmenter learn, resume, and are judged rightly."""
 
+import re
 from dataclasses import replace
 from itertools import combinations
 
@@ -263,21 +264,12 @@ def test_labels_do_not_hide_each_other():
 
 def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "TRIALS", ((0.006, 1.0), (0.015, 1.0)))
-    readme = tmp_path / "README.md"
-    names = ("trials", "table", "imbalance", "steps")
-    readme.write_text(
-        "before\n"
-        + "".join(
-            f"<!-- {name}: written by ablation.py -->\nstale\n<!-- end of {name} -->\n"
-            for name in names
-        )
-        + "after\n"
-    )
+    published, readme = ablation.README.read_text(), tmp_path / "README.md"
     quick = [x for x in OPTIONS if not x.startswith("--steps")]
     losses = list(ablation.COMPARED)
     options = [
         *quick, "--steps=2", f"--out={tmp_path}", "--seeds=2", "--other-seeds=2",
-        "--other-objects", "1.0", "--other-steps", "3", f"--readme={readme}", "--losses", *losses,
+        "--other-objects", "1.0", "--other-steps", "3", "--losses", *losses,
     ]  # fmt: skip
     ran, experiment = [], experiments.experiment
 
@@ -290,7 +282,7 @@ def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "experiment", stopped)
     with pytest.raises(KeyboardInterrupt):
         ablation.main(options)
-    assert "stale" in readme.read_text()
+    assert not readme.exists()
     before = set(ran)
     monkeypatch.setattr(
         experiments, "experiment", lambda run, *a: ran.append(run) or experiment(run, *a)
@@ -303,9 +295,10 @@ def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
     assert {run.part for run in ran[12:]} == {"test"}
     assert {name: len(runs) for name, runs in results.items()} == dict.fromkeys(losses, 2)
     text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "stale" not in text
+    assert ablation.README.read_text() == published  # which toy results do not touch
+    assert text.splitlines()[0] == published.splitlines()[0]
+    assert text.splitlines()[-1] == published.splitlines()[-1]
+    assert "| CE, no prior |" not in text
     assert "| CE, alpha .75 | 2 | " in text
     assert "|  | 805 to 1 | 1,482 to 1 |" in text
     assert "|  | 2 steps | 3 steps |" in text
@@ -329,7 +322,7 @@ def test_the_table_says_mean_spread_and_interval():
     lines = ablation.table(rows).splitlines()
     assert lines[2] == "| CE, alpha .75 | 3 | 30.0 ± 10.0 | 50.0 ± 0.0 | 10.0 ± 0.0 |  | 31.1 |"
     # A mean of 2, a deviation of 1, and t of 4.303 at two degrees of freedom over the root of 3.
-    assert "| +2.0 ± 2.5 | 34.0 |" in lines[3]
+    assert "| +2.0 (-0.5 to 4.5) | 34.0 |" in lines[3]
 
 
 def test_a_run_is_named_by_all_that_it_depends_on(tmp_path):
@@ -351,7 +344,17 @@ def test_the_demo_has_what_the_trials_chose():
         (row,) = (row for row in rows if row.startswith(f"| {name} |"))
         (best,) = (i for i, cell in enumerate(row.strip("| ").split(" | ")[1:]) if "**" in cell)
         rate, weight = recipe.learning_rate, recipe.class_weight
-        assert head[best] == f"rate {rate}, weight {weight:.0f}"
+        assert head[best] == f"rate {rate}, weight {weight:g}"
+
+
+def test_the_alpha_called_tuned_is_the_one_that_the_trials_chose():
+    best = {}
+    for row in ablation.recorded("trials").splitlines()[2:]:
+        name, *cells = row.strip("| ").split(" | ")
+        (best[name],) = (float(cell.strip("*")) for cell in cells if "**" in cell)
+    balanced = [name for name in best if re.fullmatch(r"CE, alpha \.\d+", name)]
+    assert len(balanced) == 4
+    assert max(balanced, key=best.get) == ablation.TUNED
 
 
 # ---------------------------------------------------------------------- segmentation

@@ -35,7 +35,7 @@ FITTED = "cross entropy, prior .0001"
 RECIPES = {
     PLAIN: Recipe(gamma=0, alpha=None, learning_rate=0.006),
     BALANCED: Recipe(gamma=0, alpha=0.95, learning_rate=0.006),
-    FITTED: Recipe(gamma=0, alpha=None, learning_rate=0.006, prior=1e-4),
+    FITTED: Recipe(gamma=0, alpha=None, learning_rate=0.006, class_weight=0.25, prior=1e-4),
     FOCAL: Recipe(gamma=2, alpha=0.25, learning_rate=0.006),
 }
 

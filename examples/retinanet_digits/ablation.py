@@ -4,7 +4,8 @@
 
 follows the protocol of this folder's README.md: it tunes every loss, trains each with every
 seed, does so once more with fewer and with more objects and with more steps, and writes the tables
-and the figures beside the README. It goes on where it was stopped.
+into the README and the figures beside it; with other options than the protocol's, into a copy in
+the folder of the results. It goes on where it was stopped.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from examples.retinanet_digits.experiment import Run, bars, parse, result, two_a
 from examples.retinanet_digits.train import Budget, Recipe, prepare
 
 README = Path(__file__).parent / "README.md"
+TABLES = "trials", "table", "imbalance", "steps"
 # The AP that Lin et al. report for the like (Tables 1a and 1b, ResNet-50, 600 pixels).
 RECIPES = {
     "CE": (Recipe(gamma=0, alpha=None), 30.2),
@@ -44,7 +46,7 @@ TUNED, FITTED = "CE, alpha .95", "CE, prior .0001"
 RIVALS = ("CE", BALANCED, TUNED, FITTED, "CE, alpha .75, prior .0001")
 COMPARED = (*RIVALS, FOCAL)
 # Learning rate, weight of the class loss.
-TRIALS = ((0.0007, 1.0), (0.002, 1.0), (0.006, 1.0), (0.015, 1.0), (0.006, 4.0))
+TRIALS = ((0.0007, 1.0), (0.002, 1.0), (0.006, 1.0), (0.015, 1.0), (0.006, 0.25), (0.006, 4.0))
 TRIAL_SEED = 100
 # Beside the main setting's: objects of the canvases in the mean, steps of training.
 OBJECTS, STEPS = (4.0, 1.0), (3000,)
@@ -77,7 +79,7 @@ def trials(losses: list[str], budget: Budget, out: Path, progress) -> dict[str, 
     """Return the results of the trials of each loss, in the order of `TRIALS`."""
     few = replace(budget, test_canvases=min(budget.test_canvases, 200))
     jobs = {
-        f"{name}, rate {rate}, weight {weight:.0f}": Run(
+        f"{name}, rate {rate}, weight {weight:g}": Run(
             replace(RECIPES[name][0], learning_rate=rate, class_weight=weight),
             few, TRIAL_SEED, "validation",
         )
@@ -119,18 +121,19 @@ def points(settings: Mapping[Any, dict]) -> dict[str, list[tuple]]:
 
 
 def _cell(values: list[float]) -> str:
-    spread = np.std(values, ddof=1) if len(values) > 1 else 0
-    return f"{np.mean(values):.1f} ± {spread:.1f}"
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
 
 
 def _difference(runs: list[dict], others: list[dict]) -> str:
     mean, half = interval(runs, others)
-    return f"{mean:+.1f} ± {half:.1f}" if np.isfinite(half) else f"{mean:+.1f}"
+    between = f" ({mean - half:.1f} to {mean + half:.1f})" if np.isfinite(half) else ""
+    return f"{mean:+.1f}{between}"
 
 
 def trials_table(tried: dict[str, list[dict]]) -> str:
     """Return the validation AP of every trial as Markdown."""
-    head = [f"rate {rate}, weight {weight:.0f}" for rate, weight in TRIALS]
+    head = [f"rate {rate}, weight {weight:g}" for rate, weight in TRIALS]
     lines = [f"| loss | {' | '.join(head)} |", "| --- " * (1 + len(head)) + "|"]
     for name, found in tried.items():
         cells = [f"{100 * x['AP']:.1f}" for x in found]
@@ -157,14 +160,17 @@ def table(rows: dict[str, list[dict]]) -> str:
 
 
 def settings_table(title: str, settings: Mapping[Any, dict]) -> str:
-    """Return the AP of the compared losses in each setting, a column, as Markdown."""
+    """Return the AP of the compared losses in each setting, a column, as Markdown.
+
+    Then focal loss's paired difference from each, with its 95 % interval.
+    """
     runs = settings.values()
     body = {"seeds": [str(len(rows[FOCAL])) for rows in runs]}
     for name in COMPARED:
         body[name] = [_cell([100 * run["AP"] for run in rows[name]]) for rows in runs]
     for rival in RIVALS:
         cells = [_difference(rows[FOCAL], rows[rival]) for rows in runs]
-        body[f"FL less {rival} (95 %)"] = cells
+        body[f"FL less {rival}"] = cells
     lines = (
         ["", *map(title.format, settings)],
         ["---"] * (1 + len(settings)),
@@ -176,6 +182,8 @@ def settings_table(title: str, settings: Mapping[Any, dict]) -> str:
 def _split(page: str, name: str) -> tuple[str, str, str]:
     """Return what stands before, between and after the two comments of this name."""
     begin, end = f"<!-- {name}: written by ablation.py -->\n", f"<!-- end of {name} -->\n"
+    if not page.count(begin) == page.count(end) == 1:
+        raise ValueError(f"{README}: {begin.strip()} and {end.strip()} must stand there once each")
     before, rest = page.split(begin)
     lines, after = rest.split(end)
     return before + begin, lines, end + after
@@ -187,9 +195,9 @@ def written(page: str, name: str, lines: str) -> str:
     return before + lines + after
 
 
-def recorded(name: str, readme: Path = README) -> str:
+def recorded(name: str) -> str:
     """Return a table that the README has from the last ablation."""
-    return _split(readme.read_text(), name)[1]
+    return _split(README.read_text(), name)[1]
 
 
 # ------------------------------------------------------------------------------- main
@@ -203,8 +211,10 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     parser.add_argument("--losses", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--other-objects", nargs="*", type=float, default=list(OBJECTS))
     parser.add_argument("--other-steps", nargs="*", type=int, default=list(STEPS))
-    parser.add_argument("--readme", type=Path, default=README)
     args, budget = parse(parser, argv)
+    page = README.read_text()
+    for name in TABLES:  # a missing mark is better found now than after an hour
+        page = written(page, name, "")
     if missing := set(COMPARED) - set(args.losses):
         parser.error(f"--losses: {sorted(missing)} missing, which all others are compared with")
     with bars() as progress:
@@ -230,12 +240,14 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
         return {name: [found[name, seed, setting] for seed in seeds[setting]] for name in losses}
 
     results = rows(recipes, budget)
-    page = written(args.readme.read_text(), "trials", trials_table(tried))
+    protocol = vars(parser.parse_args([f"--out={args.out}"]))
+    folder = README.parent if vars(args) == protocol else args.out
+    page = written(page, "trials", trials_table(tried))
     page = written(page, "table", table(results))
     figures.ablation(
         {name: [100 * run["AP"] for run in runs] for name, runs in results.items()},
         {name: RECIPES[name][1] for name in results},
-        args.readme.with_name("ablation.png"),
+        folder / "ablation.png",
     )
     by_ratio = {
         figures.imbalance(x): rows(COMPARED, replace(budget, objects=x))
@@ -249,9 +261,10 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     page = written(page, "steps", settings_table("{:,} steps", by_steps))
     figures.ahead(
         {"background anchors to each on an object": points(by_ratio), "steps": points(by_steps)},
-        args.readme.with_name("ahead.png"),
+        folder / "ahead.png",
     )
-    args.readme.write_text(page)
+    (folder / README.name).write_text(page)
+    print(f"Tables and figures: {folder / README.name}")
     return results
 
 

@@ -16,10 +16,11 @@ from focal_jax.detection import BACKGROUND, match_anchors
 
 # A colour for each alpha of cross entropy (none, .75, .95), dashes where the prior fits the
 # imbalance; and the focal loss.
-PLAIN, PAPERS, TUNED = ({"color": x} for x in (_style.INK, _style.PURPLE, _style.BLUE))
-FITTED = {"linestyle": "--"}
-COMPARED = (PLAIN, TUNED, PLAIN | FITTED, {"color": _style.VERMILION})  # by the demo, in its order
-RIVALS = (PLAIN, PAPERS, TUNED, PLAIN | FITTED, PAPERS | FITTED)  # of focal loss in the ablation
+_PLAIN, _PAPERS, _TUNED = ({"color": x} for x in (_style.INK, _style.PURPLE, _style.BLUE))
+_FITTED = {"linestyle": "--"}
+# In the orders of the demo's losses, and of the ablation's rivals of focal loss.
+DEMO_STYLES = (_PLAIN, _TUNED, _PLAIN | _FITTED, {"color": _style.VERMILION})
+RIVAL_STYLES = (_PLAIN, _PAPERS, _TUNED, _PLAIN | _FITTED, _PAPERS | _FITTED)
 # On canvases, which are dark: what was found rightly, what is none, what was missed.
 STYLES = {
     "right": {"color": _style.FOUND},
@@ -124,7 +125,7 @@ def precision_recall(data: Canvases, found: dict[str, Detections], path: Path) -
     """Draw precision against recall at an IoU of 0.5, all classes together."""
     figure, panel = _style.figure(width=5, height=3.5)
     objects = (data.annotations[..., 4] >= 0).sum()
-    for (name, one), style in zip(found.items(), COMPARED):
+    for (name, one), style in zip(found.items(), DEMO_STYLES, strict=True):
         right = [correct(*image)[0] for image in zip(data.annotations, *one)]
         scores = one.scores.ravel()
         order = np.argsort(-scores, kind="stable")[: (scores > 0).sum()]
@@ -146,7 +147,7 @@ def losses(curves: dict[str, np.ndarray], path: Path, window: int = 50) -> Path:
     with itself: it is drawn in units of where it started.
     """
     figure, (boxes, classes) = _style.figure(1, 2, sharex=True, height=3.5)
-    for (name, curve), style in zip(curves.items(), COMPARED):
+    for (name, curve), style in zip(curves.items(), DEMO_STYLES, strict=True):
         window = min(window, len(curve))
         mean = np.stack([np.convolve(x, np.full(window, 1 / window), "valid") for x in curve.T])
         steps = np.arange(window, len(curve) + 1)
@@ -214,7 +215,8 @@ def ahead(settings: dict[str, dict[str, list]], path: Path) -> Path:
     """
     figure, panels = _style.figure(1, len(settings), sharey=True, height=4)
     for panel, (label, rows) in zip(panels, settings.items()):
-        for (name, points), style, shift in zip(rows.items(), RIVALS, np.geomspace(0.96, 1.04, 5)):
+        shifts = np.geomspace(0.96, 1.04, len(rows))  # so that no bar hides another
+        for (name, points), style, shift in zip(rows.items(), RIVAL_STYLES, shifts, strict=True):
             values, means, halves = (np.array(x) for x in zip(*points))
             panel.errorbar(
                 values * shift, means, np.nan_to_num(halves), marker="o", capsize=4,
