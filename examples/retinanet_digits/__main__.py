@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from examples.retinanet_digits import figures
-from examples.retinanet_digits.ablation import interval, recorded
+from examples.retinanet_digits.ablation import interval, mean_and_spread, recorded
 from examples.retinanet_digits.experiment import (
     Outcome,
     Run,
@@ -49,12 +49,8 @@ def show(outcomes: dict[str, list[Outcome]], title: str, console: Console) -> No
     )
     table = Table("", "AP", "AP50", "AP75", title=title, caption=caption)
     for name, runs in outcomes.items():
-        cells = []
-        for score in runs[0].scores:
-            values = [100 * run.scores[score] for run in runs]
-            spread = f" ± {np.std(values, ddof=1):.1f}" if seeds > 1 else ""
-            cells.append(f"{np.mean(values):.1f}{spread}")
-        table.add_row(name, *cells)
+        scores = [run.scores for run in runs]
+        table.add_row(name, *(mean_and_spread(scores, score) for score in scores[0]))
     console.print(table)
 
 

@@ -120,7 +120,9 @@ def points(settings: Mapping[Any, dict]) -> dict[str, list[tuple]]:
     }
 
 
-def _cell(values: list[float]) -> str:
+def mean_and_spread(runs: list[dict], score: str) -> str:
+    """Return a score's mean in per cent, and of several runs its standard deviation."""
+    values = [100 * run[score] for run in runs]
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread}"
 
@@ -131,32 +133,35 @@ def _difference(runs: list[dict], others: list[dict]) -> str:
     return f"{mean:+.1f}{between}"
 
 
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = head, ["---"] * len(head), *rows
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def trials_table(tried: dict[str, list[dict]]) -> str:
     """Return the validation AP of every trial as Markdown."""
-    head = [f"rate {rate}, weight {weight:g}" for rate, weight in TRIALS]
-    lines = [f"| loss | {' | '.join(head)} |", "| --- " * (1 + len(head)) + "|"]
+    rows = []
     for name, found in tried.items():
         cells = [f"{100 * x['AP']:.1f}" for x in found]
         best = int(np.argmax([x["AP"] for x in found]))
         cells[best] = f"**{cells[best]}**"
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *cells])
+    head = [f"rate {rate}, weight {weight:g}" for rate, weight in TRIALS]
+    return _markdown(["loss", *head], rows)
 
 
 def table(rows: dict[str, list[dict]]) -> str:
     """Return the results as Markdown."""
-    lines = [
-        "| loss | seeds | AP | AP50 | AP75 | AP less balanced CE's, 95 % | AP in the paper |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for name, runs in rows.items():
-        cells = [_cell([100 * run[score] for run in runs]) for score in ("AP", "AP50", "AP75")]
+        cells = [mean_and_spread(runs, score) for score in ("AP", "AP50", "AP75")]
         same = name == BALANCED or BALANCED not in rows
         cells.append("" if same else _difference(runs, rows[BALANCED]))
         paper = RECIPES[name][1]
         cells.append("not given" if paper is None else f"{paper}")
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, str(len(runs)), *cells])
+    head = "loss", "seeds", "AP", "AP50", "AP75", "AP less balanced CE's, 95 %", "AP in the paper"
+    return _markdown([*head], lines)
 
 
 def settings_table(title: str, settings: Mapping[Any, dict]) -> str:
@@ -165,18 +170,13 @@ def settings_table(title: str, settings: Mapping[Any, dict]) -> str:
     Then focal loss's paired difference from each, with its 95 % interval.
     """
     runs = settings.values()
-    body = {"seeds": [str(len(rows[FOCAL])) for rows in runs]}
+    lines = [["seeds", *(str(len(rows[FOCAL])) for rows in runs)]]
     for name in COMPARED:
-        body[name] = [_cell([100 * run["AP"] for run in rows[name]]) for rows in runs]
+        lines.append([name, *(mean_and_spread(rows[name], "AP") for rows in runs)])
     for rival in RIVALS:
-        cells = [_difference(rows[FOCAL], rows[rival]) for rows in runs]
-        body[f"FL less {rival}"] = cells
-    lines = (
-        ["", *map(title.format, settings)],
-        ["---"] * (1 + len(settings)),
-        *([x, *y] for x, y in body.items()),
-    )
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        differences = (_difference(rows[FOCAL], rows[rival]) for rows in runs)
+        lines.append([f"FL less {rival}", *differences])
+    return _markdown(["", *map(title.format, settings)], lines)
 
 
 def _split(page: str, name: str) -> tuple[str, str, str]:
@@ -212,9 +212,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     parser.add_argument("--other-objects", nargs="*", type=float, default=list(OBJECTS))
     parser.add_argument("--other-steps", nargs="*", type=int, default=list(STEPS))
     args, budget = parse(parser, argv)
-    page = README.read_text()
-    for name in TABLES:  # a missing mark is better found now than after an hour
-        page = written(page, name, "")
+    for name in TABLES:
+        recorded(name)  # a missing mark is better found now than after an hour
     if missing := set(COMPARED) - set(args.losses):
         parser.error(f"--losses: {sorted(missing)} missing, which all others are compared with")
     with bars() as progress:
@@ -242,7 +241,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     results = rows(recipes, budget)
     protocol = vars(parser.parse_args([f"--out={args.out}"]))
     folder = README.parent if vars(args) == protocol else args.out
-    page = written(page, "trials", trials_table(tried))
+    page = written(README.read_text(), "trials", trials_table(tried))
     page = written(page, "table", table(results))
     figures.ablation(
         {name: [100 * run["AP"] for run in runs] for name, runs in results.items()},

@@ -61,6 +61,9 @@ def predict(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, Detection
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
+_overlaps = jax.jit(box_iou)  # once: many images are judged one by one
+
+
 def correct(
     rows: np.ndarray, boxes: np.ndarray, classes: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +72,7 @@ def correct(
     The surest detection first, each finds at most one object, of its class and with an IoU of
     0.5 or more.
     """
-    overlaps = np.array(jax.jit(box_iou)(boxes, rows[:, :4]))
+    overlaps = np.array(_overlaps(boxes, rows[:, :4]))
     overlaps[classes[:, None] != rows[None, :, 4]] = 0
     right, found = np.zeros(len(boxes), bool), np.zeros(len(rows), bool)
     for i in np.argsort(-scores, kind="stable"):
