@@ -1,66 +1,88 @@
-"""Focal losses for JAX: hand-derived gradients, right to the last digits."""
+"""Focal losses for JAX with hand-derived gradients, accurate to the precision of the dtype.
+
+Conventions of every loss:
+
+* Losses return one value per position and do not reduce; `reduce_loss` does. Options are keywords.
+* Logits are floating. 16-bit logits are computed in float32 and give float32 losses; gradients have
+  the dtype of their argument. float64 stays float64.
+* `axis` is the class axis; all other axes are positions. Options broadcast to the losses; class
+  weights are a scalar or `[C]`. A Python exponent is static and compiles to products; an array is
+  traced and differentiable.
+* `where` (bool, broadcasts to the losses) and `ignore_label` mask positions: their loss and gradient
+  are 0, whatever the logits hold, NaN included.
+* An invalid label (a class index outside `[0, C)`, a real label outside its range) makes the loss
+  and the gradient of its position NaN.
+* A logit of -inf switches a class off: probability 0 and gradient 0. If it is the label's class, the
+  loss is inf and the gradient finite.
+* An invalid argument raises `InputError`, which is a ValueError, a TypeError and an AssertionError.
+  The values of traced arguments are not checked.
+* Differentiation: reverse mode any number of times, and forward over reverse. Forward mode alone
+  raises; the plain formulas in `focal_jax.reference` have it.
+* The losses work under `jit`, `vmap`, `pmap`, `shard_map` and on meshes. `class_axis_name` shards
+  the classes.
+
+`focal_jax.engine` makes losses with these conventions from a formula.
+"""
 
 import importlib
 from typing import TYPE_CHECKING
 
-from focal_jax import reference
-from focal_jax._asymmetric import asymmetric_loss
-from focal_jax._compare import compare_gradients
-from focal_jax._distribution import distribution_focal_loss
-from focal_jax._dual import dual_focal_loss_with_integer_labels
-from focal_jax._gaussian import gaussian_focal_loss
-from focal_jax._linear import linear_softmax_focal_loss_with_integer_labels
-from focal_jax._matchability import matchability_aware_loss
-from focal_jax._poly import (
-    sigmoid_poly_focal_loss,
-    softmax_poly_focal_loss_with_integer_labels,
-)
-from focal_jax._probability_weighted import softmax_probability_weighted_loss_with_integer_labels
-from focal_jax._quality import quality_focal_loss
-from focal_jax._reduction import reduce_loss
-from focal_jax._sigmoid import sigmoid_focal_loss
-from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
-from focal_jax._softmax_soft import softmax_focal_loss
-from focal_jax._star import sigmoid_focal_loss_star
-from focal_jax._tversky import focal_tversky_loss
-from focal_jax._varifocal import varifocal_loss
+from focal_jax import catalogue as catalogue, engine as engine
 from focal_jax._version import __version__ as __version__
+from focal_jax.engine import InputError as InputError
+from focal_jax.losses.asymmetric import asymmetric_loss as asymmetric_loss
+from focal_jax.losses.distribution import distribution_focal_loss as distribution_focal_loss
+from focal_jax.losses.dual import (
+    dual_focal_loss_with_integer_labels as dual_focal_loss_with_integer_labels,
+)
+from focal_jax.losses.gaussian import gaussian_focal_loss as gaussian_focal_loss
+from focal_jax.losses.matchability import matchability_aware_loss as matchability_aware_loss
+from focal_jax.losses.poly import (
+    sigmoid_poly_focal_loss as sigmoid_poly_focal_loss,
+    softmax_poly_focal_loss_with_integer_labels as softmax_poly_focal_loss_with_integer_labels,
+)
+from focal_jax.losses.probability_weighted import (
+    softmax_probability_weighted_loss_with_integer_labels as softmax_probability_weighted_loss_with_integer_labels,  # noqa: E501
+)
+from focal_jax.losses.quality import quality_focal_loss as quality_focal_loss
+from focal_jax.losses.sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
+from focal_jax.losses.softmax import (
+    linear_softmax_focal_loss_with_integer_labels as linear_softmax_focal_loss_with_integer_labels,
+    softmax_focal_loss as softmax_focal_loss,
+    softmax_focal_loss_with_integer_labels as softmax_focal_loss_with_integer_labels,
+)
+from focal_jax.losses.star import sigmoid_focal_loss_star as sigmoid_focal_loss_star
+from focal_jax.losses.tversky import focal_tversky_loss as focal_tversky_loss
+from focal_jax.losses.varifocal import varifocal_loss as varifocal_loss
+from focal_jax.reduction import reduce_loss as reduce_loss
 
-__all__ = [
-    "asymmetric_loss",
-    "compare_gradients",
-    "compat",
-    "detection",
-    "distribution_focal_loss",
-    "dual_focal_loss_with_integer_labels",
-    "focal_tversky_loss",
-    "gaussian_focal_loss",
-    "linear_softmax_focal_loss_with_integer_labels",
-    "linen",
-    "matchability_aware_loss",
-    "nnx",
-    "quality_focal_loss",
-    "reduce_loss",
-    "reference",
-    "sigmoid_focal_loss",
-    "sigmoid_focal_loss_star",
-    "sigmoid_poly_focal_loss",
-    "softmax_focal_loss",
-    "softmax_focal_loss_with_integer_labels",
-    "softmax_poly_focal_loss_with_integer_labels",
-    "softmax_probability_weighted_loss_with_integer_labels",
-    "training",
-    "varifocal_loss",
+# Modules that load on first use, because they import Flax, optax, protobuf or measuring code.
+_MODULES = ("compat", "detection", "linen", "measure", "nnx", "reference", "training")
+
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    *catalogue.LOSSES,
+    *("InputError", "catalogue", "compare_gradients", "engine", "reduce_loss"),
+    *_MODULES,
 ]
 
-# Loaded when first used: they import Flax, optax or protobuf, which the losses do without.
 if TYPE_CHECKING:
-    from focal_jax import compat, detection, linen, nnx, training
+    from focal_jax import (
+        compat as compat,
+        detection as detection,
+        linen as linen,
+        measure as measure,
+        nnx as nnx,
+        reference as reference,
+        training as training,
+    )
+    from focal_jax.measure import compare_gradients as compare_gradients
 else:
 
     def __getattr__(name):
-        if name in __all__:
+        if name in _MODULES:
             return importlib.import_module(f"focal_jax.{name}")
+        if name == "compare_gradients":
+            return importlib.import_module("focal_jax.measure").compare_gradients
         raise AttributeError(f"module 'focal_jax' has no attribute {name!r}")
 
 

@@ -1,4 +1,9 @@
-"""Focal losses as Flax linen modules: the options are fields, the result is reduced."""
+"""Losses followed by `focal_jax.reduce_loss`, as Flax linen modules without parameters.
+
+`normalization` and `axis_name` are arguments of `reduce_loss`; `loss_weight` multiplies the result.
+The other arguments are options of the loss. They are static fields, unless they are traced.
+A constructor raises `InputError` if an argument is invalid for every input.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,30 +12,22 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _modules
+from focal_jax import catalogue, reduced
 
 __all__ = ["Reduced", "SigmoidFocalLoss", "SoftmaxFocalLoss"]
 
 
-class _Reduced(_modules.Reduced, nn.Module):
-    # linen makes the constructor of a class that has none, which is the one to call below.
-    pass
+class _Fields(reduced.Reduced, nn.Module):
+    # linen generates the constructor that `Reduced` calls.
+    loss: Callable[..., Array]
+    normalization: str | ArrayLike = "valid"
+    loss_weight: ArrayLike = 1.0
+    axis_name: str | tuple[str, ...] | None = None
+    options: Any = ()  # pairs, which hash and compare
 
 
-class Reduced(_Reduced):
-    """Any loss of this package, reduced, a linen module without parameters.
-
-    `loss` is the name of the loss or the function; what else is given are options of that
-    loss, but for `normalization` and `axis_name`, which are those of
-    `focal_jax.reduce_loss`, and `loss_weight`, by which the result is multiplied. A mask or
-    an `ignore_label` counts for the loss and for its divisor. The options are constants,
-    never parameters: an array is held as a tuple, so that the module hashes and compares;
-    one that is traced is used as it is. A loss that takes an `axis_name` of its own is
-    given that of the module.
-
-    Raises:
-      ValueError: for an unknown loss, an option that it does not have, and one that no
-        input could make good.
+class Reduced(_Fields):
+    """Reduce any loss, given by its name or as a function.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,53 +45,43 @@ class Reduced(_Reduced):
         normalization: str | ArrayLike = "valid",
         loss_weight: ArrayLike = 1.0,
         axis_name: str | tuple[str, ...] | None = None,
-        options: tuple[tuple[str, Any], ...] = (),
-        **more: Any,
+        **options: Any,
     ):
-        """Hold the options; a clone, which linen makes, gets them as one field."""
-        # `parent` and `name` are linen's fields of every module.
-        own = {name: more.pop(name) for name in ("parent", "name") if name in more}
+        """Check and store the options."""
+        # Every linen module has the fields `parent` and `name`. `clone` passes all fields.
+        fields = {name: options.pop(name) for name in ("parent", "name") if name in options}
+        options = {**dict(options.pop("options", ())), **options}
+        loss = catalogue.function_of(loss)
+        reduced.check_option_names(loss, options)
         super().__init__(
-            loss=loss,  # pyright: ignore[reportArgumentType]
+            loss=loss,
             normalization=normalization,
             loss_weight=loss_weight,
             axis_name=axis_name,
-            options=(*options, *more.items()),
-            **own,
+            options=tuple(
+                (x, reduced.checked_option(loss, x, options[x])) for x in sorted(options)
+            ),
+            **fields,
         )
 
-    # linen wraps the methods that a class itself defines, not the ones it inherits.
-    __call__ = _modules.Reduced.__call__
 
-
-class SigmoidFocalLoss(_modules.SigmoidFocalLoss, nn.Module):
-    """Reduced sigmoid focal loss, a linen module without parameters.
-
-    The fields `alpha` and `gamma` are options of `focal_jax.sigmoid_focal_loss`,
-    `normalization` and `axis_name` of `focal_jax.reduce_loss`; the result is multiplied
-    by `loss_weight`. They are constants, never parameters: an array is held as a tuple, so
-    that the module hashes and compares; one that is traced is used as it is.
+class SigmoidFocalLoss(reduced.SigmoidFocalLoss, nn.Module, kw_only=True):
+    """Reduce `focal_jax.sigmoid_focal_loss`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from focal_jax.linen import SigmoidFocalLoss
-      >>> loss = SigmoidFocalLoss(alpha=0.25, normalization="full")
+      >>> loss = SigmoidFocalLoss(alpha=0.25, normalization="mean")
       >>> f"{loss(jnp.array([0.0, 20.0]), jnp.array([1, 1])):.4f}"
       '0.0217'
     """
 
-    __call__ = _modules.SigmoidFocalLoss.__call__
 
+class SoftmaxFocalLoss(reduced.SoftmaxFocalLoss, nn.Module, kw_only=True):
+    """Reduce a softmax focal loss.
 
-class SoftmaxFocalLoss(_modules.SoftmaxFocalLoss, nn.Module):
-    """Reduced softmax focal loss, a linen module without parameters.
-
-    The fields `alpha`, `gamma`, `axis` and `ignore_label` are options of
-    `focal_jax.softmax_focal_loss_with_integer_labels`, for integer labels, and but for
-    `ignore_label` of `focal_jax.softmax_focal_loss`, for a distribution over the classes;
-    `normalization` and `axis_name` are those of `focal_jax.reduce_loss`; the result is
-    multiplied by `loss_weight`. They are constants, never parameters: an array is held as a
-    tuple, so that the module hashes and compares; one that is traced is used as it is.
+    Integer labels are class indices, for `focal_jax.softmax_focal_loss_with_integer_labels`.
+    Floating labels are distributions, for `focal_jax.softmax_focal_loss`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -104,5 +91,3 @@ class SoftmaxFocalLoss(_modules.SoftmaxFocalLoss, nn.Module):
       >>> f"{loss(logits, jnp.array([0, 1, -1])):.4f}"
       '0.2496'
     """
-
-    __call__ = _modules.SoftmaxFocalLoss.__call__

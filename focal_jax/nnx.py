@@ -1,4 +1,9 @@
-"""Focal losses as Flax NNX modules: the options are attributes, the result is reduced."""
+"""Losses followed by `focal_jax.reduce_loss`, as Flax NNX modules without state.
+
+`normalization` and `axis_name` are arguments of `reduce_loss`; `loss_weight` multiplies the result.
+The other arguments are options of the loss. They are static attributes, unless they are traced.
+A constructor raises `InputError` if an argument is invalid for every input.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,24 +12,13 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _modules
+from focal_jax import reduced
 
 __all__ = ["Reduced", "SigmoidFocalLoss", "SoftmaxFocalLoss"]
 
 
-class Reduced(_modules.Reduced, nnx.Module):
-    """Any loss of this package, reduced, an nnx module without state.
-
-    `loss` is the name of the loss or the function; what else is given are options of that
-    loss, but for `normalization` and `axis_name`, which are those of
-    `focal_jax.reduce_loss`, and `loss_weight`, by which the result is multiplied. A mask or
-    an `ignore_label` counts for the loss and for its divisor. The options are static, never
-    parameters: an array is held as a tuple; one that is traced is used as it is. A loss
-    that takes an `axis_name` of its own is given that of the module.
-
-    Raises:
-      ValueError: for an unknown loss, an option that it does not have, and one that no
-        input could make good.
+class Reduced(reduced.Reduced, nnx.Module):
+    """Reduce any loss, given by its name or as a function.
 
     Example:
       >>> import jax.numpy as jnp
@@ -44,42 +38,33 @@ class Reduced(_modules.Reduced, nnx.Module):
         axis_name: str | tuple[str, ...] | None = None,
         **options: Any,
     ):
-        """Hold the options."""
-        super().__init__(
-            loss=loss,  # pyright: ignore[reportArgumentType]
-            normalization=normalization,
-            loss_weight=loss_weight,
-            axis_name=axis_name,
-            options=tuple(options.items()),
-        )
+        """Check and store the options."""
+        self.loss = loss  # pyright: ignore[reportAttributeAccessIssue]
+        self.normalization, self.loss_weight = normalization, loss_weight
+        self.axis_name = axis_name
+        reduced.check_option_names(self.loss, options)
+        self.option_names = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
 
 
-class SigmoidFocalLoss(_modules.SigmoidFocalLoss, nnx.Module):
-    """Reduced sigmoid focal loss, an nnx module without state.
-
-    The attributes `alpha` and `gamma` are options of `focal_jax.sigmoid_focal_loss`,
-    `normalization` and `axis_name` of `focal_jax.reduce_loss`; the result is multiplied
-    by `loss_weight`. They are static, never parameters: an array is held as a tuple; one
-    that is traced is used as it is.
+class SigmoidFocalLoss(reduced.SigmoidFocalLoss, nnx.Module):
+    """Reduce `focal_jax.sigmoid_focal_loss`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from focal_jax.nnx import SigmoidFocalLoss
-      >>> loss = SigmoidFocalLoss(alpha=0.25, normalization="full")
+      >>> loss = SigmoidFocalLoss(alpha=0.25, normalization="mean")
       >>> f"{loss(jnp.array([0.0, 20.0]), jnp.array([1, 1])):.4f}"
       '0.0217'
     """
 
 
-class SoftmaxFocalLoss(_modules.SoftmaxFocalLoss, nnx.Module):
-    """Reduced softmax focal loss, an nnx module without state.
+class SoftmaxFocalLoss(reduced.SoftmaxFocalLoss, nnx.Module):
+    """Reduce a softmax focal loss.
 
-    The attributes `alpha`, `gamma`, `axis` and `ignore_label` are options of
-    `focal_jax.softmax_focal_loss_with_integer_labels`, for integer labels, and but for
-    `ignore_label` of `focal_jax.softmax_focal_loss`, for a distribution over the classes;
-    `normalization` and `axis_name` are those of `focal_jax.reduce_loss`; the result is
-    multiplied by `loss_weight`. They are static, never parameters: an array is held as a
-    tuple; one that is traced is used as it is.
+    Integer labels are class indices, for `focal_jax.softmax_focal_loss_with_integer_labels`.
+    Floating labels are distributions, for `focal_jax.softmax_focal_loss`.
 
     Example:
       >>> import jax.numpy as jnp

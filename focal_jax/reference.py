@@ -1,16 +1,16 @@
 """The same losses as plain textbook formulas, differentiated by JAX.
 
-For reading, for forward mode, and for comparison: what autodiff makes of these formulas
-is what `focal_jax.compare_gradients` measures the hand-derived gradients against. They
-share nothing with the other implementation but the checks, so that a bug cannot hide in
-both; and they have the textbook's weaknesses, which are the reason for the rest of the
-package: `1 - p` cancels for a confident prediction, `(1 - p)**gamma` has a pole in its
-derivative for gamma < 1, intermediates are kept for the backward pass.
+For reading, for forward mode, and for comparison: `focal_jax.compare_gradients` measures the
+hand-derived gradients against autodiff of these formulas. They share nothing with the other
+implementation but the declared options and the checks of arguments, so that a bug cannot hide in
+both. They have the weaknesses of the textbook: `1 - p` cancels for a confident prediction,
+`(1 - p)**gamma` has a derivative with a pole for gamma < 1, and intermediates are stored for the
+backward pass.
 
-Each formula takes the functions that it needs from a namespace, so that the tests evaluate
-the very same lines to 60 digits.
+Each formula takes its functions from `ops`, so that tests evaluate the same lines to 60 digits.
 """
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping
@@ -21,665 +21,434 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _checks
-
-__all__ = [
-    "asymmetric_loss",
-    "distribution_focal_loss",
-    "dual_focal_loss_with_integer_labels",
-    "focal_tversky_loss",
-    "gaussian_focal_loss",
-    "linear_softmax_focal_loss_with_integer_labels",
-    "matchability_aware_loss",
-    "quality_focal_loss",
-    "reduce_loss",
-    "sigmoid_focal_loss",
-    "sigmoid_focal_loss_star",
-    "sigmoid_poly_focal_loss",
-    "softmax_focal_loss",
-    "softmax_focal_loss_with_integer_labels",
-    "softmax_poly_focal_loss_with_integer_labels",
-    "softmax_probability_weighted_loss_with_integer_labels",
-    "varifocal_loss",
-]
+from focal_jax import catalogue
+from focal_jax.engine import arguments
+from focal_jax.engine.arguments import InputError
+from focal_jax.engine.declaration import Loss
+from focal_jax.engine.options import CLASS_WEIGHTS, Option
+from focal_jax.reduction import check_normalization
 
 # ---------------------------------------------------------------- the formulas
 
 
 class Operations(NamedTuple):
-    """What a formula needs beyond arithmetic and powers."""
+    """The functions that a formula needs beyond arithmetic and powers."""
 
     exp: Callable[[Any], Any]
     log: Callable[[Any], Any]
     sigmoid: Callable[[Any], Any]
     log_sigmoid: Callable[[Any], Any]
     where: Callable[[Any, Any, Any], Any]
-    held: Callable[[Any], Any]  # the value, as a constant: without derivatives
+    stop_gradient: Callable[[Any], Any]
 
 
 _JAX = Operations(
     jnp.exp, jnp.log, jax.nn.sigmoid, jax.nn.log_sigmoid, jnp.where, lax.stop_gradient
 )
 
+FORMULAS: dict[str, Callable[..., Any]] = {}
 
-def _cross_entropy(ops: Operations, z, y):
+
+def plain(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a public function of a formula that has the name of a loss (decorator).
+
+    The formula of a loss of one logit is `formula(ops, logit, label, **options)`. The formula of a
+    softmax loss is `formula(ops, log_p, **options)` of a class with the log-probability `log_p`,
+    before it is multiplied by alpha.
+    """
+    FORMULAS[formula.__name__] = formula
+    return from_formula(catalogue.LOSSES[formula.__name__], formula)
+
+
+def from_formula(declaration: Loss, formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a plain JAX loss with the signature of the declared loss."""
+    signature = inspect.signature(declaration.function)
+
+    def loss(*args, **keywords):
+        bound = signature.bind(*args, **keywords)
+        bound.apply_defaults()
+        by_kind = _BY_KIND[declaration.kind]
+        return by_kind(formula, declaration.options, **bound.arguments)
+
+    loss.__name__ = loss.__qualname__ = declaration.name
+    loss.__doc__ = (
+        f"Compute `focal_jax.{declaration.name}` from its formula.\n\n"
+        "Arguments, results and errors are the same. Every mode of differentiation works.\n"
+    )
+    loss.__signature__ = signature  # type: ignore[attr-defined]
+    loss.__module__ = formula.__module__
+    return loss
+
+
+def _cross_entropy(ops, z, y):
     return -(y * ops.log_sigmoid(z) + (1 - y) * ops.log_sigmoid(-z))
 
 
-def _sigmoid_focal(ops: Operations, z, y, alpha, gamma):
-    """Return the loss of the logit `z` and the label `y`."""
+def _alpha_t(y, alpha):
+    return 1 if alpha is None else alpha * y + (1 - alpha) * (1 - y)
+
+
+def _p_t(ops, z, y):
     p = ops.sigmoid(z)
-    p_t = p * y + (1 - p) * (1 - y)
-    loss = (1 - p_t) ** gamma * _cross_entropy(ops, z, y)
-    return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
+    return p * y + (1 - p) * (1 - y)
 
 
-def _quality(ops: Operations, z, y, beta):
-    return abs(y - ops.sigmoid(z)) ** beta * _cross_entropy(ops, z, y)
+@plain
+def sigmoid_focal_loss(ops, logit, label, alpha, gamma):
+    focal = (1 - _p_t(ops, logit, label)) ** gamma * _cross_entropy(ops, logit, label)
+    return _alpha_t(label, alpha) * focal
 
 
-def _gaussian(ops: Operations, z, y, alpha, beta):
-    peak = y == 1
-    weight = (1 - ops.where(peak, 0, y)) ** beta
-    positive = -((1 - ops.sigmoid(z)) ** alpha) * ops.log_sigmoid(z)
-    negative = -weight * ops.sigmoid(z) ** alpha * ops.log_sigmoid(-z)
+@plain
+def sigmoid_poly_focal_loss(ops, logit, label, epsilon, alpha, gamma):
+    q = 1 - _p_t(ops, logit, label)
+    poly = q**gamma * _cross_entropy(ops, logit, label) + epsilon * q ** (gamma + 1)
+    return _alpha_t(label, alpha) * poly
+
+
+@plain
+def quality_focal_loss(ops, logit, label, beta):
+    return abs(label - ops.sigmoid(logit)) ** beta * _cross_entropy(ops, logit, label)
+
+
+@plain
+def gaussian_focal_loss(ops, logit, label, alpha, gamma, beta):
+    peak, s = label == 1, ops.sigmoid(logit)
+    decay = (1 - ops.where(peak, 0, label)) ** beta
+    positive = -((1 - s) ** gamma) * ops.log_sigmoid(logit)
+    negative = -decay * s**gamma * ops.log_sigmoid(-logit)
+    if alpha is not None:
+        positive, negative = alpha * positive, (1 - alpha) * negative
     return ops.where(peak, positive, negative)
 
 
-def _is_positive(y, positive):
-    return y > 0 if positive is None else positive
+def _is_positive(label, positive):
+    return label > 0 if positive is None else positive
 
 
-def _varifocal(ops: Operations, z, y, alpha, gamma, positive=None, stop_weight_gradient=False):
-    score = ops.held(ops.sigmoid(z)) if stop_weight_gradient else ops.sigmoid(z)
-    negative = alpha * score**gamma * _cross_entropy(ops, z, 0)
-    return ops.where(_is_positive(y, positive), y * _cross_entropy(ops, z, y), negative)
+@plain
+def varifocal_loss(ops, logit, label, alpha, gamma, positive=None, stop_weight_gradient=False):
+    s = ops.sigmoid(logit)
+    score = ops.stop_gradient(s) if stop_weight_gradient else s
+    negative = alpha * score**gamma * _cross_entropy(ops, logit, 0)
+    quality = label * _cross_entropy(ops, logit, label)
+    return ops.where(_is_positive(label, positive), quality, negative)
 
 
-def _matchability(ops: Operations, z, y, gamma, alpha, positive=None):
-    weight = ops.held(ops.sigmoid(z)) ** gamma
+@plain
+def matchability_aware_loss(ops, logit, label, gamma, alpha, positive=None):
+    weight = ops.stop_gradient(ops.sigmoid(logit)) ** gamma
     weight = weight if alpha is None else alpha * weight
-    target = y**gamma
-    return ops.where(_is_positive(y, positive), 1, weight) * _cross_entropy(ops, z, target)
+    weight = ops.where(_is_positive(label, positive), 1, weight)
+    return weight * _cross_entropy(ops, logit, label**gamma)
 
 
-def _asymmetric(
-    ops: Operations, z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient=False
+@plain
+def asymmetric_loss(
+    ops, logit, label, gamma_positive, gamma_negative, margin, stop_weight_gradient=False
 ):
-    weight = ops.held if stop_weight_gradient else lambda x: x
-    s = ops.sigmoid(z)
-    counts = s > margin
-    m = ops.where(counts, s - margin, 0.5)  # whatever: a root of 0 has no derivative
-    positive = -(weight(1 - s) ** gamma_positive) * ops.log_sigmoid(z)
-    negative = ops.where(counts, -(weight(m) ** gamma_negative) * ops.log(1 - m), 0)
-    return y * positive + (1 - y) * negative
+    weight = ops.stop_gradient if stop_weight_gradient else lambda x: x
+    s = ops.sigmoid(logit)
+    above = s > margin
+    m = ops.where(above, s - margin, 0.5)  # any number: a root of 0 has no derivative
+    positive = -(weight(1 - s) ** gamma_positive) * ops.log_sigmoid(logit)
+    negative = ops.where(above, -(weight(m) ** gamma_negative) * ops.log(1 - m), 0)
+    return label * positive + (1 - label) * negative
 
 
-def _star(ops: Operations, z, y, gamma, beta):
-    return -ops.log_sigmoid(gamma * ((2 * y - 1) * z) + beta) / gamma
+@plain
+def sigmoid_focal_loss_star(ops, logit, label, gamma, beta):
+    return -ops.log_sigmoid(gamma * ((2 * label - 1) * logit) + beta) / gamma
 
 
-def _sigmoid_poly(ops: Operations, z, y, epsilon, alpha, gamma):
-    p = ops.sigmoid(z)
-    p_t = p * y + (1 - p) * (1 - y)
-    loss = (1 - p_t) ** gamma * _cross_entropy(ops, z, y) + epsilon * (1 - p_t) ** (gamma + 1)
-    return loss if alpha is None else (alpha * y + (1 - alpha) * (1 - y)) * loss
+def _softmax_focal(ops, log_p, gamma):
+    return (1 - ops.exp(log_p)) ** gamma * -log_p
 
 
-def _weighted(alpha, loss):
-    return loss if alpha is None else alpha * loss
+@plain
+def softmax_focal_loss(ops, log_p, gamma):
+    return _softmax_focal(ops, log_p, gamma)
 
 
-def _softmax_focal(ops: Operations, log_p, alpha, gamma):
-    """Return the loss of a class with the logarithmic probability `log_p`."""
-    return _weighted(alpha, (1 - ops.exp(log_p)) ** gamma * -log_p)
+@plain
+def softmax_focal_loss_with_integer_labels(ops, log_p, gamma):
+    return _softmax_focal(ops, log_p, gamma)
 
 
-def _softmax_poly(ops: Operations, log_p, alpha, epsilon, gamma):
+@plain
+def linear_softmax_focal_loss_with_integer_labels(ops, log_p, gamma):
+    return _softmax_focal(ops, log_p, gamma)
+
+
+@plain
+def softmax_poly_focal_loss_with_integer_labels(ops, log_p, epsilon, gamma):
     q = 1 - ops.exp(log_p)
-    return _weighted(alpha, q**gamma * -log_p + epsilon * q ** (gamma + 1))
+    return q**gamma * -log_p + epsilon * q ** (gamma + 1)
 
 
-def _probability_weighted(ops: Operations, log_p, alpha):
-    return _weighted(alpha, ops.held(ops.exp(log_p)) * -log_p)
+@plain
+def softmax_probability_weighted_loss_with_integer_labels(ops, log_p):
+    return ops.stop_gradient(ops.exp(log_p)) * -log_p
 
 
-def _dual(ops: Operations, log_p, alpha, gamma, row):
-    """Return the loss of a class in a row of logarithmic probabilities, the last axis."""
-    below = ops.where(row < log_p[..., None], row, -math.inf).max(-1, initial=-math.inf)
-    return _weighted(alpha, (1 - ops.exp(log_p) + ops.exp(below)) ** gamma * -log_p)
+@plain
+def dual_focal_loss_with_integer_labels(ops, log_p, gamma, log_probabilities):
+    below = ops.where(log_probabilities < log_p[..., None], log_probabilities, -math.inf)
+    p_j = ops.exp(below.max(-1, initial=-math.inf))
+    return (1 - ops.exp(log_p) + p_j) ** gamma * -log_p
 
 
-def _distribution(ops: Operations, y, left, log_p_left, log_p_right):
-    """Return the loss of `y` between the class `left` and the next."""
+@plain
+def distribution_focal_loss(ops, label, left, log_p_left, log_p_right):
     del ops
-    return -((left + 1 - y) * log_p_left + (y - left) * log_p_right)
+    return -((left + 1 - label) * log_p_left + (label - left) * log_p_right)
 
 
-def _tversky(ops: Operations, tp, fn, fp, alpha, beta, gamma, smooth):
+@plain
+def focal_tversky_loss(ops, tp, fn, fp, alpha, beta, gamma, smooth):
     del ops
     return (1 - (tp + smooth) / (tp + alpha * fn + beta * fp + smooth)) ** gamma
-
-
-# By the name of the loss. What a formula is given: of an elementwise loss the logit and the
-# label, of the others the logarithm of the class's probability; then the options in the
-# order of the catalogue, None where there is none, and its masks and flags by name. The loss
-# of a distribution is the sum of that over the classes, each weighted by its label. The last
-# two are given what they need.
-FORMULAS: dict[str, Callable[..., Any]] = {
-    "sigmoid_focal_loss": _sigmoid_focal,
-    "softmax_focal_loss": _softmax_focal,
-    "softmax_focal_loss_with_integer_labels": _softmax_focal,
-    "linear_softmax_focal_loss_with_integer_labels": _softmax_focal,
-    "quality_focal_loss": _quality,
-    "gaussian_focal_loss": _gaussian,
-    "varifocal_loss": _varifocal,
-    "matchability_aware_loss": _matchability,
-    "asymmetric_loss": _asymmetric,
-    "sigmoid_focal_loss_star": _star,
-    "sigmoid_poly_focal_loss": _sigmoid_poly,
-    "softmax_poly_focal_loss_with_integer_labels": _softmax_poly,
-    "softmax_probability_weighted_loss_with_integer_labels": _probability_weighted,
-    "dual_focal_loss_with_integer_labels": _dual,
-    "distribution_focal_loss": _distribution,
-    "focal_tversky_loss": _tversky,
-}
-
-# Losses whose formula also takes the logarithmic probabilities of all the classes, as `row`.
-OF_A_ROW = frozenset({"dual_focal_loss_with_integer_labels"})
 
 
 # ---------------------------------------------------------------- arguments
 
 
 def _float(name: str, x: ArrayLike) -> Array:
-    x = _checks.array(name, x)
-    _checks.floating(name, x)
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+    x = arguments.floating_array(name, x)
+    return x.astype(arguments.compute_dtype(x))
 
 
 def _mask(where: ArrayLike | None, losses: tuple[int, ...], name: str = "where") -> Array:
-    where = _checks.array(name, True if where is None else where)
-    _checks.boolean(name, where)
-    _checks.broadcastable(name, where, losses, "the losses")
-    return jnp.broadcast_to(where, losses)
+    where = arguments.mask_array(True if where is None else where, losses, name=name)
+    return jnp.broadcast_to(where, losses)  # type: ignore[arg-type]
 
 
 def _real(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> Array:
     """Return `x` at every position, 1 where the mask is False."""
-    x = _checks.array(name, x)
-    _checks.real(name, x)
-    _checks.broadcastable(name, x, where.shape, "the losses")
+    x = arguments.real_array(name, x)
+    arguments.check_broadcastable(name, x, where.shape, "the losses")
     return jnp.where(where, jnp.broadcast_to(x, where.shape).astype(dtype), 1)
 
 
-def _exponent(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> float | Array:
-    """Return an exponent at every position, a Python number as it is."""
-    if isinstance(x, numbers.Real):
-        _checks.static_exponent(name, x)
-        return float(x)
-    return _real(name, x, where, dtype)
+def _options(
+    declared: Mapping[str, Option], given: Mapping[str, Any], where: Array, dtype: jnp.dtype
+) -> dict[str, Any]:
+    """Return the options at every position; Python exponents and flags as they are."""
+    out = {}
+    for name, option in declared.items():
+        x = given[name]
+        option.check(name, x)
+        if option.kind == "mask":
+            out[name] = None if x is None else _mask(x, where.shape, name)
+        elif x is None or option.kind == "flag":
+            out[name] = x
+        elif option.kind == "exponent" and isinstance(x, numbers.Real):
+            out[name] = float(x)
+        else:
+            out[name] = _real(name, x, where, dtype)
+    return out
 
 
-def _elementwise(
-    formula: Callable[..., Array],
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
-    options: Mapping[str, ArrayLike | None],
-    exponents: tuple[str, ...] = (),
-    optional: tuple[str, ...] = (),
-    positive: ArrayLike | None = None,
-    **flags: bool,
-) -> Array:
-    """Return the losses of one logit each, NaN where the label is none, 0 where masked.
+def _class_weights(alpha: ArrayLike | None, dtype: jnp.dtype, num_classes: int) -> Array | None:
+    CLASS_WEIGHTS.check("alpha", alpha)
+    if alpha is None:
+        return None
+    return arguments.class_weights(alpha, num_classes, dtype).astype(dtype)
 
-    The options come by name, in the order in which the formula takes them; `exponents` names
-    those that are, and only `optional` ones may be None. The flags are the formula's.
-    """
+
+def _weighted(alpha: Array | None, loss: Array) -> Array:
+    return loss if alpha is None else alpha * loss
+
+
+def _without_alpha(declared: Mapping[str, Option]) -> dict[str, Option]:
+    return {name: option for name, option in declared.items() if name != "alpha"}
+
+
+# ---------------------------------------------------------------- from a formula to a loss
+
+
+def _elementwise(formula, declared, *, logits, labels, where, **options) -> Array:
     z = _float("logits", logits)
     where = _mask(where, z.shape)
     y = _real("labels", labels, where, z.dtype)
     z = jnp.where(where, z, 0)
-
-    def prepared(name: str, x: Any) -> Any:
-        read: Callable[..., Any] = _exponent if name in exponents else _real
-        return None if x is None and name in optional else read(name, x, where, z.dtype)
-
-    given = [prepared(*option) for option in options.items()]
-    masks = {} if positive is None else {"positive": _mask(positive, z.shape, "positive")}
-    losses = formula(_JAX, z, y, *given, **masks, **flags)
+    losses = formula(_JAX, z, y, **_options(declared, options, where, z.dtype))
     losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
     return jnp.where(where, losses, 0)
 
 
-def _class_weights(alpha: ArrayLike, dtype: jnp.dtype, classes: int) -> Array:
-    alpha = _checks.array("alpha", alpha)
-    _checks.real("alpha", alpha)
-    _checks.class_weights(alpha, classes)
-    return alpha.astype(dtype)
-
-
-def _indices(labels: ArrayLike, losses: tuple[int, ...], why: str) -> Array:
-    """Return integer labels in 32 bits; a wider one stays beyond all the classes."""
-    labels = _checks.array("labels", labels)
-    _checks.integer("labels", labels)
-    _checks.shape("labels", labels, losses, why)
-    return _checks.saturated(labels)
-
-
-def _not_ignored(labels: Array, ignore_label: int | None, where: Array) -> Array:
-    ignore_label = _checks.ignore_label(ignore_label)
-    return where if ignore_label is None else where & (labels != ignore_label)
-
-
-# ---------------------------------------------------------------- the losses
-
-
-def sigmoid_focal_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    alpha: ArrayLike | None = None,
-    gamma: ArrayLike = 2.0,
-    where: ArrayLike | None = None,
-) -> Array:
-    """Compute `focal_jax.sigmoid_focal_loss` from its formula.
-
-    Arguments, results and errors are those of `focal_jax.sigmoid_focal_loss`.
-
-    Differentiation: every mode of JAX, forward mode alone included.
-    """
-    options = {"alpha": alpha, "gamma": gamma}
-    return _elementwise(
-        _sigmoid_focal, logits, labels, where, options, exponents=("gamma",), optional=("alpha",)
-    )
-
-
-def quality_focal_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    beta: ArrayLike = 2.0,
-    where: ArrayLike | None = None,
-) -> Array:
-    """Compute `focal_jax.quality_focal_loss` from its formula."""
-    return _elementwise(_quality, logits, labels, where, {"beta": beta}, exponents=("beta",))
-
-
-def gaussian_focal_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    alpha: ArrayLike = 2.0,
-    beta: ArrayLike = 4.0,
-    where: ArrayLike | None = None,
-) -> Array:
-    """Compute `focal_jax.gaussian_focal_loss` from its formula."""
-    options = {"alpha": alpha, "beta": beta}
-    return _elementwise(_gaussian, logits, labels, where, options, exponents=("alpha", "beta"))
-
-
-def varifocal_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    alpha: ArrayLike = 0.75,
-    gamma: ArrayLike = 2.0,
-    positive: ArrayLike | None = None,
-    stop_weight_gradient: bool = False,
-    where: ArrayLike | None = None,
-) -> Array:
-    """Compute `focal_jax.varifocal_loss` from its formula."""
-    return _elementwise(
-        _varifocal,
-        logits,
-        labels,
-        where,
-        {"alpha": alpha, "gamma": gamma},
-        exponents=("gamma",),
-        positive=positive,
-        stop_weight_gradient=_checks.flag("stop_weight_gradient", stop_weight_gradient),
-    )
-
-
-def matchability_aware_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    gamma: ArrayLike = 1.5,
-    alpha: ArrayLike | None = None,
-    positive: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-) -> Array:
-    """Compute `focal_jax.matchability_aware_loss` from its formula."""
-    return _elementwise(
-        _matchability,
-        logits,
-        labels,
-        where,
-        {"gamma": gamma, "alpha": alpha},
-        exponents=("gamma",),
-        optional=("alpha",),
-        positive=positive,
-    )
-
-
-def asymmetric_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    gamma_positive: ArrayLike = 0.0,
-    gamma_negative: ArrayLike = 4.0,
-    margin: ArrayLike = 0.05,
-    stop_weight_gradient: bool = False,
-    where: ArrayLike | None = None,
-) -> Array:
-    """Compute `focal_jax.asymmetric_loss` from its formula."""
-    if isinstance(margin, numbers.Real):
-        _checks.static_margin("margin", margin)
-    return _elementwise(
-        _asymmetric,
-        logits,
-        labels,
-        where,
-        {"gamma_positive": gamma_positive, "gamma_negative": gamma_negative, "margin": margin},
-        exponents=("gamma_positive", "gamma_negative"),
-        stop_weight_gradient=_checks.flag("stop_weight_gradient", stop_weight_gradient),
-    )
-
-
-def sigmoid_focal_loss_star(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    gamma: ArrayLike = 2.0,
-    beta: ArrayLike = 1.0,
-    where: ArrayLike | None = None,
-) -> Array:
-    """Compute `focal_jax.sigmoid_focal_loss_star` from its formula."""
-    if isinstance(gamma, numbers.Real):
-        _checks.static_stretch("gamma", gamma)
-    return _elementwise(_star, logits, labels, where, {"gamma": gamma, "beta": beta})
-
-
-def sigmoid_poly_focal_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    epsilon: ArrayLike = 1.0,
-    alpha: ArrayLike | None = None,
-    gamma: ArrayLike = 2.0,
-    where: ArrayLike | None = None,
-) -> Array:
-    """Compute `focal_jax.sigmoid_poly_focal_loss` from its formula."""
-    options = {"epsilon": epsilon, "alpha": alpha, "gamma": gamma}
-    return _elementwise(
-        _sigmoid_poly, logits, labels, where, options, exponents=("gamma",), optional=("alpha",)
-    )
-
-
-def softmax_focal_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    alpha: ArrayLike | None = None,
-    gamma: ArrayLike = 2.0,
-    axis: int = -1,
-    where: ArrayLike | None = None,
-) -> Array:
-    """Compute `focal_jax.softmax_focal_loss` from its formula.
-
-    Arguments, results and errors are those of `focal_jax.softmax_focal_loss`.
-
-    Differentiation: every mode of JAX, forward mode alone included.
-    """
+def _distribution(formula, declared, *, logits, labels, alpha, axis, where, **options) -> Array:
     z = _float("logits", logits)
-    axis = _checks.axis(axis, z.ndim)
-    y = _checks.array("labels", labels)
-    _checks.real("labels", y)
-    _checks.shape("labels", y, z.shape, "a distribution over the classes, as the logits")
+    axis = arguments.static_axis(axis, z.ndim)
+    y = arguments.real_array("labels", labels)
+    arguments.check_shape("labels", y, z.shape, "a distribution over the classes, as the logits")
     where = _mask(where, z.shape[:axis] + z.shape[axis + 1 :])
     inside = jnp.broadcast_to(jnp.expand_dims(where, axis), z.shape)
     z, y = jnp.where(inside, z, 0), jnp.where(inside, y.astype(z.dtype), 0)
-    gamma = _exponent("gamma", gamma, where, z.dtype)
-    if isinstance(gamma, Array):
-        gamma = jnp.broadcast_to(jnp.expand_dims(gamma, axis), z.shape)
+    options = _over_classes(_options(_without_alpha(declared), options, where, z.dtype), z, axis)
+    alpha = _class_weights(alpha, z.dtype, z.shape[axis])
     if alpha is not None:
-        alpha = _class_weights(alpha, z.dtype, z.shape[axis])
         alpha = lax.broadcast_in_dim(alpha, z.shape, (axis,) if alpha.ndim else ())
         alpha = jnp.where(inside, alpha, 1)
 
     log_p = jax.nn.log_softmax(z, axis)
-    # A class without weight contributes nothing, also where log p is -inf.
+    # A class with weight 0 contributes 0, also where log p is -inf.
     weightless = (y == 0) | (alpha == 0) if alpha is not None else y == 0
     log_p = jnp.where(weightless & (log_p == -jnp.inf), 0, log_p)
-    losses = jnp.sum(y * _softmax_focal(_JAX, log_p, alpha, gamma), axis)
+    losses = jnp.sum(y * _weighted(alpha, formula(_JAX, log_p, **options)), axis)
     losses = jnp.where(jnp.min(y, axis, initial=0) < 0, jnp.nan, losses)
     return jnp.where(where, losses, 0)
 
 
-def softmax_focal_loss_with_integer_labels(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    alpha: ArrayLike | None = None,
-    gamma: ArrayLike = 2.0,
-    axis: int = -1,
-    label_smoothing: float = 0.0,
-    ignore_label: int | None = None,
-    where: ArrayLike | None = None,
-    class_axis_name: str | tuple[str, ...] | None = None,
-    return_logsumexp: bool = False,
-) -> Any:
-    """Compute `focal_jax.softmax_focal_loss_with_integer_labels` from its formula.
-
-    Arguments, results and errors are those of
-    `focal_jax.softmax_focal_loss_with_integer_labels`.
-
-    Differentiation: every mode of JAX, forward mode alone included.
-    """
-    options = {"gamma": gamma}
-    return _integer(
-        *(_softmax_focal, logits, labels, alpha, axis, ignore_label, where, class_axis_name),
-        options,
-        label_smoothing=label_smoothing,
-        return_logsumexp=return_logsumexp,
-    )
+def _over_classes(options: Mapping[str, Any], z: Array, axis: int) -> dict[str, Any]:
+    """Return options of positions for every class."""
+    return {
+        name: jnp.broadcast_to(jnp.expand_dims(x, axis), z.shape) if isinstance(x, Array) else x
+        for name, x in options.items()
+    }
 
 
 def _integer(
-    formula: Callable[..., Array],
-    logits: ArrayLike,
-    labels: ArrayLike,
-    alpha: ArrayLike | None,
-    axis: int,
-    ignore_label: int | None,
-    where: ArrayLike | None,
-    class_axis_name: str | tuple[str, ...] | None,
-    options: Mapping[str, ArrayLike],
-    of_a_row: bool = False,
-    label_smoothing: float = 0.0,
-    return_logsumexp: bool = False,
+    formula,
+    declared,
+    *,
+    logits,
+    labels,
+    alpha,
+    axis,
+    ignore_label,
+    where,
+    class_axis_name,
+    return_logsumexp,
+    label_smoothing=0.0,
+    **options,
 ) -> Any:
-    """Return the losses of one class index a position.
-
-    Besides the weight of the label, the formula takes the options; gamma is an exponent.
-    """
     z = _float("logits", logits)
-    axis = _checks.axis(axis, z.ndim)
-    smoothing = _checks.label_smoothing(label_smoothing)
-    slices = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
-    classes = slices * z.shape[axis]
+    axis = arguments.static_axis(axis, z.ndim)
+    smoothing = arguments.static_label_smoothing(label_smoothing)
+    shards = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
+    num_classes = shards * z.shape[axis]
     losses = z.shape[:axis] + z.shape[axis + 1 :]
-    labels = _indices(labels, losses, "the logits' without the class axis")
-    where = _not_ignored(labels, ignore_label, _mask(where, losses))
+    labels = arguments.integer_labels(labels, (*losses[:axis], num_classes, *losses[axis:]), axis)
+    where = arguments.not_ignored(labels, ignore_label, _mask(where, losses))
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
-    given = [
-        (_exponent if name == "gamma" else _real)(name, x, where, z.dtype)
-        for name, x in options.items()
-    ]
-    known = (labels >= 0) & (labels < classes)
-    index = jnp.expand_dims(jnp.where(known & where, labels, 0), axis)
-    if alpha is not None:
-        alpha = _class_weights(alpha, z.dtype, classes)
+    options = _options(_without_alpha(declared), options, where, z.dtype)
+    valid = (labels >= 0) & (labels < num_classes)
+    index = jnp.expand_dims(jnp.where(valid & where, labels, 0), axis)
+    alpha = _class_weights(alpha, z.dtype, num_classes)
 
     total = _logsumexp(z, axis, class_axis_name)
-    pick = _picked if class_axis_name is None else _picked_from_slices(class_axis_name)
-    log_p = pick(z, index, axis) - total
+    log_p = _pick(z, index, axis, class_axis_name) - total
     weight = alpha
     if alpha is not None:
         weight = jnp.where(where, alpha[index.squeeze(axis)] if alpha.ndim else alpha, 1)
     row = {}
-    if of_a_row:
-        whole = z if class_axis_name is None else _gathered(z, axis, class_axis_name)
-        row = {"row": jnp.moveaxis(whole - total, axis, -1)}  # the true class's is `log_p`
-    losses = formula(_JAX, log_p.squeeze(axis), weight, *given, **row)
+    if "log_probabilities" in inspect.signature(formula).parameters:
+        whole = z if class_axis_name is None else _gather_shards(z, axis, class_axis_name)
+        row = {"log_probabilities": jnp.moveaxis(whole - total, axis, -1)}
+    losses = _weighted(weight, formula(_JAX, log_p.squeeze(axis), **options, **row))
     if smoothing:
-        every = _every_class(formula, z - total, alpha, given, axis, class_axis_name)
-        losses = (1 - smoothing) * losses + smoothing / classes * every
-    losses = jnp.where(where, jnp.where(known, losses, jnp.nan), 0)
+        of_all = _sum_over_classes(formula, z - total, alpha, options, axis, class_axis_name)
+        losses = (1 - smoothing) * losses + smoothing / num_classes * of_all
+    losses = jnp.where(where, jnp.where(valid, losses, jnp.nan), 0)
     return (losses, jnp.where(where, total.squeeze(axis), 0)) if return_logsumexp else losses
 
 
-def _gathered(z: Array, axis: int, name: str | tuple[str, ...]) -> Array:
-    """Return the logits of all the slices of a mapped axis."""
-    own = jnp.arange(lax.axis_size(name)) == lax.axis_index(name)
-    own = lax.broadcast_in_dim(own, (own.size, *z.shape), (0,))
-    slices = lax.psum(jnp.where(own, jnp.broadcast_to(z, own.shape), 0), name)
-    return jnp.concatenate(list(slices), axis)
+def _sum_over_classes(
+    formula, log_p: Array, alpha: Array | None, options, axis: int, name
+) -> Array:
+    """Return the sum over the classes of the loss with that class as the label."""
+    options = _over_classes(options, log_p, axis)
+    if alpha is not None:
+        if alpha.ndim and name is not None:
+            local = log_p.shape[axis]
+            alpha = lax.dynamic_slice_in_dim(alpha, local * lax.axis_index(name), local)
+        alpha = lax.broadcast_in_dim(alpha, log_p.shape, (axis,) if alpha.ndim else ())
+        log_p = jnp.where((alpha == 0) & (log_p == -jnp.inf), 0, log_p)
+    losses = jnp.sum(_weighted(alpha, formula(_JAX, log_p, **options)), axis)
+    return losses if name is None else lax.psum(losses, name)
+
+
+def _gather_shards(z: Array, axis: int, name: str | tuple[str, ...]) -> Array:
+    """Return the logits of all shards of the classes."""
+    is_own = jnp.arange(lax.axis_size(name)) == lax.axis_index(name)
+    is_own = lax.broadcast_in_dim(is_own, (is_own.size, *z.shape), (0,))
+    shards = lax.psum(jnp.where(is_own, jnp.broadcast_to(z, is_own.shape), 0), name)
+    return jnp.concatenate(list(shards), axis)
 
 
 def _logsumexp(z: Array, axis: int, name: str | tuple[str, ...] | None) -> Array:
-    """Return the log-sum-exp of the logits, which may be a slice of a mapped axis's classes."""
+    """Return the log-sum-exp over all classes."""
     if name is None:
         return jax.nn.logsumexp(z, axis, keepdims=True)
     top = lax.pmax(lax.stop_gradient(jnp.max(z, axis, keepdims=True)), name)
     return top + jnp.log(lax.psum(jnp.sum(jnp.exp(z - top), axis, keepdims=True), name))
 
 
-def _every_class(formula, log_p: Array, alpha: Array | None, options, axis: int, name) -> Array:
-    """Return the sum over all the classes of the loss that each would have as the label."""
-    options = [
-        jnp.broadcast_to(jnp.expand_dims(x, axis), log_p.shape) if isinstance(x, Array) else x
-        for x in options
-    ]
-    if alpha is not None:
-        if alpha.ndim and name is not None:
-            own = log_p.shape[axis]
-            alpha = lax.dynamic_slice_in_dim(alpha, own * lax.axis_index(name), own)
-        alpha = lax.broadcast_in_dim(alpha, log_p.shape, (axis,) if alpha.ndim else ())
-        log_p = jnp.where((alpha == 0) & (log_p == -jnp.inf), 0, log_p)
-    every = jnp.sum(formula(_JAX, log_p, alpha, *options), axis)
-    return every if name is None else lax.psum(every, name)
+def _pick(z: Array, index: Array, axis: int, name: str | tuple[str, ...] | None) -> Array:
+    """Return the logit of the class `index`, which counts over all shards."""
+    if name is None:
+        return jnp.take_along_axis(z, index, axis)
+    own = lax.broadcasted_iota(jnp.int32, z.shape, axis) + z.shape[axis] * lax.axis_index(name)
+    return lax.psum(jnp.sum(jnp.where(own == index, z, 0), axis, keepdims=True), name)
 
 
-def _picked(z: Array, index: Array, axis: int) -> Array:
-    return jnp.take_along_axis(z, index, axis)
-
-
-def _picked_from_slices(name: str | tuple[str, ...]):
-    """Return the same for logits that are a slice of the classes of a mapped axis."""
-
-    def pick(z: Array, index: Array, axis: int) -> Array:
-        place = lax.broadcasted_iota(jnp.int32, z.shape, axis)
-        true = place + z.shape[axis] * lax.axis_index(name) == index
-        return lax.psum(jnp.sum(jnp.where(true, z, 0), axis, keepdims=True), name)
-
-    return pick
-
-
-def softmax_poly_focal_loss_with_integer_labels(
-    logits: ArrayLike,
-    labels: ArrayLike,
+def _linear(
+    formula,
+    declared,
     *,
-    epsilon: ArrayLike = 1.0,
-    alpha: ArrayLike | None = None,
-    gamma: ArrayLike = 2.0,
-    axis: int = -1,
-    ignore_label: int | None = None,
-    where: ArrayLike | None = None,
-    class_axis_name: str | tuple[str, ...] | None = None,
-) -> Array:
-    """Compute `focal_jax.softmax_poly_focal_loss_with_integer_labels` from its formula."""
-    options = {"epsilon": epsilon, "gamma": gamma}
+    features,
+    kernel,
+    labels,
+    bias,
+    logit_softcap,
+    where,
+    ignore_label,
+    transpose_kernel,
+    chunk_size,
+    **options,
+) -> Any:
+    del chunk_size  # all logits are computed at once
+    features, kernel = _float("features", features), _float("kernel", kernel)
+    kernel = kernel.T if arguments.static_bool("transpose_kernel", transpose_kernel) else kernel
+    wanted = (*features.shape[-1:], *kernel.shape[-1:])
+    arguments.check_shape("kernel", kernel, wanted, "(D, C), with D the last axis of the features")
+    name = options["class_axis_name"]
+    shards = 1 if name is None else lax.axis_size(name)
+    positions = features.shape[:-1]
+    labels = arguments.integer_labels(
+        labels, (*positions, shards * kernel.shape[1]), len(positions)
+    )
+    where = arguments.not_ignored(labels, ignore_label, _mask(where, positions))
+    logits = jnp.where(where[..., None], features, 0) @ kernel
+    if bias is not None:
+        bias = _float("bias", bias)
+        arguments.check_shape("bias", bias, kernel.shape[1:], "one number per class")
+        logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
+    cap = arguments.static_logit_softcap(logit_softcap)
+    if cap is not None:  # a logit of -inf stays -inf
+        logits = jnp.where(logits == -jnp.inf, logits, cap * jnp.tanh(logits / cap))
     return _integer(
-        _softmax_poly,
-        logits,
-        labels,
-        alpha,
-        axis,
-        ignore_label,
-        where,
-        class_axis_name,
-        options,
+        formula,
+        declared,
+        logits=logits,
+        labels=labels,
+        axis=-1,
+        ignore_label=None,
+        where=where,
+        **options,
     )
 
 
-def softmax_probability_weighted_loss_with_integer_labels(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    alpha: ArrayLike | None = None,
-    axis: int = -1,
-    ignore_label: int | None = None,
-    where: ArrayLike | None = None,
-    class_axis_name: str | tuple[str, ...] | None = None,
-) -> Array:
-    """Compute the loss of the same name in `focal_jax` from its formula."""
-    options = {}
-    return _integer(
-        _probability_weighted,
-        logits,
-        labels,
-        alpha,
-        axis,
-        ignore_label,
-        where,
-        class_axis_name,
-        options,
-    )
-
-
-def dual_focal_loss_with_integer_labels(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    alpha: ArrayLike | None = None,
-    gamma: ArrayLike = 5.0,
-    axis: int = -1,
-    ignore_label: int | None = None,
-    where: ArrayLike | None = None,
-    class_axis_name: str | tuple[str, ...] | None = None,
-) -> Array:
-    """Compute `focal_jax.dual_focal_loss_with_integer_labels` from its formula."""
-    options = {"gamma": gamma}
-    return _integer(
-        _dual,
-        logits,
-        labels,
-        alpha,
-        axis,
-        ignore_label,
-        where,
-        class_axis_name,
-        options,
-        of_a_row=True,
-    )
-
-
-def distribution_focal_loss(
-    logits: ArrayLike, labels: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
-) -> Array:
-    """Compute `focal_jax.distribution_focal_loss` from its formula."""
+def _interval(formula, declared, *, logits, labels, axis, where) -> Array:
+    del declared
     z = _float("logits", logits)
-    axis = _checks.axis(axis, z.ndim)
-    labels = _checks.array("labels", labels)
-    _checks.index_shape(labels, z.shape, axis)
+    axis = arguments.static_axis(axis, z.ndim)
+    labels = arguments.real_array("labels", labels)
+    arguments.check_label_shape(labels, z.shape, axis)
     where = _mask(where, labels.shape)
-    y, z = _real("labels", labels, where, z.dtype), jnp.where(jnp.expand_dims(where, axis), z, 0)
-    last = z.shape[axis] - 1
-    y = jnp.where(where, y, 0)
+    y = jnp.where(where, _real("labels", labels, where, z.dtype), 0)
+    z, last = jnp.where(jnp.expand_dims(where, axis), z, 0), z.shape[axis] - 1
     left = jnp.clip(jnp.floor(y), 0, max(last - 1, 0))
     index = jnp.where(jnp.isnan(left), 0, left).astype(jnp.int32)
     log_p = jax.nn.log_softmax(z, axis)
@@ -687,28 +456,16 @@ def distribution_focal_loss(
     def at(index):
         return jnp.take_along_axis(log_p, jnp.expand_dims(index, axis), axis).squeeze(axis)
 
-    losses = _distribution(_JAX, y, left, at(index), at(jnp.minimum(index + 1, last)))
+    losses = formula(_JAX, y, left, at(index), at(jnp.minimum(index + 1, last)))
     losses = jnp.where((y < 0) | (y > last), jnp.nan, losses)
     return jnp.where(where, losses, 0)
 
 
-def focal_tversky_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    alpha: ArrayLike = 0.7,
-    beta: ArrayLike = 0.3,
-    gamma: ArrayLike = 0.75,
-    axis: int = -1,
-    smooth: ArrayLike = 1.0,
-    where: ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
-) -> Array:
-    """Compute `focal_jax.focal_tversky_loss` from its formula."""
+def _region(formula, declared, *, logits, labels, axis, where, axis_name, **options) -> Array:
     z = _float("logits", logits)
-    axis = _checks.axis(axis, z.ndim)
-    y = _checks.array("labels", labels)
-    _checks.shape("labels", y, z.shape, "one-hot, or a distribution over the classes")
+    axis = arguments.static_axis(axis, z.ndim)
+    y = arguments.real_array("labels", labels)
+    arguments.check_shape("labels", y, z.shape, "one-hot, or a distribution over the classes")
     where = jnp.expand_dims(_mask(where, z.shape[:axis] + z.shape[axis + 1 :]), axis)
     where = jnp.broadcast_to(where, z.shape)
     z, y = jnp.where(where, z, 0), jnp.where(where, y.astype(z.dtype), 0)
@@ -716,66 +473,21 @@ def focal_tversky_loss(
     y = jnp.where((y < 0) | (y > 1), jnp.nan, y)
     positions = tuple(i for i in range(z.ndim) if i != axis)
     counts = [x.sum(positions) for x in (y * p, y * (1 - p), (1 - y) * p)]
-    hit, missed, mistaken = counts if axis_name is None else lax.psum(counts, axis_name)
-    every = jnp.ones(z.shape[axis], bool)
-    alpha, beta, smooth = (
-        _real(name, x, every, z.dtype)
-        for name, x in (("alpha", alpha), ("beta", beta), ("smooth", smooth))
-    )
-    gamma = _exponent("gamma", gamma, every, z.dtype)
-    # A class that is neither there nor predicted has all of its region right.
-    nothing = hit + missed + mistaken + smooth == 0
-    hit = jnp.where(nothing, 1, hit)
-    return _tversky(_JAX, hit, missed, mistaken, alpha, beta, gamma, smooth)
+    tp, fn, fp = counts if axis_name is None else lax.psum(counts, axis_name)
+    options = _options(declared, options, jnp.ones(z.shape[axis], bool), z.dtype)
+    # A class that is absent and not predicted has loss 0.
+    tp = jnp.where(tp + fn + fp + options["smooth"] == 0, 1, tp)
+    return formula(_JAX, tp, fn, fp, **options)
 
 
-def linear_softmax_focal_loss_with_integer_labels(
-    features: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    *,
-    bias: ArrayLike | None = None,
-    alpha: ArrayLike | None = None,
-    gamma: ArrayLike = 2.0,
-    label_smoothing: float = 0.0,
-    logit_softcap: float | None = None,
-    ignore_label: int | None = None,
-    where: ArrayLike | None = None,
-    class_axis_name: str | tuple[str, ...] | None = None,
-    return_logsumexp: bool = False,
-    chunk_size: int | None = None,
-) -> Any:
-    """Compute `focal_jax.linear_softmax_focal_loss_with_integer_labels` from its formula.
-
-    Arguments, results and errors are those of
-    `focal_jax.linear_softmax_focal_loss_with_integer_labels`. All the logits are made at
-    once, whatever `chunk_size` is.
-
-    Differentiation: every mode of JAX, forward mode alone included.
-    """
-    features, kernel = _float("features", features), _float("kernel", kernel)
-    fits = (*features.shape[-1:], *kernel.shape[-1:])
-    _checks.shape("kernel", kernel, fits, "(D, C), with D the last axis of the features")
-    labels = _indices(labels, features.shape[:-1], "the features' without the last axis")
-    where = _not_ignored(labels, ignore_label, _mask(where, features.shape[:-1]))
-    logits = jnp.where(where[..., None], features, 0) @ kernel
-    if bias is not None:
-        bias = _float("bias", bias)
-        _checks.shape("bias", bias, kernel.shape[1:], "one number per class")
-        logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
-    cap = _checks.logit_softcap(logit_softcap)
-    if cap is not None:  # what is switched off stays off
-        logits = jnp.where(logits == -jnp.inf, logits, cap * jnp.tanh(logits / cap))
-    return softmax_focal_loss_with_integer_labels(
-        logits,
-        labels,
-        alpha=alpha,
-        gamma=gamma,
-        label_smoothing=label_smoothing,
-        where=where,
-        class_axis_name=class_axis_name,
-        return_logsumexp=return_logsumexp,
-    )
+_BY_KIND = {
+    "elementwise": _elementwise,
+    "position": _integer,
+    "linear": _linear,
+    "distribution": _distribution,
+    "interval": _interval,
+    "region": _region,
+}
 
 
 # ---------------------------------------------------------------- the reduction
@@ -793,35 +505,32 @@ def reduce_loss(
 ) -> Array:
     """Compute `focal_jax.reduce_loss` from its formula.
 
-    Arguments, results and errors are those of `focal_jax.reduce_loss`.
+    Arguments, results and errors are the same.
     """
     losses = _float("losses", losses)
-    counts = _mask(where, losses.shape)
+    valid = _mask(where, losses.shape)
     if labels is not None:
-        labels = _indices(labels, losses.shape, "one for each loss")
-        counts = _not_ignored(labels, ignore_label, counts)
+        labels = arguments.integer_labels(labels, losses.shape)
+        valid = arguments.not_ignored(labels, ignore_label, valid)
     elif ignore_label is not None:
-        raise _checks.InputError(
-            f"ignore_label: got {ignore_label} and no labels, wanted the labels that it is one of"
-        )
-    weight = _real("weights", 1.0 if weights is None else weights, counts, losses.dtype)
-    weight = jnp.where(counts, jnp.where(weight < 0, jnp.nan, weight), 0)
+        raise InputError(f"ignore_label: got {ignore_label} without labels, wanted labels too")
+    weight = _real("weights", 1.0 if weights is None else weights, valid, losses.dtype)
+    weight = jnp.where(valid, jnp.where(weight < 0, jnp.nan, weight), 0)
     if normalization is None or isinstance(normalization, str):
-        _checks.normalization(normalization, losses)
-        batch = losses.shape[0] if losses.ndim else 1
-        divisor = {
+        check_normalization(normalization, losses)
+        denominator = {
             "valid": jnp.sum(weight),
             "mean": jnp.float32(losses.size),
             "sum": jnp.float32(1),
-            "batch_size": jnp.float32(batch),
-        }[{"none": "sum", "full": "mean"}.get(normalization, normalization)]
-        if axis_name is not None and normalization not in ("sum", "none"):
-            divisor = lax.psum(divisor, axis_name)
+            "batch_size": jnp.float32(losses.shape[0] if losses.ndim else 1),
+        }[normalization]
+        if axis_name is not None and normalization != "sum":
+            denominator = lax.psum(denominator, axis_name)
     else:
-        divisor = _checks.array("normalization", normalization)
-        _checks.shape("normalization", divisor, (), "one divisor for all the losses")
-    divisor = divisor.astype(losses.dtype)
-    least = divisor < 1 if weights is None else divisor <= 0
+        denominator = arguments.as_array("normalization", normalization)
+        arguments.check_shape("normalization", denominator, (), "one denominator for all losses")
+    denominator = denominator.astype(losses.dtype)
+    too_small = denominator < 1 if weights is None else denominator <= 0
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    total = jnp.sum(weight * jnp.where(counts, losses, 0))
-    return devices * total / jnp.where(least, 1, divisor)
+    total = jnp.sum(weight * jnp.where(valid, losses, 0))
+    return devices * total / jnp.where(too_small, 1, denominator)

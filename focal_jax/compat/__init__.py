@@ -1,7 +1,7 @@
-"""Drop-ins for the systems that users come from: the same options, inputs and numbers.
+"""Drop-in replacements for other systems' focal losses: same options, inputs and values.
 
-Each module holds the translation of its system's options and none of the mathematics. They
-load when they are first named: `caffe` needs protobuf, the others nothing more.
+Each module loads on first use. Only `caffe` needs protobuf. Invalid options and arguments raise
+`focal_jax.InputError`; an option that is invalid for every input does so at construction.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The FocalLoss layer of Caffe, with its prototxt."""
+"""The FocalLoss layer of Caffe, and its prototxt."""
 
 import difflib
 import math
@@ -13,49 +13,37 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _checks
-from focal_jax._modules import loss_weight, static_options
-from focal_jax._reduction import reduce_loss
-from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
-from focal_jax.compat._labels import class_indices
+from focal_jax.compat._arguments import check_options, class_indices
+from focal_jax.engine import arguments
+from focal_jax.engine.arguments import InputError
+from focal_jax.losses.softmax import softmax_focal_loss_with_integer_labels
+from focal_jax.reduction import reduce_loss
 
 __all__ = ["FocalLossLayer"]
 
-_MODES = ("FULL", "VALID", "BATCH_SIZE", "NONE")  # in the order of Caffe's numbers
-_NORMALIZATIONS = tuple(mode.lower() for mode in _MODES)
+# Caffe's words in the order of its enum values, as normalizations of `reduce_loss`. BATCH_SIZE
+# depends on the shape of the logits.
+_NORMALIZATIONS = {"full": "mean", "valid": "valid", "batch_size": None, "none": "sum"}
+_MODES = tuple(word.upper() for word in _NORMALIZATIONS)
 _ENUMS = {"NormalizationMode": _MODES, "FocalLossType": ("ORIGIN", "LINEAR")}
 
-# What matters here of Caffe's schema. A net is read as a layer that holds layers: a net and
-# a layer share no field but the name, and so the text may be either.
+# The part of Caffe's schema that this module reads. A message `Layer` parses a layer and also a
+# net, because it contains layers, and the only field that nets and layers share is the name.
 _SCHEMA = {
-    "FocalLossParameter": (
-        "optional FocalLossType type",
-        "optional double alpha",
-        "optional double gamma",
-    ),
-    "SoftmaxParameter": ("optional int32 axis",),
-    "LossParameter": (
-        "optional int32 ignore_label",
-        "optional NormalizationMode normalization",
-        "optional bool normalize",
-    ),
-    "Layer": (
-        "optional string name",
-        "optional string type",
-        "repeated string bottom",
-        "repeated string top",
-        "repeated double loss_weight",
-        "repeated bool propagate_down",
-        "optional FocalLossParameter focal_loss_param",
-        "optional SoftmaxParameter softmax_param",
-        "optional LossParameter loss_param",
-        "repeated Layer layer",
-    ),
+    "FocalLossParameter": "optional FocalLossType type, optional double alpha, "
+    "optional double gamma",
+    "SoftmaxParameter": "optional int32 axis",
+    "LossParameter": "optional int32 ignore_label, optional NormalizationMode normalization, "
+    "optional bool normalize",
+    "Layer": "optional string name, optional string type, repeated string bottom, "
+    "repeated string top, repeated double loss_weight, repeated bool propagate_down, "
+    "optional FocalLossParameter focal_loss_param, optional SoftmaxParameter softmax_param, "
+    "optional LossParameter loss_param, repeated Layer layer",
 }
 
 
 def _layer_class() -> Any:
-    """Return the message class `Layer` of the schema, in a pool of its own."""
+    """Return the message class `Layer` of the schema, in a separate descriptor pool."""
     file = descriptor_pb2.FileDescriptorProto(name="layer.proto", package="focal_jax")
     for enum_name, values in _ENUMS.items():
         enum = file.enum_type.add(name=enum_name)
@@ -63,7 +51,7 @@ def _layer_class() -> Any:
             enum.value.add(name=value, number=number)
     for message_name, fields in _SCHEMA.items():
         message = file.message_type.add(name=message_name)
-        for number, field in enumerate(fields, 1):
+        for number, field in enumerate(fields.split(", "), 1):
             label, kind, name = field.split()
             kind = {"type": f"TYPE_{kind.upper()}"} if kind.islower() else {"type_name": kind}
             message.field.add(name=name, number=number, label=f"LABEL_{label.upper()}", **kind)
@@ -74,33 +62,22 @@ def _layer_class() -> Any:
 
 _Layer = _layer_class()
 
-# Fields that Caffe knows in this layer, or in its messages, and that change nothing here.
-_WITHOUT_EFFECT = {
+# Valid fields of a Caffe layer, by message. The fields that are listed here have no effect.
+_KNOWN_FIELDS = {
     "": {"phase", "param", "blobs", "include", "exclude", "transform_param"},
-    "focal_loss_param": {"beta"},  # of the type LINEAR
+    "focal_loss_param": {"beta"},  # an option of the type LINEAR
     "softmax_param": {"engine"},
     "loss_param": set(),
 }
-
-
-def _known_fields() -> dict[str, set[str]]:
-    """Return the fields that a layer of this type, and each of its messages, may have."""
-    known = {}
-    for part, others in _WITHOUT_EFFECT.items():
-        message = _Layer.DESCRIPTOR
-        message = message.fields_by_name[part].message_type if part else message
-        known[part] = others | {field.name for field in message.fields}
-    return known
-
-
-_KNOWN = _known_fields()
+for _path, _names in _KNOWN_FIELDS.items():
+    _message = _Layer.DESCRIPTOR.fields_by_name[_path].message_type if _path else _Layer.DESCRIPTOR
+    _names.update(field.name for field in _message.fields)
 
 
 def _fields(text: str) -> Iterator[tuple[int, str, str, str]]:
-    """Yield of each field in a text that is well formed: layer, message, name and place.
+    """Yield the layer, message, name and position of every field of a well-formed text.
 
-    Layers are numbered from 1 as they come, and 0 is what stands outside of them. The parser
-    itself does not tell which unknown fields it has passed over.
+    Layers are numbered from 1 in the order of the text. Fields outside a layer have the number 0.
     """
     tokens: Any = text_format.Tokenizer(text.splitlines())
     path, last, layer = [], "", 0
@@ -113,70 +90,55 @@ def _fields(text: str) -> Iterator[tuple[int, str, str, str]]:
         elif token in ("}", ">"):
             last = path.pop()
         elif token not in ("[", ",", ":") and tokens.token in (":", "{", "<", "["):
-            last, inside = token, path[:1] == ["layer"]
-            yield layer * inside, ".".join(path[inside:]), token, f"{at.GetLine()}:{at.GetColumn()}"
+            last, in_layer = token, path[:1] == ["layer"]
+            message = ".".join(path[in_layer:])
+            yield layer * in_layer, message, token, f"{at.GetLine()}:{at.GetColumn()}"
 
 
-def _refuse_unknown_fields(text: str, layer: int) -> None:
-    """Refuse fields that Caffe does not know in this layer: a typo would be a default."""
-    for number, message, name, place in _fields(text):
-        if number != layer or message not in _KNOWN or name in _KNOWN[message]:
+def _check_fields(text: str, layer: int) -> None:
+    """Raise for unknown fields in a layer, because protobuf's parser skips a misspelled option."""
+    for number, message, name, position in _fields(text):
+        if number != layer or message not in _KNOWN_FIELDS or name in _KNOWN_FIELDS[message]:
             continue
-        known = sorted(_KNOWN[message])
+        known = sorted(_KNOWN_FIELDS[message])
         close = difflib.get_close_matches(name, known, 1)
-        raise _checks.InputError(
-            f"text: at line:column {place} got an unknown field {name!r} in "
+        raise InputError(
+            f"text: at line:column {position} got an unknown field {name!r} in "
             f"{message or 'the FocalLoss layer'}, wanted {close[0] if close else f'one of {known}'}"
         )
 
 
-def _find(text: str, name: str | None) -> Any:
-    """Return the one FocalLoss layer in the text that has this name, if one is given."""
+def _find_layer(text: str, name: str | None) -> Any:
+    """Return the FocalLoss layer of the text; with a name, the layer with that name."""
     try:
         net = text_format.Parse(text, _Layer(), allow_unknown_field=True)
     except text_format.ParseError as error:
-        raise _checks.InputError(
+        raise InputError(
             f"text: at line:column {error} Wanted a layer or a net in protobuf's text format, "
             f"with a normalization of {', '.join(_MODES)}"
         ) from error
     layers = [(i, x) for i, x in enumerate((net, *net.layer)) if x.type == "FocalLoss"]
     if not layers:
-        raise _checks.InputError("text: got no FocalLoss layer, wanted one")
-    chosen = [(i, layer) for i, layer in layers if name in (None, layer.name)]
-    if len(chosen) != 1:
-        raise _checks.InputError(
+        raise InputError("text: got no FocalLoss layer, wanted one")
+    found = [(i, layer) for i, layer in layers if name in (None, layer.name)]
+    if len(found) != 1:
+        raise InputError(
             f"name: got {name!r}, wanted the name of one of the FocalLoss layers, "
             f"{[layer.name for _, layer in layers]}"
         )
-    index, layer = chosen[0]
-    _refuse_unknown_fields(text, index)
+    index, layer = found[0]
+    _check_fields(text, index)
     return layer
 
 
 @dataclass(frozen=True)
 class FocalLossLayer:
-    r"""Compute what Caffe's FocalLoss layer does: a softmax, the focal loss, one number.
+    r"""Compute Caffe's FocalLoss layer: softmax, focal loss and normalization.
 
-        loss = loss_weight * sum of -alpha (1 - p_t)**gamma log p_t / max(1, normalizer)
+        loss = loss_weight * sum(-alpha (1 - p_t)**gamma log p_t) / max(1, normalizer)
 
-    Attributes:
-      alpha: weight of every class.
-      gamma: focusing exponent, 0 or more.
-      axis: the class axis.
-      ignore_label: positions with this label have loss 0 and gradient 0.
-      normalization: the normalizer: `"full"` every position, `"valid"` those that are not
-        ignored, `"batch_size"` the product of the axes before the class axis (not, as for
-        `focal_jax.reduce_loss`, the first axis alone), `"none"` 1.
-      loss_weight: a factor on the loss.
-      return_prob: return the softmax too, the layer's second top; without a gradient.
-
-    Raises:
-      ValueError: for an unknown normalization, a negative gamma, and options that are no
-        numbers.
-
-    Differentiation: that of `focal_jax.softmax_focal_loss_with_integer_labels`, in the
-      logits. Where the original divides by `1 - p` or takes the logarithm of a probability
-      that underflowed, this is exact.
+    The gradient is exact where the original loses precision: as `p_t` approaches 1, and where
+    `p_t` underflows.
 
     Example:
       >>> import jax.numpy as jnp
@@ -193,9 +155,20 @@ class FocalLossLayer:
       >>> round(layer(logits, jnp.array([0, 1, 255])).item(), 4)
       0.2496
 
+    Attributes:
+      alpha: the weight of every class.
+      gamma: focusing exponent.
+      axis: the class axis.
+      ignore_label: positions with this label have loss 0 and gradient 0.
+      normalization: the normalizer, in Caffe's words. `"full"` is the number of all positions,
+        `"valid"` the number of positions that are not ignored, `"batch_size"` the product of the
+        axes before the class axis (`focal_jax.reduce_loss` uses the first axis), `"none"` is 1.
+      loss_weight: a factor on the loss.
+      return_prob: whether to return the softmax too, the layer's second top. It has no gradient.
+
     References:
       The `FocalLossLayer` of [zimenglan-sysu-512/Focal-Loss](
-      https://github.com/zimenglan-sysu-512/Focal-Loss), after Caffe's `SoftmaxWithLoss`.
+      https://github.com/zimenglan-sysu-512/Focal-Loss).
     """
 
     alpha: float = 0.25
@@ -207,59 +180,48 @@ class FocalLossLayer:
     return_prob: bool = False
 
     def __post_init__(self):
-        """Refuse options that no input could make good."""
-        if self.normalization not in _NORMALIZATIONS:
-            raise _checks.InputError(
-                f"normalization: got {self.normalization!r}, wanted one of {_NORMALIZATIONS}"
+        """Raise for options that are invalid for every input."""
+        if self.normalization not in tuple(_NORMALIZATIONS):
+            raise InputError(
+                f"normalization: got {self.normalization!r}, wanted one of {tuple(_NORMALIZATIONS)}"
             )
-        names = ("alpha", "gamma", "axis", "ignore_label")
-        options = {name: getattr(self, name) for name in names}
-        static_options(softmax_focal_loss_with_integer_labels, options)
+        loss = softmax_focal_loss_with_integer_labels
+        check_options(loss, alpha=self.alpha, gamma=self.gamma)
+        if not isinstance(self.axis, numbers.Integral):
+            raise InputError(f"axis: got {self.axis!r}, wanted an integer")
+        arguments.static_ignore_label(self.ignore_label)
         if not isinstance(self.loss_weight, numbers.Real):
-            loss_weight(self.loss_weight, jnp.dtype(jnp.float32))
+            weight = arguments.number_array("loss_weight", self.loss_weight, jnp.dtype(jnp.float32))
+            arguments.check_shape("loss_weight", weight, (), "one number")
 
     def __call__(self, logits: ArrayLike, labels: ArrayLike) -> Array | tuple[Array, Array]:
-        """Return the weighted loss; with `return_prob`, `(loss, prob)`.
+        """Return the loss; with `return_prob`, return `(loss, prob)`.
 
         Args:
-          logits: `[..., C, ...]`, floating: the layer's first bottom.
-          labels: real, as many as there are positions, in their order: for logits
-            `[N, C, H, W]` usually `[N, H, W]` or `[N, 1, H, W]`. Floating labels are
-            truncated, as Caffe does. One outside `[0, C)` that is not `ignore_label` makes
-            the loss NaN, where Caffe reads out of bounds.
+          logits: `[..., C, ...]`, floating: the first bottom of the layer.
+          labels: real, one label per position, in any shape: `[N, H, W]` and `[N, 1, H, W]` for
+            logits `[N, C, H, W]`. Floating labels are truncated, as in Caffe. An invalid label
+            makes the loss NaN; Caffe reads out of bounds.
 
         Returns:
-          A scalar, float32 for 16-bit logits, else of the logits' dtype; and the softmax,
-          of the logits' shape and dtype.
-
-        Raises:
-          ValueError: for another number of labels, or logits, an axis or a gamma that
-            `focal_jax.softmax_focal_loss_with_integer_labels` refuses.
+          A scalar; and the softmax, of the logits' shape and dtype.
         """
-        logits, labels = _checks.array("logits", logits), class_indices("labels", labels)
-        axis = _checks.axis(self.axis, logits.ndim)
+        logits = arguments.as_array("logits", logits)
+        labels = class_indices("labels", labels)
+        axis = arguments.static_axis(self.axis, logits.ndim)
         positions = logits.shape[:axis] + logits.shape[axis + 1 :]
         if labels.size != math.prod(positions):
-            raise _checks.InputError(
+            raise InputError(
                 f"labels: got {labels.size} of shape {labels.shape}, wanted "
-                f"{math.prod(positions)} of shape {positions}: one for each position of logits "
+                f"{math.prod(positions)} of shape {positions}: one label per position of logits "
                 f"of shape {logits.shape} with the class axis {self.axis}"
             )
-        labels = labels.reshape(positions)
-        losses = softmax_focal_loss_with_integer_labels(
-            logits,
-            labels,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            axis=axis,
-            ignore_label=self.ignore_label,
-        )
-        outer = math.prod(logits.shape[:axis])
+        labels, ignore_label = labels.reshape(positions), self.ignore_label
+        options = {"alpha": self.alpha, "gamma": self.gamma, "ignore_label": ignore_label}
+        losses = softmax_focal_loss_with_integer_labels(logits, labels, axis=axis, **options)
+        normalization = _NORMALIZATIONS[self.normalization] or math.prod(logits.shape[:axis])
         loss = self.loss_weight * reduce_loss(
-            losses,
-            normalization=outer if self.normalization == "batch_size" else self.normalization,
-            labels=labels,
-            ignore_label=self.ignore_label,
+            losses, normalization=normalization, labels=labels, ignore_label=ignore_label
         )
         if not self.return_prob:
             return loss
@@ -270,45 +232,42 @@ class FocalLossLayer:
         """Read the layer from a prototxt.
 
         Args:
-          text: a layer or a whole net, in protobuf's text format. Other layers are passed
-            over, whatever they hold, and so are fields of Caffe's that change nothing here.
-          name: the name of the layer, where the text has several of type FocalLoss.
+          text: a layer or a net in protobuf's text format. Other layers are ignored, and so are
+            fields that do not change the result of this layer.
+          name: the name of the layer, if the text has several FocalLoss layers.
 
         Raises:
-          ValueError: for text that is malformed or has an unknown normalization, no
-            FocalLoss layer or several to choose from, or one that has a field which Caffe
-            does not know, is of the type LINEAR, or is to propagate down to its labels.
+          InputError: if the text is malformed, does not identify one FocalLoss layer, or its layer
+            has an unknown field, the type LINEAR, or `propagate_down` true for the labels.
         """
-        layer = _find(text, name)
+        layer = _find_layer(text, name)
         if any(layer.propagate_down[1:]):
-            raise _checks.InputError(
+            raise InputError(
                 f"text: layer {layer.name!r} has propagate_down true for its labels, wanted "
                 "false: the layer cannot backpropagate to label inputs"
             )
         options = {
             field.name: value
-            for part in (layer.focal_loss_param, layer.softmax_param, layer.loss_param)
-            for field, value in part.ListFields()
+            for message in (layer.focal_loss_param, layer.softmax_param, layer.loss_param)
+            for field, value in message.ListFields()
         }
         if _ENUMS["FocalLossType"][options.pop("type", 0)] != "ORIGIN":
-            raise _checks.InputError(
-                f"text: layer {layer.name!r} has type LINEAR, wanted ORIGIN, the focal loss itself"
-            )
-        # The older of the two options counts only where the newer is absent.
+            raise InputError(f"text: layer {layer.name!r} has type LINEAR, wanted ORIGIN")
+        # Caffe reads the older option `normalize` only if `normalization` is absent.
         legacy = "VALID" if options.pop("normalize", True) else "BATCH_SIZE"
         mode = options.pop("normalization", _MODES.index(legacy))
         return cls(
             **options,
-            normalization=_NORMALIZATIONS[mode],
+            normalization=_MODES[mode].lower(),
             loss_weight=next(iter(layer.loss_weight), 1.0),
             return_prob=len(layer.top) > 1,
         )
 
     def to_prototxt(self) -> str:
-        """Return the layer as a prototxt, every option written out.
+        """Return the layer as a prototxt with every option.
 
-        `from_prototxt` makes the same layer of it again; Caffe reads it in a net that has
-        blobs `logits` and `labels`.
+        `from_prototxt` returns an equal layer. Caffe reads the text in a net with the blobs
+        `logits` and `labels`.
         """
         tops = 2 if self.return_prob else 1
         layer = _Layer(

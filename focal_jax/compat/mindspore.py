@@ -1,4 +1,4 @@
-"""MindSpore's nn.FocalLoss."""
+"""MindSpore's `nn.FocalLoss`."""
 
 import math
 from dataclasses import dataclass
@@ -8,12 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _checks, _inputs
-from focal_jax._modules import static_options
-from focal_jax._reduction import reduce_loss
-from focal_jax._softmax_integer import softmax_focal_loss_with_integer_labels
-from focal_jax._softmax_soft import softmax_focal_loss
-from focal_jax.compat._labels import class_indices
+from focal_jax.compat._arguments import check_options, class_indices
+from focal_jax.engine import arguments
+from focal_jax.engine.arguments import InputError
+from focal_jax.losses.softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
 
 __all__ = ["FocalLoss"]
 
@@ -21,32 +19,22 @@ _REDUCTIONS = ("none", "mean", "sum")
 
 
 def _loss_per_class(predict: Array, target: Array, **options) -> Array:
-    """Return each class's share of `softmax_focal_loss`, of the shape of predict.
+    """Return the terms of `softmax_focal_loss`, one per class.
 
-    The loss is linear in the target, so its slope there is the loss of a whole label.
+    The loss is linear in the target, so each term is the target times the derivative in it.
     """
-    target = target.astype(_inputs.compute_dtype(predict))
-    loss = jax.grad(lambda target: jnp.sum(softmax_focal_loss(predict, target, **options)))
-    return target * loss(target)
+    target = target.astype(arguments.compute_dtype(predict))
+    slope = jax.grad(lambda target: jnp.sum(softmax_focal_loss(predict, target, **options)))
+    return target * slope(target)
 
 
 @dataclass(frozen=True, eq=False)
 class FocalLoss:
-    r"""Compute MindSpore's `nn.FocalLoss`: a softmax over axis 1, focal, reduced.
+    r"""Compute MindSpore's `nn.FocalLoss`: softmax over axis 1, focal loss and reduction.
 
-    Whatever the reduction, the mean over the positions of a sample is taken first. Then
-    `"none"` leaves one loss for each sample, and for one-hot targets for each class too;
-    `"mean"` and `"sum"` are over those: the mean of a one-hot target divides by `N * C`.
-
-    Attributes:
-      weight: None or `[C]`, one weight per class.
-      gamma: focusing exponent, 0 or more.
-      reduction: `"none"`, `"mean"` or `"sum"`.
-
-    Raises:
-      ValueError: for an unknown reduction or a negative gamma.
-
-    Differentiation: that of `focal_jax.softmax_focal_loss`, in predict, weight and gamma.
+    Every reduction starts with the mean over the positions of a sample. `"none"` returns these
+    means: one per sample, and for one-hot targets one per sample and class. `"mean"` and `"sum"`
+    reduce them, so the mean for a one-hot target divides by `N * C`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,6 +44,11 @@ class FocalLoss:
       >>> loss = FocalLoss(weight=jnp.array([1.0, 2.0]), gamma=2.0, reduction="mean")
       >>> round(loss(predict, target).item(), 4)
       0.1252
+
+    Attributes:
+      weight: None or `[C]`, one weight per class.
+      gamma: focusing exponent.
+      reduction: `"none"`, `"mean"` or `"sum"`.
 
     References:
       [mindspore.nn.FocalLoss](
@@ -67,51 +60,45 @@ class FocalLoss:
     reduction: str = "mean"
 
     def __post_init__(self):
-        """Refuse options that no input could make good."""
+        """Raise for options that are invalid for every input."""
         if self.reduction not in _REDUCTIONS:
-            raise _checks.InputError(
-                f"reduction: got {self.reduction!r}, wanted one of {_REDUCTIONS}"
-            )
-        static_options(softmax_focal_loss, {"gamma": self.gamma})
+            raise InputError(f"reduction: got {self.reduction!r}, wanted one of {_REDUCTIONS}")
+        check_options(softmax_focal_loss, gamma=self.gamma)
 
     def __call__(self, predict: ArrayLike, target: ArrayLike) -> Array:
         """Return the loss.
 
         Args:
           predict: `[N, C, ...]`, floating: logits.
-          target: `[N, 1, ...]`, real: class indices (floating ones are truncated, as
-            MindSpore does; one outside `[0, C)` gives NaN, where MindSpore wraps a negative
-            one); or `[N, C, ...]`, real: one-hot, or any weights of the classes.
+          target: `[N, 1, ...]`, real: class indices (floating indices are truncated; an index
+            outside `[0, C)` gives NaN, where MindSpore wraps a negative index); or
+            `[N, C, ...]`, real: one-hot or any weights of the classes.
 
         Returns:
-          A scalar, or for `"none"` `[N]` for indices, `[N, C]` for one-hot targets.
-
-        Raises:
-          ValueError: for a target of another shape, or what
-            `focal_jax.softmax_focal_loss` refuses.
+          A scalar; for `"none"` `[N]` for indices and `[N, C]` for one-hot targets.
         """
-        predict = _inputs.floating("predict", predict)
-        target = _checks.array("target", target)
+        predict = arguments.floating_array("predict", predict)
+        target = arguments.as_array("target", target)
         if predict.ndim < 2:
-            raise _checks.InputError(f"predict: got shape {predict.shape}, wanted [N, C, ...]")
-        samples, classes, *positions = predict.shape
+            raise InputError(f"predict: got shape {predict.shape}, wanted [N, C, ...]")
+        samples, num_classes, *positions = predict.shape
         weight = self.weight
         if weight is not None:
-            weight = _inputs.option("weight", weight, predict.dtype)
-            _checks.shape("weight", weight, (classes,), "one weight per class")
+            weight = arguments.number_array("weight", weight, predict.dtype)
+            arguments.check_shape("weight", weight, (num_classes,), "one weight per class")
         options = {"alpha": weight, "gamma": self.gamma, "axis": 1}
         if target.shape == (samples, 1, *positions):
             labels = class_indices("target", target).squeeze(1)
             losses = softmax_focal_loss_with_integer_labels(predict, labels, **options)
             count = samples
         else:
-            _checks.shape("target", target, predict.shape, "one-hot; or indices, [N, 1, ...]")
-            _checks.real("target", target)
+            arguments.check_shape("target", target, predict.shape, "one-hot; or [N, 1, ...]")
+            arguments.check_real("target", target)
             loss = _loss_per_class if self.reduction == "none" else softmax_focal_loss
             losses = loss(predict, target, **options)
-            count = samples * classes
-        spatial = range(losses.ndim - len(positions), losses.ndim)
-        losses = jnp.sum(losses, tuple(spatial)) / max(1, math.prod(positions))
+            count = samples * num_classes
+        axes = tuple(range(losses.ndim - len(positions), losses.ndim))
+        losses = jnp.sum(losses, axes) / max(1, math.prod(positions))
         if self.reduction == "none":
             return losses
-        return reduce_loss(losses, normalization=count if self.reduction == "mean" else "none")
+        return jnp.sum(losses) / (max(1, count) if self.reduction == "mean" else 1)

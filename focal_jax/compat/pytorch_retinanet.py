@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax import _checks, _inputs
 from focal_jax.detection import retinanet_loss
+from focal_jax.engine import arguments
 
 __all__ = ["FocalLoss"]
 
@@ -14,14 +14,12 @@ _MARGIN = 1e-4
 
 
 class FocalLoss:
-    r"""Compute the two losses of pytorch-retinanet, from probabilities.
+    r"""Compute the two losses of pytorch-retinanet from probabilities.
 
-    It is `focal_jax.detection.retinanet_loss` with the original's options, of logits
-    `log(p / (1 - p))` of the probabilities clamped to `[1e-4, 1 - 1e-4]`. The clamp is the
-    original's and costs what it cost there: beyond it the gradient is zero, also for the
-    worst mistakes. Give logits to `retinanet_loss` to be rid of it.
-
-    Differentiation: that of `retinanet_loss`, in classifications and regressions.
+    The losses are those of `focal_jax.detection.retinanet_loss` with the logits
+    `log(p / (1 - p))`. As in the original, probabilities are clamped to `[1e-4, 1 - 1e-4]`, and
+    the gradient of a clamped probability is 0, even if the prediction is wrong. To avoid the
+    clamp, call `retinanet_loss` with logits.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,21 +46,18 @@ class FocalLoss:
         """Return the classification and the regression loss, each of shape (1,).
 
         Args:
-          classifications: `[B, A, C]`, floating: probabilities of every class.
+          classifications: `[B, A, C]`, floating: probabilities.
           regressions: `[B, A, 4]`, floating: offsets in the units of `encode_boxes`.
           anchors: `[1, A, 4]`, real: boxes `(x1, y1, x2, y2)`.
-          annotations: `[B, M, 5]`, real: `(x1, y1, x2, y2, class)`, class -1 for padding.
-            An image that has nothing else adds 0 to both losses.
-
-        Raises:
-          ValueError: for shapes or dtypes that do not fit.
+          annotations: `[B, M, 5]`, real: `(x1, y1, x2, y2, class)`, class -1 for padding. Both
+            losses of an image without annotations are 0.
         """
-        p = _inputs.floating("classifications", classifications)
-        anchors = _checks.array("anchors", anchors)
-        _checks.shape("anchors", anchors, (1, *p.shape[1:2], 4), "the same anchors for all images")
-        # In 16 bits 1 - 1e-4 is 1, and the clamp would be none.
-        p = p.astype(_inputs.compute_dtype(p))
-        # Not jnp.clip: the gradient at the ends is whole in PyTorch, halved in JAX.
+        p = arguments.floating_array("classifications", classifications)
+        anchors = arguments.as_array("anchors", anchors)
+        arguments.check_shape("anchors", anchors, (1, *p.shape[1:2], 4), "anchors of all images")
+        # 1 - 1e-4 rounds to 1 in 16 bits.
+        p = p.astype(arguments.compute_dtype(p))
+        # At the ends of the range jnp.clip halves the gradient, and PyTorch's clamp does not.
         p = jnp.where(p < _MARGIN, _MARGIN, jnp.where(p > 1 - _MARGIN, 1 - _MARGIN, p))
         loss = retinanet_loss(
             jax.scipy.special.logit(p), regressions, anchors[0], annotations, empty_images="skip"

@@ -1,20 +1,12 @@
-"""Dense object detection with a focal loss: boxes, anchors, matching and RetinaNet's loss."""
+"""Dense object detection: boxes, anchors, anchor matching and the RetinaNet loss.
 
-from focal_jax.detection.anchors import pyramid_anchors as pyramid_anchors
-from focal_jax.detection.boxes import (
-    box_iou as box_iou,
-    decode_boxes as decode_boxes,
-    encode_boxes as encode_boxes,
-)
-from focal_jax.detection.loss import (
-    RetinaNetLoss as RetinaNetLoss,
-    retinanet_loss as retinanet_loss,
-)
-from focal_jax.detection.matching import (
-    BACKGROUND as BACKGROUND,
-    IGNORED as IGNORED,
-    match_anchors as match_anchors,
-)
+Boxes are `(x1, y1, x2, y2)`. Invalid arguments raise `focal_jax.InputError`.
+"""
+
+from focal_jax.detection.anchors import pyramid_anchors
+from focal_jax.detection.boxes import box_iou, decode_boxes, encode_boxes
+from focal_jax.detection.loss import RetinaNetLoss, retinanet_loss
+from focal_jax.detection.matching import BACKGROUND, IGNORED, match_anchors
 
 __all__ = [
     "BACKGROUND",

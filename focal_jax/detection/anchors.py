@@ -1,4 +1,4 @@
-"""The anchors of a feature pyramid."""
+"""Anchors of a feature pyramid."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from focal_jax import _checks
+from focal_jax.engine import arguments
+from focal_jax.engine.arguments import InputError
 
 __all__ = ["pyramid_anchors"]
 
@@ -20,35 +21,12 @@ def pyramid_anchors(
     center: float = 0.5,
     whole_pixels: bool = False,
 ) -> Array:
-    r"""Lay out a RetinaNet's anchors over an image.
+    r"""Generate the anchors of a RetinaNet for an image.
 
-    Level `l` of the pyramid has a cell for every `2**l` pixels begun, and every cell has
-    at its center one anchor for each ratio and scale, of the area `(4 * 2**l * scale)**2`.
-    `center=0.0, whole_pixels=True` are the anchors of torchvision's RetinaNet, `center=0.0`
-    alone those of detectron2 and mmdetection.
-
-    Args:
-      image_shape: height and width of the image in pixels.
-      levels: the levels of the pyramid, finest first; the paper's are P3 to P7.
-      scales: sides of an anchor, in units of 4 cells; the paper has three an octave.
-      ratios: height over width.
-      center: where in its cell the center of an anchor is, in [0, 1]: 0.5 in the middle, 0 in
-        the corner of the least coordinates.
-      whole_pixels: count in whole pixels, as torchvision does: the side of a square anchor is
-        cut to a whole number, half a side is rounded to one, and the cells of a level are
-        `image size // number of cells` apart, which differs from `2**l` where the image is no
-        multiple of that.
-
-    Returns:
-      `[A, 4]`, boxes `(x1, y1, x2, y2)` in JAX's default floating dtype, in the order of
-      a network's output: by level, row of cells, cell, ratio, scale. They reach over the
-      edges of the image.
-
-    Raises:
-      ValueError: for sizes, scales or ratios that are not positive, a `center` outside [0, 1],
-        or a `whole_pixels` that is not a Python bool.
-
-    Differentiation: none; the anchors are constants, computed once by NumPy.
+    Level `l` divides the image into cells of `2**l` pixels; the last cell of a row or column can
+    extend beyond the image. Each cell has one anchor per ratio and scale, with the area
+    `(4 * 2**l * scale)**2`. `center=0.0, whole_pixels=True` gives the anchors of torchvision's
+    RetinaNet, and `center=0.0` alone those of Detectron2 and MMDetection.
 
     Example:
       >>> from focal_jax.detection import pyramid_anchors
@@ -57,30 +35,45 @@ def pyramid_anchors(
       >>> pyramid_anchors((8, 16), levels=[3], scales=[1], ratios=[1]).tolist()
       [[-12.0, -12.0, 20.0, 20.0], [-4.0, -12.0, 28.0, 20.0]]
 
+    Args:
+      image_shape: height and width of the image in pixels.
+      levels: the levels of the pyramid, finest first. The defaults are the paper's P3 to P7.
+      scales: anchor sizes in units of 4 cells.
+      ratios: height divided by width.
+      center: the position of the anchor's center in its cell, in [0, 1]. 0.5 is the center of the
+        cell and 0 is its top left corner.
+      whole_pixels: whether to round like torchvision: the side of a square anchor is rounded down,
+        half a side is rounded to the nearest integer, and the distance of two cells is
+        `image size // number of cells`, which differs from `2**l` if the image size is not a
+        multiple of `2**l`.
+
+    Returns:
+      `[A, 4]` in JAX's default floating dtype, ordered by level, row, column, ratio and scale.
+      The anchors are constants computed by NumPy, and are not clipped to the image.
+
     References:
-      Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
-      Detection](https://arxiv.org/abs/1708.02002). ICCV 2017. Section 4.
+      [Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
-    whole_pixels = _checks.flag("whole_pixels", whole_pixels)
+    whole_pixels = arguments.static_bool("whole_pixels", whole_pixels)
     if not isinstance(center, int | float) or not 0 <= center <= 1:
-        raise _checks.InputError(f"center: got {center!r}, wanted a number in [0, 1]")
+        raise InputError(f"center: got {center!r}, wanted a number in [0, 1]")
     given = {"image_shape": image_shape, "levels": levels, "scales": scales, "ratios": ratios}
-    for name, numbers in given.items():
-        if np.ndim(numbers) != 1 or np.asarray(numbers).dtype.kind not in "iuf":
-            raise _checks.InputError(f"{name}: got {numbers!r}, wanted several numbers")
-        if name != "levels" and min(numbers, default=1) <= 0:
-            raise _checks.InputError(f"{name}: got {tuple(numbers)}, wanted positive numbers")
-    heights = np.sqrt(ratios)[:, None, None]
-    shapes = np.concatenate([1 / heights, heights], -1) / 2  # half a side, of a square of 1
+    for name, values in given.items():
+        if np.ndim(values) != 1 or np.asarray(values).dtype.kind not in "iuf":
+            raise InputError(f"{name}: got {values!r}, wanted a sequence of numbers")
+        if name != "levels" and min(values, default=1) <= 0:
+            raise InputError(f"{name}: got {tuple(values)}, wanted positive numbers")
+    aspect = np.sqrt(ratios)[:, None, None]
+    half_unit_sides = np.concatenate([1 / aspect, aspect], -1) / 2
 
     pyramid = [np.zeros((0, 4))]
     for stride in (2**level for level in levels):
         sides = 4 * stride * np.asarray(scales)[:, None]
-        half = (np.floor(sides) if whole_pixels else sides) * shapes
+        half = (np.floor(sides) if whole_pixels else sides) * half_unit_sides
         half = (np.round(half) if whole_pixels else half).reshape(-1, 2)
         cells = [-(-size // stride) for size in image_shape]
-        apart = [size // n if whole_pixels else stride for size, n in zip(image_shape, cells)]
-        y, x = (step * (np.arange(n) + center) for step, n in zip(apart, cells))
+        steps = [size // n if whole_pixels else stride for size, n in zip(image_shape, cells)]
+        y, x = (step * (np.arange(n) + center) for step, n in zip(steps, cells))
         centers = np.stack(np.broadcast_arrays(x[None], y[:, None]), -1).reshape(-1, 1, 2)
         pyramid.append(np.concatenate([centers - half, centers + half], -1).reshape(-1, 4))
     return jnp.asarray(np.concatenate(pyramid), jnp.result_type(float))

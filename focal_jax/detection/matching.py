@@ -1,4 +1,4 @@
-"""Which annotation each anchor answers for."""
+"""Match anchors with annotations by intersection over union."""
 
 import jax
 import jax.numpy as jnp
@@ -6,71 +6,65 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax import _checks, _inputs
-from focal_jax._varying import aligned_varying
 from focal_jax.detection import _options
-from focal_jax.detection.boxes import Box, bounded, columns, overlap, pairs, rows_of_four
+from focal_jax.detection.boxes import Box, box_arrays, clip_coordinates, iou, pairwise_iou, to_box
+from focal_jax.engine import arguments
+from focal_jax.engine.platform import by_platform
+from focal_jax.engine.sharding import cast_to_common_varying
 
 __all__ = ["BACKGROUND", "IGNORED", "match_anchors"]
 
-# What an anchor has in place of an annotation's index.
+# Results of the matching in place of the index of an annotation.
 BACKGROUND = -1
 IGNORED = -2
 
-
-# What of an annotation is no overlap: padding, a box with a NaN, and none at all.
-_NOTHING = -1
+_NO_MATCH = -1  # the class of padding, and the IoU and the index where there is no annotation
 
 
-def _nearer(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Return of two `(IoU, index, ...)` the one with the larger IoU, or else the first."""
-    second = (b[0] > a[0]) | ((b[0] == a[0]) & (b[1] < a[1]))
-    return jax.tree.map(lambda x, y: jnp.where(second, y, x), a, b)
+def _better(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Return the tuple `(IoU, index, ...)` with the larger IoU, or with the lower index."""
+    choose_b = (b[0] > a[0]) | ((b[0] == a[0]) & (b[1] < a[1]))
+    return jax.tree.map(lambda x, y: jnp.where(choose_b, y, x), a, b)
 
 
-def _by_reduction(anchors: Box, boxes: Box, real: Array, *carried: Array) -> tuple[Array, ...]:
-    """Find the nearest in one reduction over all pairs, of which none is written to memory."""
-    iou = jnp.where(real, pairs(anchors, boxes), _NOTHING)
-    operands = (iou, *(jnp.broadcast_to(x, iou.shape) for x in carried))
-    nothing = tuple(jnp.asarray(_NOTHING, x.dtype) for x in operands)
-    return lax.reduce(aligned_varying(*operands), nothing, _nearer, (1,))
+def _best_by_reduce(anchors: Box, boxes: Box, valid: Array, *columns: Array) -> tuple[Array, ...]:
+    """Reduce over all pairs at once. XLA fuses the IoUs, so none is written to memory."""
+    ious = jnp.where(valid, pairwise_iou(anchors, boxes), _NO_MATCH)
+    operands = (ious, *(jnp.broadcast_to(x, ious.shape) for x in columns))
+    initial = tuple(jnp.asarray(_NO_MATCH, x.dtype) for x in operands)
+    return lax.reduce(cast_to_common_varying(*operands), initial, _better, (1,))
 
 
-def _by_turns(anchors: Box, boxes: Box, real: Array, *carried: Array) -> tuple[Array, ...]:
-    """Find the nearest one annotation after another, each for all the anchors at once.
+def _best_by_scan(anchors: Box, boxes: Box, valid: Array, *columns: Array) -> tuple[Array, ...]:
+    """Scan over the annotations. XLA:CPU vectorizes a step, but not the reduction over pairs."""
 
-    XLA's CPU backend has vector instructions for this, and none for such a reduction.
+    def step(best, annotation):
+        box, valid, *columns = annotation
+        ious = jnp.where(valid, iou(anchors, box), _NO_MATCH)
+        return _better(best, (ious, *(jnp.broadcast_to(x, ious.shape) for x in columns))), None
+
+    initial = tuple(jnp.full_like(anchors.x1, _NO_MATCH, x.dtype) for x in (anchors.x1, *columns))
+    anchors, xs, initial = cast_to_common_varying(anchors, (boxes, valid, *columns), initial)
+    return lax.scan(step, initial, xs)[0]
+
+
+def prepare(anchors: Array, annotations: Array) -> tuple[Array, Array]:
+    """Return anchors and annotations in one dtype, with clipped coordinates, for `find_best`."""
+    dtype = np.result_type(anchors.dtype, arguments.compute_dtype(annotations))
+    arrays = clip_coordinates(anchors.astype(dtype)), clip_coordinates(annotations.astype(dtype))
+    return lax.optimization_barrier(arrays)  # else XLA fuses the clipping into every pair
+
+
+def find_best(anchors: Array, annotations: Array, *columns: Array) -> tuple[Array, ...]:
+    """Return the IoU and the index of the annotation with the largest IoU for each anchor.
+
+    Anchors `[A, 4]` and annotations `[M, 5]` come from `prepare`. The result also has the entries
+    of `columns`, arrays `[M]`, at that index. Everything is -1 if there is no annotation.
     """
-
-    def step(nearest, annotation):
-        box, real, *carried = annotation
-        iou = jnp.where(real, overlap(anchors, box), _NOTHING)
-        found = (iou, *(jnp.broadcast_to(x, iou.shape) for x in carried))
-        return _nearer(nearest, found), None
-
-    nothing = tuple(jnp.full_like(anchors.x1, _NOTHING, x.dtype) for x in (anchors.x1, *carried))
-    anchors, annotations, nothing = aligned_varying(anchors, (boxes, real, *carried), nothing)
-    return lax.scan(step, nothing, annotations)[0]
-
-
-def comparable(anchors: Array, annotations: Array) -> tuple[Array, Array]:
-    """Return both in one dtype and bounded, as `nearest` wants them."""
-    dtype = np.result_type(anchors.dtype, _inputs.compute_dtype(annotations))
-    both = bounded(anchors.astype(dtype)), bounded(annotations.astype(dtype))
-    return lax.optimization_barrier(both)  # bounded once, and not again in every pair
-
-
-def nearest(anchors: Array, annotations: Array, *carried: Array) -> tuple[Array, ...]:
-    """Return of the annotation nearest to each anchor the IoU, the index, and what else it has.
-
-    The anchors `[A, 4]` and annotations `[M, 5]` are `comparable`; `carried` are more numbers
-    of each annotation, `[M]`. An anchor without an annotation has -1 for all of them. The
-    coordinates lie along the anchors in the whole of it.
-    """
-    real = (annotations[:, 4] != _NOTHING) & ~jnp.any(jnp.isnan(annotations[:, :4]), 1)
+    valid = (annotations[:, 4] != _NO_MATCH) & ~jnp.any(jnp.isnan(annotations[:, :4]), 1)
     index = jnp.arange(len(annotations), dtype=jnp.int32)
-    args = (columns(anchors), columns(annotations), real, index, *carried)
-    return lax.platform_dependent(*args, cpu=_by_turns, default=_by_reduction)
+    args = (to_box(anchors), to_box(annotations), valid, index, *columns)
+    return by_platform(_best_by_scan, _best_by_reduce, *args)
 
 
 def match_anchors(
@@ -81,29 +75,7 @@ def match_anchors(
     negative_iou: float = 0.4,
     force_match: bool = False,
 ) -> Array:
-    r"""Match every anchor with the annotation that it overlaps most.
-
-    Args:
-      anchors: `[A, 4]`, real: boxes `(x1, y1, x2, y2)`.
-      annotations: `[M, 5]`, real: `(x1, y1, x2, y2, class)`; rows of class -1 are
-        padding and match nothing, whatever else they hold, nor does a box with a NaN.
-      positive_iou: in [0, 1]; an anchor whose largest IoU is at least this is positive.
-      negative_iou: in [0, 1]; one whose largest IoU is less than this is background; between the
-        two it is ignored.
-      force_match: also make positive, whatever its IoU, every anchor that no other
-        overlaps an annotation more than (torchvision's low-quality matches). It gets the
-        annotation that it overlaps most itself. An annotation that no anchor touches
-        forces nothing.
-
-    Returns:
-      `[A]`, int32: the index of the anchor's annotation, `BACKGROUND` (-1) or `IGNORED`
-      (-2). The first of several annotations with the same IoU is taken.
-
-    Raises:
-      ValueError: for arrays of another shape, thresholds that are not Python numbers in
-        [0, 1], or `negative_iou` above `positive_iou`.
-
-    Differentiation: none; the result is integer.
+    r"""Match each anchor with the annotation that has the largest IoU with it.
 
     Example:
       >>> from focal_jax.detection import match_anchors
@@ -112,25 +84,35 @@ def match_anchors(
       >>> match_anchors(anchors, annotations).tolist()
       [0, -2, -1]
 
+    Args:
+      anchors: `[A, 4]`, real.
+      annotations: `[M, 5]`, real: `(x1, y1, x2, y2, class)`. Rows with the class -1 are padding
+        and match nothing. A box with a NaN also matches nothing.
+      positive_iou: in [0, 1]. An anchor is positive if its largest IoU is at least this number.
+      negative_iou: in [0, 1]. An anchor is background if its largest IoU is less than this number.
+        Between the two thresholds an anchor is ignored.
+      force_match: whether an anchor is also positive if no other anchor has a larger IoU with some
+        annotation (torchvision's low-quality matches). Such an anchor is matched with its own best
+        annotation. Annotations that overlap no anchor force nothing.
+
+    Returns:
+      `[A]`, int32: the index of the matched annotation, `BACKGROUND` (-1) or `IGNORED` (-2). Of
+      several annotations with the same IoU the first is matched.
+
     References:
-      Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
-      Detection](https://arxiv.org/abs/1708.02002). ICCV 2017. Section 4.
+      [Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
     positive_iou, negative_iou = _options.iou_thresholds(positive_iou, negative_iou)
-    annotations = _inputs.option("annotations", annotations, jnp.dtype(jnp.float32))
-    _checks.shape(
-        "annotations",
-        annotations,
-        (*annotations.shape[:1], 5),
-        "rows of (x1, y1, x2, y2, class), class -1 for padding",
-    )
-    (anchors,) = rows_of_four(anchors=anchors)
-    anchors, annotations = comparable(anchors, annotations)
-    iou, index = nearest(anchors, annotations)
-    positive = iou >= positive_iou
+    annotations = arguments.number_array("annotations", annotations, jnp.dtype(jnp.float32))
+    rows = "rows of (x1, y1, x2, y2, class), class -1 for padding"
+    arguments.check_shape("annotations", annotations, (*annotations.shape[:1], 5), rows)
+    (anchors,) = box_arrays(anchors=anchors)
+    anchors, annotations = prepare(anchors, annotations)
+    largest, index = find_best(anchors, annotations)
+    positive = largest >= positive_iou
     if force_match:
-        each = pairs(columns(anchors), columns(annotations))
-        most = jnp.max(each, 0, keepdims=True, initial=0)
-        real = annotations[None, :, 4] != _NOTHING
-        positive |= jnp.any((each == most) & (each > 0) & real, 1)
-    return jnp.where(positive, index, jnp.where(iou < negative_iou, BACKGROUND, IGNORED))
+        ious = pairwise_iou(to_box(anchors), to_box(annotations))
+        largest_of_annotation = jnp.max(ious, 0, keepdims=True, initial=0)
+        valid = annotations[None, :, 4] != _NO_MATCH
+        positive |= jnp.any((ious == largest_of_annotation) & (ious > 0) & valid, 1)
+    return jnp.where(positive, index, jnp.where(largest < negative_iou, BACKGROUND, IGNORED))

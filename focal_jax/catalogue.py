@@ -1,0 +1,62 @@
+"""The catalogue of losses: every loss of the package by name, with its declared options.
+
+The comparison with autodiff, the reference implementation, the Flax modules, the tests, the
+benchmarks and the documentation iterate over it, so that a new loss is one file in `losses/`.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from focal_jax.engine.arguments import InputError
+from focal_jax.engine.declaration import Kind, Labels, Loss
+from focal_jax.engine.options import Option
+
+__all__ = ["LOSSES", "Kind", "Labels", "Loss", "declaration_of", "declare", "function_of"]
+
+LOSSES: dict[str, Loss] = {}  # filled by `declare` when `focal_jax.losses` is imported
+
+
+def declare(
+    kind: Kind,
+    labels: tuple[Labels, ...],
+    options: Mapping[str, Option],
+    *,
+    stop_gradient_weight: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a public function in the catalogue (decorator).
+
+    Raises at import if the function's signature does not have the declared options with the
+    declared defaults.
+    """
+
+    def enter(function):
+        parameters = inspect.signature(function).parameters
+        for name, option in options.items():
+            if name not in parameters or parameters[name].default != option.default:
+                raise TypeError(
+                    f"{function.__name__}: {name}={option.default} is declared, the signature "
+                    f"has {parameters.get(name)}"
+                )
+        ordered = {name: options[name] for name in parameters if name in options}
+        loss = Loss(function.__name__, kind, labels, ordered, function, stop_gradient_weight)
+        LOSSES[loss.name] = function.declaration = loss
+        return function
+
+    return enter
+
+
+def function_of(loss: Any, name: str = "loss", kinds: tuple[Kind, ...] = ()) -> Callable[..., Any]:
+    """Return a loss that is given as a function, or by name if its kind is one of `kinds`."""
+    if callable(loss):
+        return loss
+    known = tuple(each.name for each in LOSSES.values() if not kinds or each.kind in kinds)
+    if loss not in known:
+        raise InputError(f"{name}: got {loss!r}, wanted a function or one of {known}")
+    return LOSSES[loss].function
+
+
+def declaration_of(function: Callable[..., Any]) -> Loss | None:
+    """Return the declaration of a loss of this package or of `focal_jax.engine`, else None."""
+    found = getattr(function, "declaration", None)
+    return found if isinstance(found, Loss) else None

@@ -1,0 +1,57 @@
+"""Build your own focal loss: declare a value, its slopes and its options, and get everything else.
+
+`elementwise_loss` makes a loss of one logit and its label, `position_loss` a loss of one softmax
+position and its class index. Both have the conventions of all losses (see `focal_jax.__doc__`):
+masks, dtypes, invalid labels, derivatives of every order, `vmap` and `shard_map`. A loss of a
+position also has label smoothing, sharded classes and a memory-efficient linear head.
+"""
+
+from focal_jax.engine.arguments import InputError
+from focal_jax.engine.declaration import Loss
+from focal_jax.engine.elementwise import ElementwiseLoss, elementwise_loss
+from focal_jax.engine.options import Option, exponent, flag, mask, number
+from focal_jax.engine.position import PositionLoss, position_loss
+from focal_jax.engine.scalar import (
+    Terms,
+    abs_power,
+    clip_inf,
+    cross_entropy,
+    divide,
+    focal,
+    log1p,
+    log_abs,
+    minus_dfocal_dlog_p,
+    power,
+    sigmoid_terms,
+    signed_abs_power,
+    softmax_terms,
+    weigh,
+)
+
+__all__ = [
+    "ElementwiseLoss",
+    "InputError",
+    "Loss",
+    "Option",
+    "PositionLoss",
+    "Terms",
+    "abs_power",
+    "clip_inf",
+    "cross_entropy",
+    "divide",
+    "elementwise_loss",
+    "exponent",
+    "flag",
+    "focal",
+    "log1p",
+    "log_abs",
+    "mask",
+    "minus_dfocal_dlog_p",
+    "number",
+    "position_loss",
+    "power",
+    "sigmoid_terms",
+    "signed_abs_power",
+    "softmax_terms",
+    "weigh",
+]

@@ -1,0 +1,437 @@
+"""The logits `features @ kernel + bias`, computed chunk by chunk and never stored.
+
+The class sums, the sums over all classes, and their gradients are loops over chunks of the classes.
+The backward pass computes the logits of each chunk again.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+
+from focal_jax.engine import arguments, every_class, rows
+from focal_jax.engine.class_sums import ClassSums, pick_class
+from focal_jax.engine.every_class import ClassArgs, Smoothing
+from focal_jax.engine.options import unwrap
+from focal_jax.engine.platform import by_platform
+from focal_jax.engine.rows import Row, Split
+from focal_jax.engine.sharding import cast_to_common_varying
+
+
+class ChunkSpec(NamedTuple):
+    """The static description of the logits."""
+
+    size: int  # classes per chunk
+    softcap: float | None
+    class_axis: int  # of the kernel: -1, or 0 for a transposed kernel
+
+
+class Linear(NamedTuple):
+    """The arrays that the logits are computed from."""
+
+    features: Array  # [..., D]
+    kernel: Array  # [D, C], or [C, D] for a transposed kernel
+    bias: Array | None  # [C]
+
+    def mask(self, where: Array | None) -> "Linear":
+        """Return the arrays with features 0 where the mask is False."""
+        return self._replace(features=arguments.mask_to_zero(self.features, where))
+
+    def zeros(self) -> Array:
+        """Return 0 for each position, with a class axis of size 1.
+
+        Made from the features, so that inside `shard_map` it varies over the same mesh axes.
+        """
+        return jnp.zeros_like(self.features[..., :1], arguments.compute_dtype(self.features))
+
+
+class _Chunk(NamedTuple):
+    """The logits of some classes at every position."""
+
+    kernel: Array  # [D, size], or [size, D]
+    logits: Array  # [..., size]
+    index: Array  # the class indices, aligned with the logits
+    through_softcap: Callable[[Array], Array]  # from the gradient after the cap to that before it
+    take: Callable[[Array], Array]  # from an array with all classes on the kernel's class axis
+
+
+def _matmul(class_axis: int, x: Array, kernel: Array) -> Array:
+    """Return `x @ kernel`, where `class_axis` is the output axis of the kernel.
+
+    The factors have the dtype of `x`; the sum is accumulated in the dtype of the loss.
+    """
+    kernel = (kernel if class_axis else kernel.T).astype(x.dtype)
+    return jnp.matmul(x, kernel, preferred_element_type=arguments.compute_dtype(x))
+
+
+@jax.custom_jvp
+def _tanh_slope(x: Array) -> Array:
+    """Return the derivative of tanh. `1 - tanh(x)**2` would cancel for large x."""
+    e = jnp.exp(-2 * jnp.abs(x))
+    return 4 * e / (1 + e) ** 2
+
+
+@_tanh_slope.defjvp
+def _tanh_slope_jvp(primals, tangents):
+    slope = _tanh_slope(*primals)
+    return slope, -2 * jnp.tanh(primals[0]) * slope * tangents[0]
+
+
+def _apply_softcap(softcap: float, x: Array) -> tuple[Array, Array]:
+    """Return the capped logits and their derivative. A logit of -inf stays -inf."""
+    scaled = x / softcap
+    return jnp.where(x == -jnp.inf, x, softcap * jnp.tanh(scaled)), _tanh_slope(scaled)
+
+
+def _fold(step: Callable[..., Any], carry: Any, spec: ChunkSpec, linear: Linear) -> Any:
+    """Return the carry after `carry = step(size, carry, start)` for every chunk.
+
+    The last chunk is smaller if the chunk size does not divide the number of classes.
+    """
+    whole, rest = divmod(linear.kernel.shape[spec.class_axis], max(1, spec.size))
+    starts = spec.size * jnp.arange(whole, dtype=jnp.int32)
+    carry, _ = lax.scan(lambda carry, start: (step(spec.size, carry, start), None), carry, starts)
+    return step(rest, carry, jnp.int32(whole * spec.size)) if rest else carry
+
+
+def _chunk(spec: ChunkSpec, linear: Linear, size: int, start: Array) -> _Chunk:
+    """Return the chunk of `size` classes from `start` on."""
+    take = partial(
+        lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=spec.class_axis
+    )
+    kernel = take(linear.kernel)
+    logits = _matmul(spec.class_axis, linear.features, kernel)
+    if linear.bias is not None:
+        logits += arguments.align(take(linear.bias).astype(logits.dtype), logits.shape)
+    index = arguments.align(start + jnp.arange(size, dtype=jnp.int32), logits.shape)
+    if spec.softcap is None:
+        return _Chunk(kernel, logits, index, lambda slope: slope, take)
+    logits, factor = _apply_softcap(spec.softcap, logits)
+    return _Chunk(kernel, logits, index, lambda slope: slope * factor, take)
+
+
+# A step is recomputed, not stored, if a gradient is differentiated again.
+_recomputed = partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
+
+
+def _gradients(
+    spec: ChunkSpec,
+    linear: Linear,
+    where: Array | None,
+    of_chunk: Callable[[_Chunk], tuple[Array, Any, Any]],
+    totals: Any,
+    per_class: Any,
+) -> tuple[Linear, Any, Any]:
+    """Return the cotangents of the arrays, the totals and the arrays per class.
+
+    `of_chunk` returns the gradient of a chunk's logits, terms that are added to `totals`, and the
+    chunk's entries of the arrays `per_class`.
+    """
+    masked = linear.mask(where)
+
+    @_recomputed
+    def parts(size, start):
+        chunk = _chunk(spec, masked, size, start)
+        slope, *more = of_chunk(chunk)
+        slope = arguments.mask_to_zero(chunk.through_softcap(slope), where)
+        _, transpose = jax.vjp(partial(_matmul, spec.class_axis, masked.features), chunk.kernel)
+        of_bias = None if linear.bias is None else jnp.sum(slope, range(slope.ndim - 1))
+        of_features = _matmul(-1 - spec.class_axis, slope, chunk.kernel)
+        return of_features, (*transpose(slope), of_bias), *more
+
+    def step(size, carry, start):
+        def put(whole, part):
+            part = part.astype(whole.dtype)
+            return lax.dynamic_update_slice_in_dim(whole, part, start, spec.class_axis)
+
+        features, parameters, totals, per_class = carry
+        of_features, of_parameters, terms, of_classes = parts(size, start)
+        return (
+            features + of_features,
+            jax.tree.map(put, parameters, of_parameters),
+            jax.tree.map(jnp.add, totals, terms),
+            jax.tree.map(put, per_class, of_classes),
+        )
+
+    # Every entry per class is written once, so the initial values do not matter. The arguments'
+    # own values as initial values take less memory on a TPU than zeros.
+    initial = (linear.kernel, linear.bias), per_class
+    parameters, per_class = jax.tree.map(lax.stop_gradient, initial)
+    features = jnp.zeros_like(linear.features, arguments.compute_dtype(linear.features))
+    carry = features, parameters, totals, per_class
+    features, parameters, totals, per_class = _fold(step, carry, spec, linear)
+    features = arguments.mask_to_zero(features, where).astype(linear.features.dtype)
+    return Linear(features, *parameters), totals, per_class
+
+
+# ---------------------------------------------------------------- class sums
+
+
+def _no_sums(linear: Linear) -> ClassSums:
+    zero = linear.zeros()
+    # Finite, because -inf - -inf would be NaN if no class is left.
+    return ClassSums(jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero, zero)
+
+
+def _max_logit(z: Array) -> Array:
+    return lax.stop_gradient(jnp.max(z, -1, keepdims=True, initial=-jnp.inf))
+
+
+def _sums_in_passes(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSums:
+    """Return the class sums by one pass over each chunk for the maximum and one for the sum."""
+
+    @_recomputed
+    def step(size, sums, start):
+        chunk = _chunk(spec, linear, size, start)
+        z = chunk.logits
+        top = jnp.maximum(sums.max_logit, _max_logit(z))
+        e = jnp.where(chunk.index == place, 0, jnp.exp(z - top))
+        return ClassSums(
+            top,
+            sums.label_logit + pick_class(z, _place_in(chunk, place), z.ndim - 1),
+            sums.rest * jnp.exp(sums.max_logit - top) + jnp.sum(e, -1, keepdims=True),
+        )
+
+    return _fold(step, _no_sums(linear), spec, linear)
+
+
+def _place_in(chunk: _Chunk, place: Array) -> Array:
+    """Return the class index within the chunk."""
+    return place - chunk.index[..., :1]
+
+
+# In one pass, logits exceed the largest logit of the earlier chunks by at most this.
+_MAX_JUMP = 64.0
+
+
+@custom_vmap
+def _all_small(jump: Array) -> Array:
+    """Return whether no jump exceeds the bound. A NaN does."""
+    return jnp.all(jump <= _MAX_JUMP)
+
+
+@_all_small.def_vmap
+def _(size, batched, jump):
+    # One unbatched predicate: `vmap` turns a `cond` with a batched predicate into a `select`, which
+    # would always compute both branches.
+    del size, batched
+    return _all_small(jump), False
+
+
+def _sums_in_one_pass(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSums:
+    """Return the class sums by one pass, which an accelerator computes during the product.
+
+    The exponentials are relative to the largest logit of the earlier chunks, so that they do not
+    wait for the maximum of their own chunk, and the logits are not written to memory. If a chunk
+    exceeds the earlier ones by so much that exponentials could overflow, everything is computed
+    again in passes.
+    """
+
+    @_recomputed
+    def step(size, carry, start):
+        sums, jump = carry
+        chunk = _chunk(spec, linear, size, start)
+        z, is_label = chunk.logits, chunk.index == place
+        top = jnp.maximum(sums.max_logit, _max_logit(z))
+        e = jnp.where(is_label, 0, jnp.exp(jnp.minimum(z - sums.max_logit, _MAX_JUMP)))
+        rest = sums.rest + jnp.sum(e, -1, keepdims=True)
+        label_logit = jnp.sum(jnp.where(is_label, z, 0), -1, keepdims=True)
+        factor = jnp.exp(sums.max_logit - top)
+        sums = ClassSums(top, sums.label_logit + label_logit, rest * factor)
+        return sums, jnp.maximum(jump, top - carry[0].max_logit)
+
+    # A few classes give the first chunk a maximum, as the earlier chunks do for the others.
+    initial = _no_sums(linear)
+    few = _chunk(spec, linear, min(128, linear.kernel.shape[spec.class_axis]), jnp.int32(0))
+    sums = initial._replace(max_logit=jnp.maximum(initial.max_logit, _max_logit(few.logits)))
+    sums, jump = _fold(step, (sums, jnp.zeros_like(sums.max_logit)), spec, linear)
+    all_small = _all_small(lax.stop_gradient(jump))
+    # A select outside the `cond`: the results of a conditional stay in a TPU's slow memory.
+    in_passes = partial(_sums_in_passes, spec)
+    again = lax.cond(all_small, lambda linear, _: _no_sums(linear), in_passes, linear, place)
+    return jax.tree.map(partial(jnp.where, all_small), sums, again)
+
+
+@partial(jax.jit, static_argnums=0)
+def _sums(spec: ChunkSpec, linear: Linear, place: Array, where: Array | None) -> ClassSums:
+    on_cpu, elsewhere = (partial(form, spec) for form in (_sums_in_passes, _sums_in_one_pass))
+    return by_platform(on_cpu, elsewhere, linear.mask(where), place)
+
+
+def _sums_forward(spec, *args):
+    sums = _sums(spec, *args)
+    return sums, (args, lax.stop_gradient(sums.max_logit))
+
+
+@partial(jax.jit, static_argnums=0)
+def _sums_backward(spec, residuals, cts: ClassSums):
+    (linear, place, where), top = residuals
+
+    def of_chunk(chunk):
+        e = jnp.exp(chunk.logits - top)
+        return jnp.where(chunk.index == place, cts.label_logit, cts.rest * e), (), ()
+
+    return _gradients(spec, linear, where, of_chunk, (), ())[0], None, None
+
+
+_class_sums = jax.custom_vjp(_sums, nondiff_argnums=(0,))
+_class_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def class_sums(spec: ChunkSpec, linear: Linear, place: Array, where: Array | None) -> ClassSums:
+    """Return the class sums of `features @ kernel + bias`."""
+    return _class_sums(spec, *cast_to_common_varying(linear, place, where))
+
+
+# ---------------------------------------------------------------- sums over all classes
+
+
+@partial(jax.jit, static_argnums=0)
+def _row(spec: ChunkSpec, linear: Linear, where: Array | None) -> Row:
+    masked = linear.mask(where)
+
+    @_recomputed
+    def step(size, row, start):
+        z = _chunk(spec, masked, size, start).logits
+        top = jnp.maximum(row.max_logit, _max_logit(z))
+        x = z - top
+        e, at_max = jnp.exp(x), x == 0
+        before = rows.rescale(row.exps, row.max_logit - top)
+        return Row(
+            top,
+            Split(
+                before.at_max + jnp.sum(jnp.where(at_max, e, 0), -1, keepdims=True),
+                before.rest + jnp.sum(jnp.where(at_max, 0, e), -1, keepdims=True),
+            ),
+        )
+
+    zero = linear.zeros()
+    initial = Row(jnp.full_like(zero, jnp.finfo(zero.dtype).min), Split(zero, zero))
+    return _fold(step, initial, spec, masked)
+
+
+def _row_forward(spec, *args):
+    row = _row(spec, *args)
+    return row, (args, lax.stop_gradient(row.max_logit))
+
+
+@partial(jax.jit, static_argnums=0)
+def _row_backward(spec, residuals, cts: Row):
+    (linear, where), top = residuals
+
+    def of_chunk(chunk):
+        return rows.row_gradient(chunk.logits - top, cts.exps), (), ()
+
+    return _gradients(spec, linear, where, of_chunk, (), ())[0], None
+
+
+_row_core = jax.custom_vjp(_row, nondiff_argnums=(0,))
+_row_core.defvjp(_row_forward, _row_backward)
+
+
+def row_sums(spec: ChunkSpec, linear: Linear, where: Array | None) -> Row:
+    """Return the sums of the exponentials of each position."""
+    return _row_core(spec, *cast_to_common_varying(linear, where))
+
+
+class _Spec(NamedTuple):
+    """The static arguments of the sum over all classes."""
+
+    loss: Any  # a PositionLoss
+    chunks: ChunkSpec
+    smoothing: Smoothing
+
+
+def _inputs(spec: _Spec, args: ClassArgs, row: Row, chunk: _Chunk):
+    """Return the arguments of `every_class.class_values` and `class_slopes` for a chunk."""
+    x = chunk.logits - row.max_logit
+    y = spec.smoothing.weights(chunk.index == args.labels, x.dtype)
+    alpha = arguments.align(chunk.take(args.alpha), x.shape).astype(x.dtype)
+    options = arguments.cast_and_mask(args.options, x.dtype, args.where)
+    return spec.loss, x, row.exps, y, alpha, {k: unwrap(v) for k, v in options.items()}
+
+
+def _row_of(spec: _Spec, args: ClassArgs) -> Row:
+    row = _row(spec.chunks, args.logits, args.where) if args.row is None else args.row
+    return row._replace(max_logit=lax.stop_gradient(row.max_logit))
+
+
+def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[Array, Split]:
+    """Return the losses and, if asked for, the sums of the slopes."""
+    masked = args.logits.mask(args.where)
+
+    @_recomputed
+    def step(size, carry, start):
+        inputs = _inputs(spec, args, row, _chunk(spec.chunks, masked, size, start))
+        arrays = [every_class.class_values(*inputs)]
+        if with_slopes:
+            by_n = every_class.class_slopes(*inputs).by_n
+            arrays += rows.split_top(inputs[1], row.exps, by_n)
+        return [total + jnp.sum(x, -1, keepdims=True) for total, x in zip(carry, arrays)]
+
+    zero = masked.zeros()
+    losses, *slopes = _fold(step, [zero] * (3 if with_slopes else 1), spec.chunks, masked)
+    invalid = jnp.array(False) if args.invalid is None else args.invalid
+    return arguments.mask_and_invalidate(losses, invalid, args.where), Split(
+        *slopes or (zero, zero)
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _every(spec: _Spec, args: ClassArgs) -> Array:
+    return _losses(spec, False, args, _row_of(spec, args))[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _every_forward(spec: _Spec, args: ClassArgs):
+    row = _row_of(spec, args)
+    losses, slopes = _losses(spec, True, args, row)
+    return losses, (args, row, slopes, losses)
+
+
+@partial(jax.jit, static_argnums=0)
+def _every_backward(spec: _Spec, residuals, ct: Array):
+    args, row, slopes, losses = residuals
+    # A NaN cotangent makes everything NaN that an invalid label has a part in.
+    one = arguments.mask_and_invalidate(jnp.ones_like(losses), jnp.isnan(losses), args.where)
+    ct = arguments.scale_cotangent(ct, one)
+    of_exps = rows.row_cotangent(row.exps, slopes)
+
+    def of_chunk(chunk):
+        inputs = _inputs(spec, args, row, chunk)
+        x, found = inputs[1], every_class.class_slopes(*inputs)
+        dz = rows.direct_gradient(x, row.exps, found.by_n)
+        if args.row is None:
+            dz = dz + rows.row_gradient(x, of_exps)
+
+        def of_option(name):
+            of_leaf = lambda leaf: arguments.cotangent_like(leaf, ct * found.options[name])  # noqa: E731
+            return jax.tree.map(of_leaf, args.options[name])
+
+        of_alpha = jnp.sum(ct * found.alpha, range(dz.ndim - 1))
+        return ct * dz, {name: of_option(name) for name in args.options}, of_alpha
+
+    totals = jax.tree.map(jnp.zeros_like, args.options)
+    found = _gradients(spec.chunks, args.logits, args.where, of_chunk, totals, args.alpha)
+    of_linear, of_options, of_alpha = found
+    of_row = None
+    if args.row is not None:
+        of_exps = jax.tree.map(lambda slope: ct * slope, of_exps)
+        of_row = Row(jnp.zeros_like(row.max_logit), of_exps)
+    return (ClassArgs(of_linear, None, of_alpha, of_options, None, None, of_row),)
+
+
+_every_core = jax.custom_vjp(_every, nondiff_argnums=(0,))
+_every_core.defvjp(_every_forward, _every_backward)
+
+
+def sum_over_classes(loss: Any, chunks: ChunkSpec, args: ClassArgs, smoothing: Smoothing) -> Array:
+    """Return the loss of smoothed labels for each position, with a class axis of size 1.
+
+    As `every_class.sum_over_classes`, with `Linear` for the logits and `alpha` of shape `[C]`.
+    """
+    return _every_core(_Spec(loss, chunks, smoothing), cast_to_common_varying(args)[0])

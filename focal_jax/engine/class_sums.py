@@ -1,0 +1,221 @@
+"""Sums over the class axis: the largest logit, the label's logit, and the rest of the softmax.
+
+There are two forms of the same numbers. An accelerator is limited by the bytes that it reads, so one
+reduction computes everything in one pass. XLA:CPU has fast library code for a plain maximum and a
+plain sum, and none for that reduction, so on CPU each is a pass of its own.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from focal_jax.engine import arguments
+from focal_jax.engine.cpu import compile_separately
+from focal_jax.engine.platform import by_platform
+from focal_jax.engine.sharding import cast_to_common_varying
+
+AxisName = str | tuple[str, ...]
+Places = tuple[Array, ...]  # class indices, each with a class axis of size 1
+
+
+class ClassSums(NamedTuple):
+    """Sums of each position, with a class axis of size 1. `max_logit` has no derivative.
+
+    Attributes:
+      max_logit: the largest logit; finite even if every logit is -inf.
+      label_logit: the logit of the label's class; 0 if that is not one of these classes.
+      rest: the sum over the other classes of `exp(logit - max_logit)`.
+    """
+
+    max_logit: Array
+    label_logit: Any
+    rest: Array
+
+
+def class_index(logits: Array, axis: int) -> Array:
+    """Return 0, 1, ... along the class axis, with size 1 along the other axes."""
+    shape = [1] * logits.ndim
+    shape[axis] = logits.shape[axis]
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def cast_logits(logits: Array, where: Array | None) -> Array:
+    """Return the logits in the dtype of the loss, 0 where the mask is False."""
+    return arguments.mask_to_zero(logits.astype(arguments.compute_dtype(logits)), where)
+
+
+def pick_class(z: Array, place: Array, axis: int) -> Array:
+    """Return the entry of the class `place`, or 0 if there is no such class."""
+    if z.shape[axis] and jax.typeof(z).sharding.spec[axis] is None:
+        place = jnp.where(place < 0, z.shape[axis], place)  # -1 would be the last class
+        return jnp.take_along_axis(z, place, axis, mode="fill", fill_value=0)
+    # `take_along_axis` raises if the class axis is sharded over an explicit mesh, or empty.
+    return jnp.sum(jnp.where(class_index(z, axis) == place, z, 0), axis, keepdims=True)
+
+
+def zero_at(v: Array, index: Array, *places: Array) -> Array:
+    """Return `v` with 0 for the class at each place."""
+    for place in places:
+        v = jnp.where(index == place, 0, v)
+    return v
+
+
+def reduce_classes(axis: int, operands: Any, initial: Any, combine: Callable[[Any, Any], Any]):
+    """Reduce a tree of arrays along the class axis in one pass, and keep the axis with size 1."""
+    leaves, tree = jax.tree.flatten(operands)
+
+    def combine_leaves(*sides):
+        return tuple(jax.tree.leaves(combine(*(jax.tree.unflatten(tree, x) for x in sides))))
+
+    found = lax.reduce(leaves, jax.tree.leaves(initial), combine_leaves, (axis,))
+    return jax.tree.unflatten(tree, [jnp.expand_dims(x, axis) for x in found])
+
+
+def sum_classes(axis: int, v: Array) -> Array:
+    """Return the sum along the class axis, which keeps size 1."""
+    return jnp.sum(v, axis, keepdims=True)
+
+
+def max_logit(z: Array, axis: int) -> Array:
+    """Return the largest logit; the smallest finite number if every logit is -inf."""
+    return jnp.max(z, axis, keepdims=True, initial=jnp.finfo(z.dtype).min)
+
+
+# ---------------------------------------------------------------- the two forms
+
+
+def _exp_excluding(logits: Array, index: Array, places: Places, top: Array, where) -> Array:
+    """Return `exp(logit - top)` for every class, 0 for the classes at the places."""
+    return zero_at(jnp.exp(cast_logits(logits, where) - top), index, *places)
+
+
+def _exp_excluding_without_select(logits, index, places, top, where):
+    # XLA:CPU does not vectorize a sum that is fused with a select. The exponentials are at most 1,
+    # and |index - place| is below 1 only at the place, so the minimum of the two is 0 there.
+    e = jnp.exp(cast_logits(logits, where) - top)
+    for place in places:
+        e = jnp.minimum(e, jnp.abs(index.astype(e.dtype) - place.astype(e.dtype)))
+    return e
+
+
+def _in_passes(axis: int, gradient: bool, logits: Array, places: Places, where) -> ClassSums:
+    """Return the class sums by one pass for the maximum and one for the sum, for CPUs."""
+    z, index = cast_logits(logits, where), class_index(logits, axis)
+    top = max_logit(z, axis)
+    if gradient:
+        # The sum and the gradient both use the exponentials. XLA:CPU writes them to memory once,
+        # into the gradient's buffer.
+        exponentials = _exp_excluding
+    elif axis == logits.ndim - 1:
+        exponentials = _exp_excluding_without_select
+    else:
+        exponentials = partial(compile_separately, _exp_excluding)
+    e = exponentials(logits, index, places, top, where)
+    label_logits = tuple(pick_class(z, place, axis) for place in places)
+    return ClassSums(top, label_logits, sum_classes(axis, e))
+
+
+def _in_one_pass(axis: int, gradient: bool, logits: Array, places: Places, where) -> ClassSums:
+    """Return the class sums by one reduction that reads the logits once, for accelerators."""
+    del gradient
+    z = cast_logits(logits, where)
+    least, index = jnp.finfo(z.dtype).min, class_index(logits, axis)
+    label_logits = tuple(jnp.where(index == place, z, 0) for place in places)
+    # With a single class, exp(logit - max) is 1, or 0 if the logit is -inf.
+    one = zero_at(jnp.where(z == -jnp.inf, 0, jnp.ones_like(z)), index, *places)
+
+    def combine(a, b):
+        top = jnp.maximum(a.max_logit, b.max_logit)
+        rest = a.rest * jnp.exp(a.max_logit - top) + b.rest * jnp.exp(b.max_logit - top)
+        return ClassSums(top, jax.tree.map(jnp.add, a.label_logit, b.label_logit), rest)
+
+    zero = jnp.zeros((), z.dtype)
+    initial = ClassSums(zero + least, (zero,) * len(places), zero)
+    return reduce_classes(
+        axis, ClassSums(jnp.maximum(z, least), label_logits, one), initial, combine
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _plain_class_sums(
+    axis: int, gradient: bool, logits: Array, places: Places, where: Array | None
+) -> ClassSums:
+    """Return the class sums for use in `custom_vjp` rules; differentiable in both modes."""
+    on_cpu, elsewhere = (partial(form, axis, gradient) for form in (_in_passes, _in_one_pass))
+    return by_platform(on_cpu, elsewhere, logits, places, where)
+
+
+@_plain_class_sums.defjvp
+def _plain_class_sums_jvp(axis, gradient, primals, tangents):
+    logits, places, where = primals
+    sums = _plain_class_sums(axis, gradient, *primals)
+    dz, top = cast_logits(tangents[0], where), lax.stop_gradient(sums.max_logit)
+    e = _exp_excluding(logits, class_index(logits, axis), places, top, where)
+    of_labels = tuple(pick_class(dz, place, axis) for place in places)
+    return sums, ClassSums(jnp.zeros_like(top), of_labels, sum_classes(axis, e * dz))
+
+
+# ---------------------------------------------------------------- the custom_vjp
+
+_jitted = jax.jit(_plain_class_sums, static_argnums=(0, 1))
+
+
+def _primal(axis, *args):
+    return _jitted(axis, False, *args)
+
+
+def _forward(axis, *args):
+    sums = _jitted(axis, True, *args)
+    return sums, (args, lax.stop_gradient(sums.max_logit))
+
+
+@partial(jax.jit, static_argnums=0)
+def _backward(axis, residuals, cts):
+    (logits, places, where), top = residuals
+    index = class_index(logits, axis)
+    ct = cts.rest * _exp_excluding(logits, index, places, top, where)
+    for place, of_label in zip(places, cts.label_logit):
+        ct = jnp.where(index == place, of_label, ct)
+    return arguments.mask_to_zero(ct, where).astype(logits.dtype), None, None
+
+
+_core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_core.defvjp(_forward, _backward)
+
+
+def class_sums(axis: int, logits: Array, places: Places, where: Array | None) -> ClassSums:
+    """Return the class sums; `rest` excludes the classes at all places.
+
+    The exponentials are recomputed in the backward pass and not stored.
+    """
+    return _core(axis, *cast_to_common_varying(logits, places, where))
+
+
+def sum_over_shards(sums: ClassSums, class_axis_name: AxisName | None) -> ClassSums:
+    """Return the sums over all classes from the sums of this device's classes.
+
+    The collectives stand outside the `custom_vjp`: there JAX transposes them correctly in every
+    mode of `jax.shard_map`. They exchange three numbers per position.
+    """
+    if class_axis_name is None:
+        return sums
+    own_top = lax.stop_gradient(sums.max_logit)
+    top = lax.pmax(own_top, class_axis_name)
+    rest = sums.rest * jnp.exp(own_top - top)
+    label_logit, rest = lax.psum((sums.label_logit, rest), class_axis_name)
+    return ClassSums(top, label_logit, rest)
+
+
+def log_sum_exp(sums: ClassSums, invalid: Array, where: Array | None) -> Array:
+    """Return the log-sum-exp of the logits, 0 where masked; also valid for invalid labels.
+
+    The sum of `exp(logit - max)` is at least 1. Its excess over 1 keeps its digits if the label's
+    class dominates. An invalid label has no part in the sum.
+    """
+    top = lax.stop_gradient(sums.max_logit)
+    label_logit = jnp.where(invalid, -jnp.inf, sums.label_logit - top)
+    return arguments.mask_to_zero(top + jnp.log1p(jnp.expm1(label_logit) + sums.rest), where)

@@ -1,0 +1,127 @@
+"""Workarounds for XLA's CPU backend.
+
+`compile_separately(f, *args)` returns `f(*args)`. It changes the speed on CPUs and nothing else. On
+other platforms, and with JAX versions that lack the internals it uses, it is a plain call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+
+from focal_jax.engine.platform import by_platform
+from focal_jax.engine.sharding import on_explicit_mesh
+
+
+def _make_single_device_primitive() -> Any:
+    """Return a primitive that is True if the program runs on one device.
+
+    Tracing does not know the devices; lowering does. Executed eagerly it is False. Returns None if
+    JAX has moved the internal names that are needed.
+    """
+    try:
+        from jax.core import ShapedArray
+        from jax.extend.core import Primitive
+        from jax.interpreters import batching, mlir
+
+        def lower(ctx):
+            axes: Any = getattr(ctx.module_context, "axis_context", None)
+            if hasattr(axes, "manual_axes"):  # in shard_map
+                single = set(axes.manual_axes) == set(axes.mesh.axis_names)
+            else:
+                single = getattr(axes, "num_devices", None) == 1
+            return [mlir.ir_constant(np.bool_(single))]
+
+        primitive = Primitive("single_device")
+        primitive.def_impl(lambda: np.bool_(False))
+        primitive.def_abstract_eval(lambda: ShapedArray((), np.dtype(bool)))
+        mlir.register_lowering(primitive, lower)
+        batching.primitive_batchers[primitive] = lambda *_: (primitive.bind(), None)
+    except (ImportError, AttributeError):
+        return None
+    return primitive
+
+
+single_device_primitive = _make_single_device_primitive()
+
+
+@custom_vmap
+def _false_at_runtime(*after: Array) -> Array:
+    """Return False, which the compiler does not know, once `after` has been computed."""
+    false = lax.optimization_barrier(jnp.array(False))
+    for x in after:
+        if x.size:
+            false = false & jnp.isnan(x.reshape(-1)[0])
+    return false
+
+
+@_false_at_runtime.def_vmap
+def _(size, batched, *after):
+    # One unbatched predicate: `vmap` turns a `cond` with a batched predicate into a `select`.
+    del size, batched
+    return _false_at_runtime(*after), False
+
+
+def _same_shape(arrays: list[Array]) -> bool:
+    """Return whether the arrays have one shape, so that flattening keeps them elementwise."""
+    return {x.shape for x in arrays if x.size != 1} == {arrays[0].shape}
+
+
+def compile_separately(
+    function: Callable[..., Array], *args: Any, after: Array | None = None
+) -> Array:
+    """Return `function(*args)`; on CPU, compile it as a computation of its own.
+
+    XLA:CPU compiles elementwise losses badly in four cases:
+
+    * It does not vectorize an elementwise chain that is fused into a reduction, such as the sum of
+      the losses.
+    * It writes an intermediate that the forward and the backward pass share to memory, because a
+      fusion on CPU has one output.
+    * It vectorizes the last axis only: 20 columns run at half the speed of a flat array.
+    * It may schedule the backward pass before the sum of the losses, so that both are in memory
+      at the same time.
+
+    The first two need to see the inside of `function`. So `function` is a branch of a `cond` whose
+    predicate is false at run time. Inside the branch the arrays are flat, and the predicate waits
+    for `after`. A sharded array would be gathered by flattening: on several devices the arrays keep
+    their shape, and calls with `after` are plain.
+
+    Args:
+      function: an elementwise function of trees of arrays that have one rank and broadcast to the
+        first argument. The result has the shape of the first argument.
+      *args: the arguments.
+      after: an array whose memory the result may take, unless it is used elsewhere.
+    """
+    first, *_ = args
+    if not first.size or single_device_primitive is None:
+        return function(*args)
+    function = jax.jit(function, inline=True)  # traced once for all branches below
+    dtype = jax.eval_shape(function, *args).dtype
+
+    def separate(function, *after):
+        def conditional(*args):
+            predicate = _false_at_runtime(*after)
+            return lax.cond(predicate, lambda first, *_: first.astype(dtype), function, *args)
+
+        return conditional
+
+    def flat(*args):
+        # The inner `cond` hides the shape from the loop.
+        return separate(function)(*jax.tree.map(jnp.ravel, args)).reshape(first.shape)
+
+    arrays = jax.tree.leaves(args)
+    waits = [] if after is None else [lax.stop_gradient(after)]
+    on_one_device = separate(flat if _same_shape(arrays) else function, *waits)
+    on_many_devices = separate(function) if after is None else function
+
+    def on_cpu(*args):
+        if on_explicit_mesh(arrays):
+            return on_many_devices(*args)
+        return lax.cond(single_device_primitive.bind(), on_one_device, on_many_devices, *args)
+
+    return by_platform(on_cpu, function, *args)

@@ -1,0 +1,264 @@
+"""The engine for losses of one logit.
+
+A loss is its value and its slopes, two functions of a logit and a label. The engine adds dtypes,
+masks, invalid labels, the `custom_vjp`, recomputation in the backward pass, and the shapes, dtypes
+and mesh axes of the cotangents.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from focal_jax.engine import arguments, scalar
+from focal_jax.engine.arguments import InputError
+from focal_jax.engine.cpu import compile_separately
+from focal_jax.engine.declaration import Loss
+from focal_jax.engine.options import Option, check_names, declared, unwrap
+from focal_jax.engine.sharding import cast_to_common_varying
+
+Slopes = tuple[Array | None, ...]
+
+
+def parameter_order(
+    role: str, function: Callable[..., Any], leading: int, options: Mapping[str, Option]
+) -> tuple[str, ...]:
+    """Return the names of the options in the order of the function's parameters.
+
+    The first `leading` parameters are not options. A function with `*args` takes the options in
+    the order of their declaration.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return tuple(options)
+    names = [p.name for p in parameters[leading:]]
+    if len(parameters) < leading or set(names) != set(options):
+        raise InputError(
+            f"{role}: got parameters {[p.name for p in parameters]}, wanted {leading} arrays and "
+            f"then the options {list(options)}"
+        )
+    return tuple(names)
+
+
+def slopes_of(value: Callable[..., Array], names: Sequence[str], options: Mapping[str, Option]):
+    """Return the slopes of a value, differentiated by JAX (see `elementwise_loss`)."""
+    differentiable = [options[name].differentiable for name in names]
+
+    def slopes(*args):
+        arrays, given = args[: len(args) - len(names)], args[len(args) - len(names) :]
+        shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in jax.tree.leaves(args)))
+
+        def is_variable(option, moves):
+            return moves and isinstance(option, Array)
+
+        def total(arrays, moved):
+            moved = iter(moved)
+            chosen = [
+                next(moved) if is_variable(*pair) else pair[0]
+                for pair in zip(given, differentiable)
+            ]
+            return value(*arrays, *chosen)
+
+        full = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), arrays)
+        moved = [
+            jnp.broadcast_to(option, shape)
+            for option, moves in zip(given, differentiable)
+            if is_variable(option, moves)
+        ]
+        losses, transpose = jax.vjp(total, full, moved)
+        of_arrays, of_moved = transpose(jnp.ones_like(losses))
+        of_moved = iter(of_moved)
+        of_options = (
+            next(of_moved) if is_variable(option, moves) else None
+            for option, moves in zip(given, differentiable)
+            if moves
+        )
+        return (*of_arrays, *of_options)
+
+    return slopes
+
+
+def slopes_by_name(
+    found: Slopes, leading: int, names: Sequence[str], options: Mapping[str, Option]
+) -> tuple[Slopes, dict[str, Array | None]]:
+    """Return the slopes in the leading arrays, and the slopes in the options by name."""
+    differentiable = [name for name in names if options[name].differentiable]
+    if len(found) != leading + len(differentiable):
+        raise InputError(
+            f"slopes: got {len(found)} derivatives, wanted {leading + len(differentiable)}: "
+            f"{leading} and then those in {differentiable}"
+        )
+    of_options: dict[str, Array | None] = dict.fromkeys(options)
+    return found[:leading], of_options | dict(zip(differentiable, found[leading:]))
+
+
+def outside_unit_interval(y: Array) -> Array:
+    """Return where labels are outside [0, 1]."""
+    return ~((y >= 0) & (y <= 1))
+
+
+class ElementwiseLoss:
+    """A loss of one logit and one label: `loss(logits, labels, *, where=None, **options)`.
+
+    See `elementwise_loss`.
+    """
+
+    def __init__(
+        self,
+        value: Callable[..., Array],
+        slopes: Callable[..., Slopes] | None,
+        options: Mapping[str, Option],
+        label_is_invalid: Callable[[Array], Array],
+    ):
+        self.options = dict(options)
+        names = parameter_order("value", value, 2, options)
+        slope_names = names if slopes is None else parameter_order("slopes", slopes, 2, options)
+        slopes = slopes_of(value, names, options) if slopes is None else slopes
+        self.__name__ = getattr(value, "__name__", "loss").strip("_")
+        self.__doc__ = value.__doc__
+        self.declaration = Loss(self.__name__, "elementwise", ("hard", "soft"), self.options, self)
+        self.__signature__ = inspect.Signature(
+            [
+                *(inspect.Parameter(x, inspect.Parameter.POSITIONAL_OR_KEYWORD) for x in _ARRAYS),
+                *(
+                    inspect.Parameter(x, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+                    for x, option in (self.options | {"where": Option("mask", None)}).items()
+                ),
+            ]
+        )
+
+        def prepare(for_backward, logits, labels, options, where):
+            dtype = arguments.compute_dtype(logits)
+            z, y, options = arguments.cast_and_mask((logits, labels, options), dtype, where)
+            if for_backward:
+                z, y = scalar.prevent_cse(z), scalar.prevent_cse(y)
+            invalid = jnp.array(False) if labels.dtype == bool else label_is_invalid(y)
+            options = {name: unwrap(option) for name, option in options.items()}
+            return z, jnp.where(invalid, 0, y), options, invalid
+
+        def losses(*args):
+            z, y, options, invalid = prepare(False, *args)
+            result = value(z, y, *(options[name] for name in names))
+            if jnp.shape(result) != z.shape:
+                raise InputError(f"value: got shape {jnp.shape(result)}, wanted {z.shape}")
+            return arguments.mask_and_invalidate(result, invalid, args[-1])
+
+        def all_slopes(*args):
+            z, y, options, invalid = prepare(True, *args)
+            found = slopes(z, y, *(options[name] for name in slope_names))
+            of_arrays, of_options = slopes_by_name(found, 2, slope_names, self.options)
+            return jax.tree.map(
+                lambda slope: arguments.mask_and_invalidate(slope, invalid, args[-1]),
+                (*of_arrays, of_options),
+            )
+
+        self._core = _with_slopes(losses, all_slopes)
+
+    def __call__(
+        self,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        *,
+        where: ArrayLike | None = None,
+        **options: Any,
+    ) -> Array:
+        """Return the losses, one per logit."""
+        check_names(self.__name__, self.options, options)
+        logits = arguments.floating_array("logits", logits)
+        labels = arguments.real_array("labels", labels)
+        arguments.check_broadcastable("labels", labels, logits.shape, "the logits")
+        dtype = arguments.compute_dtype(logits)
+        prepared = {
+            name: option.prepare(name, options.get(name, option.default), logits.shape, dtype)
+            for name, option in self.options.items()
+        }
+        mask = arguments.mask_array(where, logits.shape)
+        labels = arguments.align(labels, logits.shape)
+        return self._core(*cast_to_common_varying(logits, labels, prepared, mask))
+
+
+_ARRAYS = ("logits", "labels")
+
+
+def _with_slopes(losses: Callable[..., Array], all_slopes: Callable[..., Any]):
+    """Return the losses with a `custom_vjp` that multiplies the cotangent by the slopes."""
+
+    @jax.jit
+    def primal(*args):
+        return compile_separately(losses, *args)
+
+    def forward(*args):
+        result = primal(*args)
+        return result, (args, result)
+
+    @jax.jit
+    def backward(residuals, ct):
+        args, result = residuals
+        logits, labels, options, _ = args
+        traced = jax.jit(all_slopes, inline=True)  # traced once for all cotangents
+
+        def cotangent(pick: Callable[[Any], Array], primal: Array) -> Array | None:
+            if not arguments.is_differentiable(primal):
+                return None
+            # The residual `result` is there for its memory only: on CPU a new array costs more
+            # than the arithmetic.
+            slope = compile_separately(lambda *args: pick(traced(*args)), *args, after=result)
+            return arguments.cotangent_like(primal, arguments.scale_cotangent(ct, slope))
+
+        of_options = {
+            name: jax.tree.map(partial(cotangent, lambda found, name=name: found[2][name]), option)
+            for name, option in options.items()
+        }
+        of_logits = cotangent(lambda found: found[0], logits)
+        return of_logits, cotangent(lambda found: found[1], labels), of_options, None
+
+    core = jax.custom_vjp(primal)
+    core.defvjp(forward, backward)
+    return core
+
+
+def elementwise_loss(
+    value: Callable[..., Array],
+    slopes: Callable[..., Slopes] | None = None,
+    *,
+    label_is_invalid: Callable[[Array], Array] = outside_unit_interval,
+    **options: Any,
+) -> ElementwiseLoss:
+    """Make a loss of one logit from its value and its slopes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from focal_jax import engine
+      >>> def value(logit, label, scale):
+      ...     return scale * engine.cross_entropy(logit, label)
+      >>> loss = engine.elementwise_loss(value, scale=1.0)
+      >>> losses = loss(jnp.array([0.0, 5.0]), jnp.array([1.0, 0.0]), scale=2.0)
+      >>> [round(x, 4) for x in losses.tolist()]
+      [1.3863, 10.0134]
+
+    Args:
+      value: `value(logit, label, *options) -> losses`. The arrays have the dtype of the loss and
+        broadcast to the logits. A static exponent is a Python number, a flag a Python bool, an
+        option that is left out None. Parameters after the first two have the options' names, in
+        any order.
+      slopes: None, or a function like `value` that returns a tuple: the derivative of the value
+        in the logit, in the label, and in each of its options in the order of its own parameters,
+        without masks and flags. None stands for a derivative that is 0. The logits that it
+        gets are finite. JAX differentiates it for derivatives of higher order. Without slopes JAX
+        differentiates the value.
+      label_is_invalid: returns where labels are invalid. The loss is NaN there.
+      **options: declarations: `exponent(2.0)`, `number(1.0, low=0)`, `mask()`, `flag(False)`, or
+        a plain number, the default of a `number`.
+
+    Returns:
+      A function `loss(logits, labels, *, where=None, **options)`.
+
+    Raises:
+      InputError: if the parameters of `value` or `slopes` are not the declared options.
+    """
+    return ElementwiseLoss(value, slopes, declared(options), label_is_invalid)

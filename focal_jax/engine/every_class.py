@@ -1,0 +1,305 @@
+"""Sums over all classes, `sum over c of w_c f(p_c)`: soft labels, label smoothing, region losses.
+
+`f` is the value of a position loss with class c as the true class. Label smoothing and soft labels
+differ in the weights only.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from focal_jax.engine import arguments, scalar
+from focal_jax.engine.class_sums import cast_logits, class_index, reduce_classes, sum_classes
+from focal_jax.engine.cpu import compile_separately
+from focal_jax.engine.options import unwrap
+from focal_jax.engine.platform import by_platform
+from focal_jax.engine.rows import (
+    Row,
+    Split,
+    class_terms,
+    direct_gradient,
+    finite,
+    plain_row,
+    row_cotangent,
+    row_gradient,
+    shift_logits,
+    split_top,
+)
+from focal_jax.engine.sharding import cast_to_common_varying
+
+
+class ClassArgs(NamedTuple):
+    """Arguments of the sum over the classes, of one rank with the class axis."""
+
+    logits: Array
+    # The weights of the classes; or the label's class index, for smoothed labels.
+    labels: Array
+    alpha: Array
+    options: dict[str, Any]
+    where: Array | None
+    invalid: Array | None = None  # invalid class indices, for smoothed labels
+    # The row sums over all classes if the logits are a slice of them, or are used elsewhere.
+    row: Row | None = None
+    index: Array | None = None  # the class indices, for smoothed labels
+
+
+class Smoothing(NamedTuple):
+    """Label smoothing: the label's class has the weight `1 - s + s / C`, the others `s / C`."""
+
+    s: float
+    num_classes: int
+
+    def weights(self, is_label: Array, dtype: jnp.dtype) -> Array:
+        """Return the weight of each class."""
+        one_hot = jnp.where(is_label, jnp.ones((), dtype), 0)
+        return (1 - self.s) * one_hot + self.s / self.num_classes
+
+
+class ClassSlopes(NamedTuple):
+    """Derivatives of each class's summand."""
+
+    by_n: Array
+    labels: Array
+    alpha: Array
+    options: dict[str, Array | None]
+
+
+def class_values(loss: Any, x: Array, exps: Split, y: Array, alpha: Array, options: Any) -> Array:
+    """Return each class's summand, `alpha_c y_c f(p_c)`."""
+    return scalar.weigh(alpha * y, loss.value_of(class_terms(x, exps), options))
+
+
+def class_slopes(
+    loss: Any, x: Array, exps: Split, y: Array, alpha: Array, options: Any
+) -> ClassSlopes:
+    """Return the derivatives of each class's summand."""
+    t = finite(class_terms(x, exps))
+    value = loss.value_of(t, options)
+    by_n, of_options = loss.slopes_of(t, options)
+    weight = alpha * y
+    scaled = {k: None if slope is None else weight * slope for k, slope in of_options.items()}
+    return ClassSlopes(weight * by_n, alpha * value, y * value, scaled)
+
+
+# ---------------------------------------------------------------- dense logits
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sum_together(axis: int, *arrays: Array) -> tuple[Array, ...]:
+    """Return the sums along the class axis, by one reduction."""
+    zeros = tuple(jnp.zeros((), x.dtype) for x in arrays)
+    return reduce_classes(axis, arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)))
+
+
+@_sum_together.defjvp
+def _sum_together_jvp(axis, primals, tangents):
+    return _sum_together(axis, *primals), tuple(sum_classes(axis, dx) for dx in tangents)
+
+
+class _Spec(NamedTuple):
+    """The static arguments of the core."""
+
+    loss: Any  # a PositionLoss
+    axis: int
+    smoothing: Smoothing | None
+
+
+def _with_row(spec: _Spec, args: ClassArgs) -> tuple[ClassArgs, Row]:
+    """Return the arguments with the class indices, and the row sums."""
+    # As an argument: inside `compile_separately` the arrays may be flat.
+    if spec.smoothing is not None:
+        args = args._replace(index=class_index(args.logits, spec.axis))
+    row = plain_row(spec.axis, args.logits, args.where) if args.row is None else args.row
+    return args, row._replace(max_logit=lax.stop_gradient(row.max_logit))
+
+
+def _prepare(spec: _Spec, args: ClassArgs, row: Row, for_backward: bool):
+    """Return the shifted logits, the weights, alpha, the options, and where labels are invalid."""
+    z = cast_logits(args.logits, args.where)
+    x = shift_logits(z, row.max_logit, for_backward=for_backward)
+    cast = partial(arguments.cast_and_mask, dtype=z.dtype, where=args.where)
+    alpha, options = cast(args.alpha), {k: unwrap(v) for k, v in cast(args.options).items()}
+    if spec.smoothing is not None:
+        is_label = args.index == args.labels
+        return x, spec.smoothing.weights(is_label, z.dtype), alpha, options, jnp.array(False)
+    y = cast(args.labels)
+    invalid = ~(y >= 0)
+    return x, jnp.where(invalid, 0, y), alpha, options, invalid
+
+
+def _summands(spec: _Spec, args: ClassArgs, row: Row) -> Array:
+    x, y, alpha, options, invalid = _prepare(spec, args, row, False)
+    return jnp.where(invalid, jnp.nan, class_values(spec.loss, x, row.exps, y, alpha, options))
+
+
+def _slopes(spec: _Spec, args: ClassArgs, row: Row, *, for_backward: bool) -> ClassSlopes:
+    x, y, alpha, options, _ = _prepare(spec, args, row, for_backward)
+    return class_slopes(spec.loss, x, row.exps, y, alpha, options)
+
+
+def _by_logits(function: Any) -> Any:
+    """Return a function of `ClassArgs` with the logits first, for `compile_separately`."""
+    return lambda logits, args, *more: function(args._replace(logits=logits), *more)
+
+
+def _losses_on_cpu(spec: _Spec, args: ClassArgs, row: Row) -> Array:
+    others = args._replace(logits=None, row=None, invalid=None)
+    summands = _by_logits(partial(_summands, spec))
+    return sum_classes(spec.axis, compile_separately(summands, args.logits, others, row))
+
+
+def _finish(losses: Array, args: ClassArgs) -> Array:
+    invalid = jnp.array(False) if args.invalid is None else args.invalid
+    return arguments.mask_and_invalidate(losses, invalid, args.where)
+
+
+def _split_slopes(spec: _Spec, args: ClassArgs, row: Row, by_n: Array):
+    x = shift_logits(cast_logits(args.logits, args.where), row.max_logit, for_backward=False)
+    return split_top(x, row.exps, by_n)
+
+
+def _forward_on_cpu(spec: _Spec, args: ClassArgs, row: Row):
+    # The sums of the slopes are left to the backward pass, which writes the slopes to memory.
+    return _losses_on_cpu(spec, args, row), jax.tree.map(jnp.zeros_like, row.exps)
+
+
+def _forward_elsewhere(spec: _Spec, args: ClassArgs, row: Row):
+    by_n = _slopes(spec, args, row, for_backward=False).by_n
+    split = _split_slopes(spec, args, row, by_n)
+    losses, *sums = _sum_together(spec.axis, _summands(spec, args, row), *split)
+    return losses, Split(*sums)
+
+
+def _gradient(spec: _Spec, args: ClassArgs, row: Row, by_n: Array, slopes: Split) -> Array:
+    z = cast_logits(args.logits, args.where)
+    x = shift_logits(z, row.max_logit, for_backward=True)
+    dz = direct_gradient(x, row.exps, by_n)
+    if args.row is not None:
+        return dz
+    return dz + row_gradient(x, row_cotangent(row.exps, slopes))
+
+
+def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: Row, slopes: Split, losses: Array):
+    del slopes
+    others = args._replace(logits=None, invalid=None)
+
+    def by_n(args, row):
+        return _slopes(spec, args, row, for_backward=False).by_n
+
+    # The slopes are written to memory once, where the losses' summands were.
+    found = compile_separately(_by_logits(by_n), args.logits, others, row, after=losses)
+    split = _split_slopes(spec, args, row, found)
+    slopes = Split(*(sum_classes(spec.axis, v) for v in split))
+    gradient = _by_logits(partial(_gradient, spec))
+    return compile_separately(gradient, args.logits, others, row, found, slopes), slopes
+
+
+def _gradient_elsewhere(spec: _Spec, args: ClassArgs, row: Row, slopes: Split, losses: Array):
+    del losses
+    found = _slopes(spec, args, row, for_backward=True).by_n
+    return _gradient(spec, args, row, found, slopes), slopes
+
+
+@partial(jax.jit, static_argnums=0)
+def _primal(spec: _Spec, args: ClassArgs) -> Array:
+    args, row = _with_row(spec, args)
+    return _finish(_losses_on_cpu(spec, args, row), args)
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(spec: _Spec, args: ClassArgs):
+    args, row = _with_row(spec, args)
+    on_cpu, elsewhere = (partial(form, spec) for form in (_forward_on_cpu, _forward_elsewhere))
+    losses, slopes = by_platform(on_cpu, elsewhere, args, row)
+    losses = _finish(losses, args)
+    return losses, (args, row, slopes, losses)
+
+
+@partial(jax.jit, static_argnums=0)
+def _backward(spec: _Spec, residuals, ct: Array):
+    args, row, slopes, losses = residuals
+    on_cpu, elsewhere = (partial(form, spec) for form in (_gradient_on_cpu, _gradient_elsewhere))
+    dz, slopes = by_platform(on_cpu, elsewhere, args, row, slopes, losses)
+    found = _slopes(spec, args, row, for_backward=True)
+
+    def scaled(slope):
+        # One invalid label makes its whole position NaN, as it does the loss.
+        slope = arguments.mask_and_invalidate(slope, jnp.isnan(losses), args.where)
+        return arguments.scale_cotangent(ct, slope)
+
+    def cotangent(slope, tree):
+        return jax.tree.map(lambda x: arguments.cotangent_like(x, scaled(slope)), tree)
+
+    of_row = None
+    if args.row is not None:
+        of_exps = jax.tree.map(scaled, row_cotangent(row.exps, slopes))
+        of_row = Row(jnp.zeros_like(row.max_logit), of_exps)
+    of_args = ClassArgs(
+        cotangent(dz, args.logits),
+        None if spec.smoothing is not None else cotangent(found.labels, args.labels),
+        cotangent(found.alpha, args.alpha),
+        {name: cotangent(found.options[name], x) for name, x in args.options.items()},
+        None,
+        None,
+        of_row,
+    )
+    return (of_args,)
+
+
+_core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_core.defvjp(_forward, _backward)
+
+
+def sum_over_classes(loss: Any, axis: int, args: ClassArgs, smoothing: Smoothing | None) -> Array:
+    """Return `sum over c of alpha_c y_c f(p_c)` for each position, with a class axis of size 1.
+
+    `y_c` is the array `args.labels`, or with `smoothing` the smoothed one-hot distribution of the
+    class index `args.labels`. If `args.row` is given, its derivative is returned separately: the
+    logits may then be a slice of the classes, and the caller adds up the slices.
+    """
+    return _core(_Spec(loss, axis, smoothing), cast_to_common_varying(args)[0])
+
+
+# ---------------------------------------------------------------- probabilities of all classes
+
+
+def _probabilities(axis: int, logits: Array, where: Array | None) -> tuple[Array, Array]:
+    t, *_ = _probability_terms(axis, logits, where, for_backward=False)
+    return t.p, t.q
+
+
+def _probability_terms(axis: int, logits: Array, where: Array | None, *, for_backward: bool):
+    row = plain_row(axis, logits, where)
+    x = shift_logits(cast_logits(logits, where), row.max_logit, for_backward=for_backward)
+    return class_terms(x, row.exps), x, row
+
+
+def _probabilities_forward(axis, *args):
+    return _probabilities(axis, *args), args
+
+
+def _probabilities_backward(axis, args, cts):
+    logits, where = args
+    t, x, row = _probability_terms(axis, *args, for_backward=True)
+    by_n = t.p * (cts[1] - cts[0])
+    split = split_top(x, row.exps, by_n)
+
+    def in_passes(*split):
+        return tuple(sum_classes(axis, v) for v in split)
+
+    slopes = Split(*by_platform(in_passes, partial(_sum_together, axis), *split))
+    dz = direct_gradient(x, row.exps, by_n)
+    dz = dz + row_gradient(x, row_cotangent(row.exps, slopes))
+    return arguments.mask_to_zero(dz, where).astype(logits.dtype), None
+
+
+_probabilities_core = jax.custom_vjp(_probabilities, nondiff_argnums=(0,))
+_probabilities_core.defvjp(_probabilities_forward, _probabilities_backward)
+
+
+def class_probabilities(axis: int, logits: Array, where: Array | None) -> tuple[Array, Array]:
+    """Return the softmax probability p of each class, and `1 - p` without cancellation."""
+    return _probabilities_core(axis, logits, where)

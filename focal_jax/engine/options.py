@@ -1,0 +1,237 @@
+"""Options of a loss, declared once beside its formula.
+
+A declaration is `exponent(2.0)`, `number(1.0, low=0)`, `mask()`, `flag(False)` or a plain number,
+the default. The engines check and prepare the arguments by it; the catalogue, the reference
+implementation, the Flax modules, the command line and the documentation read it.
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from focal_jax.engine import arguments
+from focal_jax.engine.arguments import InputError
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class MaybeStatic:
+    """A Python number or bool, which is static, or an array, which is a leaf.
+
+    A static exponent becomes products and roots, as `x ** 2` does in JAX and `x ** 2.0` does not.
+    As part of the tree's structure it reaches a `custom_vjp` rule without being traced.
+    """
+
+    value: int | float | bool | Array
+
+    def tree_flatten(self):
+        """Return the leaves and the static part."""
+        is_static = isinstance(self.value, int | float)
+        return ((), self.value) if is_static else ((self.value,), None)
+
+    @classmethod
+    def tree_unflatten(cls, static, leaves):
+        """Return what `tree_flatten` took apart."""
+        return cls(*leaves) if static is None else cls(static)
+
+
+def unwrap(option: Any) -> Any:
+    """Return the value of a `MaybeStatic`, and anything else unchanged."""
+    return option.value if isinstance(option, MaybeStatic) else option
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of a loss: its default and the values that are valid.
+
+    Attributes:
+      kind: `"number"` (traced, differentiable), `"exponent"` (static if it is a Python number),
+        `"mask"` (bool array) or `"flag"` (Python bool).
+      default: the default; None means that the option may be left out.
+      low: the smallest valid number.
+      high: the largest valid number.
+      above_low: whether `low` itself is invalid.
+      below_high: whether `high` itself is invalid.
+      per_class: whether an array has one entry per class, `[C]`, and not one per position.
+    """
+
+    kind: Literal["number", "exponent", "mask", "flag"]
+    default: float | bool | None
+    low: float = -math.inf
+    high: float = math.inf
+    above_low: bool = False
+    below_high: bool = False
+    per_class: bool = False
+
+    @property
+    def optional(self) -> bool:
+        """Whether None is a valid value."""
+        return self.default is None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the loss has a derivative in the option."""
+        return self.kind in ("number", "exponent")
+
+    @property
+    def wanted(self) -> str:
+        """The valid values in words, for error messages and documentation."""
+        if self.kind == "flag":
+            return "True or False"
+        if self.kind == "mask":
+            return "a bool array"
+        if math.isfinite(self.high):
+            left, right = "(" if self.above_low else "[", ")" if self.below_high else "]"
+            return f"a number in {left}{self.low:g}, {self.high:g}{right}"
+        if math.isfinite(self.low):
+            return f"a finite number {'>' if self.above_low else '>='} {self.low:g}"
+        return "a number"
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise if `value` is invalid, as far as that is known before the program runs.
+
+        Python numbers, NumPy arrays and concrete JAX arrays have known values. Tracers do not.
+        """
+        if value is None and self.optional:
+            return
+        if value is None:
+            raise InputError(f"{name}: got None, wanted {self.wanted}")
+        if self.kind == "flag":
+            arguments.static_bool(name, value)
+        elif self.kind != "mask":
+            self._check_range(name, value)
+
+    def _check_range(self, name: str, value: Any) -> None:
+        if isinstance(value, str | bytes):
+            raise InputError(f"{name}: got {value!r}, wanted {self.wanted}")
+        known = known_numbers(value)
+        if known is None:
+            return
+        # A Python number becomes a float32: one that is too large or too small for that is
+        # infinite or 0 there.
+        largest = float(jnp.finfo(jnp.float32).max)
+        smallest = float(jnp.finfo(jnp.float32).tiny) if self.above_low and self.low == 0 else None
+        high = min(self.high, largest) if math.isfinite(self.low) else self.high
+        valid = (known >= self.low) & (known <= high)
+        if self.above_low:
+            valid &= (known > self.low) if smallest is None else (known >= smallest)
+        if self.below_high:
+            valid &= known < self.high
+        if not np.all(valid):
+            wrong = known[~valid].ravel()[0] if known.ndim else known
+            hint = "; None means no weighting, for which other libraries use -1"
+            hint = hint if name == "alpha" and self.optional else ""
+            raise InputError(f"{name}: got {wrong:g}, wanted {self.wanted}{hint}")
+
+    def prepare(
+        self,
+        name: str,
+        value: Any,
+        losses: tuple[int, ...],
+        dtype: jnp.dtype,
+        axis: int | None = None,
+    ) -> Any:
+        """Return the option checked, as a tree of arrays that are aligned with the losses.
+
+        The result is None, a `MaybeStatic` or an array.
+        """
+        self.check(name, value)
+        if value is None:
+            return None
+        if self.kind == "flag":
+            return MaybeStatic(value)
+        if self.kind == "mask":
+            return arguments.mask_array(value, losses, axis, name)
+        if self.kind == "exponent" and isinstance(value, numbers.Real):
+            number = float(value)
+            is_integer = number.is_integer() and number <= arguments.INT32.max
+            return MaybeStatic(int(number) if is_integer else number)
+        array = arguments.number_array(name, value, dtype)
+        arguments.check_broadcastable(name, array, losses, "the losses")
+        array = arguments.align(array, losses, axis)
+        return MaybeStatic(array) if self.kind == "exponent" else array
+
+
+def known_numbers(value: Any) -> np.ndarray | None:
+    """Return the numbers of a Python, NumPy or concrete JAX value; None if they are not known."""
+    if isinstance(value, jax.core.Tracer) or hasattr(value, "__jax_array__"):
+        return None
+    if isinstance(value, Array):
+        if not value.is_fully_addressable or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+            return None
+        value = value.astype(jnp.float32) if value.dtype.itemsize < 4 else value
+    elif any(isinstance(leaf, Array) for leaf in jax.tree.leaves(value)):
+        return None
+    try:
+        known = np.asarray(value)
+    except ValueError:  # a ragged list: `as_array` names the argument
+        return None
+    return known.astype(np.float64) if known.dtype.kind in "biuf" else None
+
+
+def exponent(default: float | None, *, low: float = 0.0, per_class: bool = False) -> Option:
+    """Declare an exponent: a finite number of at least `low`; a Python number is static."""
+    return Option("exponent", default, low=low, per_class=per_class)
+
+
+def number(
+    default: float | None,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above_low: bool = False,
+    below_high: bool = False,
+    per_class: bool = False,
+) -> Option:
+    """Declare a number, which is traced and differentiated.
+
+    Args:
+      default: the default; None if the option may be left out.
+      low: the smallest valid number.
+      high: the largest valid number.
+      above_low: whether `low` itself is invalid.
+      below_high: whether `high` itself is invalid.
+      per_class: whether an array has one entry per class.
+    """
+    return Option("number", default, low, high, above_low, below_high, per_class)
+
+
+def mask() -> Option:
+    """Declare a bool array that broadcasts to the losses, or None."""
+    return Option("mask", None)
+
+
+def flag(default: bool) -> Option:
+    """Declare a Python bool."""
+    return Option("flag", default)
+
+
+# The weight of the positives of a sigmoid, and one weight per class of a softmax.
+POSITIVE_WEIGHT = number(None, low=0.0, high=1.0)
+CLASS_WEIGHTS = number(None, low=0.0, per_class=True)
+
+
+def declared(options: Mapping[str, Any]) -> dict[str, Option]:
+    """Return declarations by name; a plain number or None is the default of a `number`."""
+    return {
+        name: option if isinstance(option, Option) else number(option)
+        for name, option in options.items()
+    }
+
+
+def check_names(loss: str, known: Mapping[str, Option], given: Mapping[str, ArrayLike]) -> None:
+    """Raise for the name of an option that the loss does not have."""
+    for name in given:
+        if name not in known:
+            raise InputError(
+                f"{name}: got an option that {loss} does not have, wanted one of {list(known)}"
+            )

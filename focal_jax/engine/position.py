@@ -1,0 +1,297 @@
+"""The engine for losses of one softmax position.
+
+A loss is its value and its slopes, two functions of the terms of the true class. The engine makes of
+it a loss of class indices, of features and a kernel, and of a distribution over the classes.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from focal_jax.engine import arguments, every_class, head, rows, scalar
+from focal_jax.engine.arguments import InputError
+from focal_jax.engine.class_sums import AxisName, ClassSums
+from focal_jax.engine.cpu import compile_separately
+from focal_jax.engine.declaration import Loss
+from focal_jax.engine.elementwise import Slopes, parameter_order, slopes_by_name, slopes_of
+from focal_jax.engine.options import CLASS_WEIGHTS, Option, check_names, declared, number, unwrap
+from focal_jax.engine.scalar import Terms
+from focal_jax.engine.sharding import cast_to_common_varying
+
+# An option that is computed from the row of logits:
+# (axis, class_axis_name, logits, class sums, mask) -> array.
+RowOption = Callable[[int, AxisName | None, Array, ClassSums, Array | None], Array]
+
+
+class PositionLoss:
+    """A loss of one softmax position: `loss(logits, labels, *, alpha=None, axis=-1, ...)`.
+
+    See `position_loss`.
+    """
+
+    def __init__(
+        self,
+        value: Callable[..., Array],
+        slopes: Callable[..., Slopes] | None,
+        options: Mapping[str, Option],
+        row_option: tuple[str, RowOption] | None = None,
+    ):
+        self.options, self.row_option = dict(options), row_option
+        inner = self.options if row_option is None else self.options | {row_option[0]: number(0.0)}
+        self._inner = inner
+        self._value, self._names = value, parameter_order("value", value, 1, inner)
+        self._slope_names = self._names
+        if slopes is None:
+            names = self._names
+
+            def slopes(t, *given):
+                def shifted(n, *given):
+                    return value(scalar.shift_log_p(t, -n), *given)
+
+                return slopes_of(shifted, names, inner)(jnp.zeros_like(t.n), *given)
+        else:
+            self._slope_names = parameter_order("slopes", slopes, 1, inner)
+        self._slopes = slopes
+        self._core = _with_slopes(self)
+        self.__name__ = getattr(value, "__name__", "loss").strip("_")
+        self.__doc__ = value.__doc__
+        self.declaration = Loss(
+            self.__name__, "position", ("integer",), {"alpha": CLASS_WEIGHTS} | self.options, self
+        )
+        self.__signature__ = _with_options(self._dense, self.options)
+
+    def __call__(self, logits: ArrayLike, labels: ArrayLike, **options: Any) -> Any:
+        """Return the losses of an array of logits, one per label."""
+        return self._dense(logits, labels, **options)
+
+    def value_of(self, t: Terms, options: Mapping[str, Any]) -> Array:
+        """Return the value for options by name."""
+        return self._value(t, *(options[name] for name in self._names))
+
+    def slopes_of(self, t: Terms, options: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
+        """Return the derivative of the value in n, and the derivatives in the options by name."""
+        found = self._slopes(t, *(options[name] for name in self._slope_names))
+        (by_n,), of_options = slopes_by_name(found, 1, self._slope_names, self._inner)
+        return by_n, of_options
+
+    def of_sums(self, label_logit, rest, weight, options, where, invalid) -> Array:
+        """Return the losses from the class sums, see `scalar.softmax_terms`."""
+        args = label_logit, rest, weight, options, where, invalid
+        return self._core(*cast_to_common_varying(*args))
+
+    def _dense(
+        self,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        *,
+        alpha: ArrayLike | None = None,
+        axis: int = -1,
+        label_smoothing: float = 0.0,
+        ignore_label: int | None = None,
+        where: ArrayLike | None = None,
+        class_axis_name: AxisName | None = None,
+        return_logsumexp: bool = False,
+        **options: Any,
+    ) -> Any:
+        logits = arguments.floating_array("logits", logits)
+        axis = arguments.static_axis(axis, logits.ndim)
+        return head.integer_losses(
+            *(self, head.DenseSource(axis), logits, labels),
+            losses=logits.shape[:axis] + logits.shape[axis + 1 :],
+            num_classes=logits.shape[axis],
+            dtype=arguments.compute_dtype(logits),
+            alpha=alpha,
+            label_smoothing=label_smoothing,
+            ignore_label=ignore_label,
+            where=where,
+            class_axis_name=class_axis_name,
+            return_logsumexp=return_logsumexp,
+            options=options,
+        )
+
+    def linear(
+        self,
+        features: ArrayLike,
+        kernel: ArrayLike,
+        labels: ArrayLike,
+        *,
+        bias: ArrayLike | None = None,
+        alpha: ArrayLike | None = None,
+        label_smoothing: float = 0.0,
+        logit_softcap: float | None = None,
+        ignore_label: int | None = None,
+        where: ArrayLike | None = None,
+        class_axis_name: AxisName | None = None,
+        return_logsumexp: bool = False,
+        transpose_kernel: bool = False,
+        chunk_size: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return the losses of `features @ kernel + bias`, whose logits are never stored.
+
+        The arguments are those of `focal_jax.linear_softmax_focal_loss_with_integer_labels`.
+        """
+        if self.row_option is not None:
+            raise InputError(f"linear: {self.__name__} needs a whole row of logits at once")
+        arguments.static_bool("transpose_kernel", transpose_kernel)
+        linear = head.linear_arrays(features, kernel, bias, transpose_kernel)
+        source = head.linear_source(linear, transpose_kernel, logit_softcap, chunk_size)
+        return head.integer_losses(
+            *(self, source, linear, labels),
+            losses=linear.features.shape[:-1],
+            num_classes=source.local_classes(linear),
+            dtype=arguments.compute_dtype(linear.features),
+            alpha=alpha,
+            label_smoothing=label_smoothing,
+            ignore_label=ignore_label,
+            where=where,
+            class_axis_name=class_axis_name,
+            return_logsumexp=return_logsumexp,
+            options=options,
+            replicated={"features": linear.features},
+        )
+
+    def of_distribution(
+        self,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        *,
+        alpha: ArrayLike | None = None,
+        axis: int = -1,
+        where: ArrayLike | None = None,
+        **options: Any,
+    ) -> Array:
+        """Return `sum over c of alpha_c y_c value(p_c)` for labels `y` of the logits' shape.
+
+        The arguments are those of `focal_jax.softmax_focal_loss`.
+        """
+        check_names(self.__name__, self.options, options)
+        logits = arguments.floating_array("logits", logits)
+        axis = arguments.static_axis(axis, logits.ndim)
+        labels = arguments.real_array("labels", labels)
+        why = "a distribution over the classes, as the logits"
+        arguments.check_shape("labels", labels, logits.shape, why)
+        losses = logits.shape[:axis] + logits.shape[axis + 1 :]
+        dtype = arguments.compute_dtype(logits)
+        CLASS_WEIGHTS.check("alpha", alpha)
+        alpha = arguments.class_weights(alpha, logits.shape[axis], dtype)
+        alpha = alpha.reshape([alpha.size if i == axis else 1 for i in range(logits.ndim)])
+        prepared = {
+            name: option.prepare(name, options.get(name, option.default), losses, dtype, axis)
+            for name, option in self.options.items()
+        }
+        mask = arguments.mask_array(where, losses, axis)
+        args = every_class.ClassArgs(logits, labels, alpha, prepared, mask)
+        return jnp.squeeze(every_class.sum_over_classes(self, axis, args, None), axis)
+
+
+def _with_options(function: Callable[..., Any], options: Mapping[str, Option]) -> Any:
+    """Return the function's signature with the options in place of `**options`."""
+    signature = inspect.signature(function)
+    fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+        for name, option in options.items()
+    ]
+    return signature.replace(parameters=fixed + added)
+
+
+def _with_slopes(loss: PositionLoss):
+    """Return the losses as a function of the class sums, with a `custom_vjp`."""
+
+    def losses(label_logit, rest, weight, options, where, invalid):
+        t, weight, options = _prepare(label_logit, rest, weight, options, where)
+        result = scalar.weigh(weight, loss.value_of(t, options))
+        return arguments.mask_and_invalidate(result, invalid, where)
+
+    @jax.jit
+    def primal(*args):
+        return compile_separately(losses, *args)
+
+    def forward(*args):
+        return primal(*args), args
+
+    @jax.jit
+    def backward(args, ct):
+        label_logit, rest, weight, options, where, invalid = args
+        t, w, given = _prepare(label_logit, rest, weight, options, where)
+        t = rows.finite(t)
+        by_n, of_options = loss.slopes_of(t, given)
+
+        def scaled(slope):
+            slope = arguments.mask_and_invalidate(slope, invalid, where)
+            return arguments.scale_cotangent(ct, slope)
+
+        def cotangent(slope, tree):
+            return jax.tree.map(lambda x: arguments.cotangent_like(x, scaled(slope)), tree)
+
+        # log p = label_logit - log(exp(label_logit) + rest), so the derivative of log p in `rest`
+        # is -1 / sum, and the derivative in `label_logit` is rest / sum.
+        label_logit, rest = arguments.cast_and_mask((label_logit, rest), rest.dtype, where)
+        of_rest = scaled(w * by_n / (jnp.exp(label_logit) + rest))
+        return (
+            arguments.cotangent_like(args[0], -rest * of_rest),
+            arguments.cotangent_like(args[1], of_rest),
+            cotangent(loss.value_of(t, given), weight),
+            {
+                name: cotangent(w * of_options[name], x) if x is not None else None
+                for name, x in options.items()
+            },
+            None,
+            None,
+        )
+
+    core = jax.custom_vjp(primal)
+    core.defvjp(forward, backward)
+    return core
+
+
+def _prepare(label_logit, rest, weight, options, where):
+    """Return the terms, the weight and the options in the dtype of the loss, 0 where masked."""
+    cast = partial(arguments.cast_and_mask, dtype=rest.dtype, where=where)
+    label_logit, rest, weight, options = cast((label_logit, rest, weight, options))
+    options = {name: unwrap(option) for name, option in options.items()}
+    return scalar.softmax_terms(label_logit, rest), weight, options
+
+
+def position_loss(
+    value: Callable[..., Array], slopes: Callable[..., Slopes] | None = None, **options: Any
+) -> PositionLoss:
+    """Make a loss of one softmax position from its value and its slopes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import engine
+      >>> def value(terms, q):  # generalized cross entropy, (1 - p**q) / q
+      ...     return -jnp.expm1(-q * terms.n) / q
+      >>> loss = engine.position_loss(value, q=0.7)
+      >>> losses = loss(jnp.array([[2.0, 0.0, 0.0]]), jnp.array([0]), alpha=2.0)
+      >>> [round(x, 4) for x in losses.tolist()]
+      [0.4389]
+
+    Args:
+      value: `value(terms, *options) -> losses`, of the `Terms` of the true class. Parameters after
+        the first have the options' names, in any order. The engine multiplies the value by the
+        class weight `alpha`, which is an option of every loss of a position.
+      slopes: None, or a function like `value` that returns a tuple: the derivative of the value
+        in `n = -log p`, and in each of its options in the order of its own parameters. The terms
+        that it gets are finite. JAX differentiates it for derivatives of higher order. Without
+        slopes JAX differentiates the value.
+      **options: declarations: `exponent(2.0)`, `number(1.0, low=0)`, or a plain number, the
+        default of a `number`.
+
+    Returns:
+      A function of logits and class indices, with the keyword arguments of
+      `focal_jax.softmax_focal_loss_with_integer_labels` and the declared options. Its method
+      `linear` takes features and a kernel instead of logits.
+
+    Raises:
+      InputError: if the parameters of `value` or `slopes` are not the declared options.
+    """
+    return PositionLoss(value, slopes, declared(options))

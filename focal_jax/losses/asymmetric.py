@@ -1,0 +1,146 @@
+"""Asymmetric loss: one focusing exponent per label, and no loss for easy negatives."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from focal_jax.catalogue import declare
+from focal_jax.engine import elementwise_loss, exponent, flag, number, scalar
+from focal_jax.engine.scalar import Terms
+
+
+@jax.custom_jvp
+def _shifted_terms(z: Array, margin: Array) -> Terms:
+    """Return the terms of a negative whose score is reduced by the margin.
+
+    Here `q = max(s - margin, 0)` and `p = 1 - q`.
+    """
+    t = scalar.sigmoid_terms(z)
+    q, p = jnp.maximum(t.p - margin, 0), jnp.minimum(t.q + margin, 1)
+    # If p underflows the margin is 0, and -log p is that of the logit.
+    n = jnp.where(q < 0.5, -scalar.log1p(-jnp.minimum(q, 0.5)), jnp.minimum(-jnp.log(p), -t.log_q))
+    near_one = scalar.log1p(-jnp.minimum(p, 0.5))
+    log_q = jnp.where(p < 0.5, near_one, jnp.maximum(jnp.log(q), scalar.min_log(q)))
+    return Terms(p, q, n, log_q, scalar.n_over_q(n, q))
+
+
+def _share(t: Terms, margin: Array) -> Array:
+    """Return `(1 - s) / (1 - s + margin)`, which is 1 for a margin of 0."""
+    return 1 / (1 + scalar.divide(margin, t.q))
+
+
+@_shifted_terms.defjvp
+def _shifted_terms_jvp(primals, tangents):
+    (z, margin), (dz, dmargin) = primals, tangents
+    t, m = scalar.sigmoid_terms(z), _shifted_terms(*primals)
+    above = m.q > 0
+    dq = jnp.where(above, t.p * t.q * dz - dmargin, 0)
+    dn = jnp.where(above, t.p * _share(t, margin) * dz - scalar.divide(dmargin, m.p), 0)
+    dlog_q = scalar.divide(dq, m.q)
+    dn_over_q = scalar.divide(dn, m.q) - scalar.clip_inf(m.n_over_q) * dlog_q
+    return m, Terms(-dq, dq, dn, dlog_q, dn_over_q)
+
+
+def _value(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
+    del stop_weight_gradient  # the value is the same
+    t, m = scalar.sigmoid_terms(z), _shifted_terms(z, margin)
+    positive = scalar.weigh(y, scalar.focal(t, gamma_positive))
+    return positive + scalar.weigh(1 - y, scalar.focal(m, gamma_negative))
+
+
+def _slopes(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
+    t, m, not_y = scalar.sigmoid_terms(z), _shifted_terms(z, margin), 1 - y
+
+    # The terms of the weights, and the factor by which their derivatives count.
+    of_weights = (t.q, t.log_q), (m.q, m.log_q)
+    g_positive, g_negative = gamma_positive, gamma_negative
+    if stop_weight_gradient:
+        of_weights, g_positive, g_negative = lax.stop_gradient(of_weights), 0, 0
+    (t_q, t_log_q), (m_q, m_log_q) = of_weights
+    w_positive = scalar.power(t_q, t_log_q, gamma_positive)
+    w_negative = scalar.power(m_q, m_log_q, gamma_negative)
+    n_over_q, n_negative = scalar.clip_inf(m.n_over_q), scalar.clip_inf(m.n)
+    falls = w_positive * (t.q + g_positive * (t.p * t.n))
+    rises = w_negative * (t.p * (_share(t, margin) + g_negative * (n_over_q * t.q)))
+    by_margin = w_negative * (1 / jnp.maximum(m.p, jnp.finfo(y.dtype).tiny))
+    by_margin = by_margin + w_negative * (g_negative * n_over_q)
+    above = m.q > 0
+    return (
+        jnp.where(above, not_y * rises, 0) - y * falls,
+        w_positive * t.n - w_negative * n_negative,
+        # The products of large factors come first: the others may underflow.
+        y * (w_positive * (t.n * t_log_q)),
+        not_y * (w_negative * (n_negative * m_log_q)),
+        jnp.where(above, -not_y * by_margin, 0),
+    )
+
+
+_loss = elementwise_loss(
+    _value,
+    _slopes,
+    gamma_positive=exponent(0.0),
+    gamma_negative=exponent(4.0),
+    margin=number(0.05, low=0.0, high=1.0, below_high=True),
+    stop_weight_gradient=flag(False),
+)
+
+
+@declare("elementwise", ("hard", "soft"), _loss.options)
+def asymmetric_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma_positive: ArrayLike = 0.0,
+    gamma_negative: ArrayLike = 4.0,
+    margin: ArrayLike = 0.05,
+    stop_weight_gradient: bool = False,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Compute the asymmetric loss for multi-label classification with few positives.
+
+    With `s = sigmoid(logits)` and the label `y`:
+
+        m    = max(s - margin, 0)
+        loss = -y (1 - s)**gamma_positive * log s - (1 - y) m**gamma_negative * log(1 - m)
+
+    A negative whose score is below the margin has loss 0. With `margin=0` this is a focal loss with
+    one exponent per label.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import asymmetric_loss
+      >>> losses = asymmetric_loss(jnp.array([-3.0, 0.0, 0.0]), jnp.array([0, 0, 1]))
+      >>> [f"{x:.2e}" for x in losses.tolist()]
+      ['0.00e+00', '2.45e-02', '6.93e-01']
+
+    Args:
+      logits: `[...]`: log-odds.
+      labels: `y` in [0, 1]; broadcasts to the logits.
+      gamma_positive: focusing exponent of the positives, at least 0.
+      gamma_negative: focusing exponent of the negatives, at least 0.
+      margin: number in [0, 1) that the score of a negative is reduced by. At `s = margin` the
+        derivative is 0, as relu's is at 0.
+      stop_weight_gradient: whether the weights are constant under differentiation. The authors'
+        code calls this `disable_torch_grad_focal_loss`.
+      where: mask of the losses.
+
+    Returns:
+      The losses, `[...]`.
+
+    Raises:
+      InputError: for an invalid argument.
+
+    References:
+      Ridnik, Ben-Baruch, Zamir, Noy, Friedman, Protter, Zelnik-Manor. [Asymmetric Loss For
+      Multi-Label Classification](https://arxiv.org/abs/2009.14119). ICCV 2021.
+    """
+    return _loss(
+        logits,
+        labels,
+        gamma_positive=gamma_positive,
+        gamma_negative=gamma_negative,
+        margin=margin,
+        stop_weight_gradient=stop_weight_gradient,
+        where=where,
+    )

@@ -1,0 +1,101 @@
+"""Gaussian focal loss: negatives near a peak of a heat map weigh less."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from focal_jax.catalogue import declare
+from focal_jax.engine import elementwise_loss, exponent, scalar
+from focal_jax.engine.options import POSITIVE_WEIGHT
+
+
+def _parts(z: Array, y: Array) -> tuple[Array, Array, scalar.Terms, Array, Array]:
+    """Return where the peaks are, the sign of the margin, the terms, `1 - y` and `log(1 - y)`.
+
+    For a peak `1 - y` counts as 1, so that its weight is 1 for every beta.
+    """
+    peak = y == 1
+    sign = jnp.where(peak, 1, -jnp.ones_like(y))
+    y = jnp.where(peak, 0, y)
+    return peak, sign, scalar.sigmoid_terms(sign * z), 1 - y, jnp.log1p(-y)
+
+
+def _alpha_weight(peak: Array, y: Array, alpha: Array | None) -> Array:
+    return jnp.ones((), y.dtype) if alpha is None else jnp.where(peak, alpha, 1 - alpha)
+
+
+def _value(z, y, alpha, gamma, beta):
+    peak, _, t, not_y, log_not_y = _parts(z, y)
+    weight = _alpha_weight(peak, y, alpha) * scalar.power(not_y, log_not_y, beta)
+    return scalar.weigh(weight, scalar.focal(t, gamma))
+
+
+def _slopes(z, y, alpha, gamma, beta):
+    peak, sign, t, not_y, log_not_y = _parts(z, y)
+    decay, focal = scalar.power(not_y, log_not_y, beta), scalar.focal(t, gamma)
+    weight = _alpha_weight(peak, y, alpha) * decay
+    return (
+        -sign * weight * (scalar.minus_dfocal_dlog_p(t, gamma) * t.q),
+        jnp.where(peak, 0, -beta * weight / not_y * focal),
+        sign * decay * focal,
+        weight * (focal * t.log_q),
+        weight * focal * log_not_y,
+    )
+
+
+_loss = elementwise_loss(
+    _value, _slopes, alpha=POSITIVE_WEIGHT, gamma=exponent(2.0), beta=exponent(4.0)
+)
+
+
+@declare("elementwise", ("hard", "soft"), _loss.options)
+def gaussian_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    beta: ArrayLike = 4.0,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Compute the focal loss of a heat map, as CornerNet, CenterNet and CenterPoint use it.
+
+    With `s = sigmoid(logits)` and the label `y`, 1 at a peak and smaller around it (usually a
+    Gaussian):
+
+        loss = -alpha * (1 - s)**gamma * log s                                where y = 1
+        loss = -(1 - alpha) * (1 - y)**beta * s**gamma * log(1 - s)           elsewhere
+
+    CornerNet calls gamma `alpha`; mmdetection calls beta `gamma`. For labels 0 and 1 the loss is
+    `sigmoid_focal_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import gaussian_focal_loss
+      >>> losses = gaussian_focal_loss(jnp.array([0.0, 0.0, 0.0]), jnp.array([0.0, 0.8, 1.0]))
+      >>> [f"{x:.2e}" for x in losses.tolist()]
+      ['1.73e-01', '2.77e-04', '1.73e-01']
+
+    Args:
+      logits: `[...]`: log-odds of a peak.
+      labels: the heat map in [0, 1]; broadcasts to the logits. Exactly 1 is a peak. The derivative
+        in the label of a peak is 0.
+      alpha: weight of the peaks in [0, 1]; the other elements weigh `1 - alpha`. None weighs both
+        1, as CornerNet and CenterNet do.
+      gamma: focusing exponent, at least 0.
+      beta: exponent of `1 - y`, at least 0: how fast the weight of negatives falls near a peak. 0
+        weighs all negatives alike.
+      where: mask of the losses.
+
+    Returns:
+      The losses, `[...]`. Their sum is usually divided by the number of peaks.
+
+    Raises:
+      InputError: for an invalid argument.
+
+    References:
+      Law, Deng. [CornerNet: Detecting Objects as Paired
+      Keypoints](https://arxiv.org/abs/1808.01244). ECCV 2018.
+      Zhou, Wang, Kraehenbuehl. [Objects as Points](https://arxiv.org/abs/1904.07850). 2019.
+    """
+    return _loss(logits, labels, alpha=alpha, gamma=gamma, beta=beta, where=where)

@@ -1,0 +1,91 @@
+"""Probability-weighted cross entropy: confident classes weigh more, the opposite of a focal loss."""
+
+from typing import Any
+
+from jax import lax
+from jax.typing import ArrayLike
+
+from focal_jax.catalogue import declare
+from focal_jax.engine import position_loss, scalar
+from focal_jax.engine.options import CLASS_WEIGHTS
+
+
+def _value(terms):
+    return lax.stop_gradient(terms.p) * scalar.clip_inf(terms.n)
+
+
+def _slopes(terms):
+    return (lax.stop_gradient(terms.p),)
+
+
+_loss = position_loss(_value, _slopes)
+
+
+@declare(
+    "position", ("integer",), {"alpha": CLASS_WEIGHTS} | _loss.options, stop_gradient_weight=True
+)
+def softmax_probability_weighted_loss_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    axis: int = -1,
+    label_smoothing: float = 0.0,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+    return_logsumexp: bool = False,
+) -> Any:
+    r"""Compute the cross entropy weighted by the probability of the label's class.
+
+    With `p_t` the softmax probability of the label's class:
+
+        loss = alpha_t * p_t * (-log p_t)
+
+    The weight `p_t` is constant under differentiation, so the gradient of the logits is `p_t` times
+    that of the cross entropy. This is dynamic fine-tuning: a language model learns little from
+    tokens that it finds improbable, where supervised fine-tuning learns most from them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import softmax_probability_weighted_loss_with_integer_labels
+      >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [-9.0, 0.0, 0.0]])
+      >>> labels = jnp.array([0, 1, 0])
+      >>> losses = softmax_probability_weighted_loss_with_integer_labels(logits, labels)
+      >>> [round(x, 4) for x in losses.tolist()]
+      [0.1885, 0.3662, 0.0006]
+
+    Args:
+      logits: `[..., C, ...]`: unnormalized log-probabilities.
+      labels: class indices, of the logits' shape without the class axis.
+      alpha: class weights: None, a scalar, or `[C]`, from which the label selects.
+      axis: the class axis.
+      label_smoothing: as in `softmax_focal_loss_with_integer_labels`.
+      ignore_label: positions with this label have loss 0 and gradient 0.
+      where: mask of the losses.
+      class_axis_name: as in `softmax_focal_loss_with_integer_labels`.
+      return_logsumexp: whether to return `(losses, logsumexp)`.
+
+    Returns:
+      The losses, of the labels' shape; or with `return_logsumexp` a pair with the log-sum-exp.
+
+    Raises:
+      InputError: for an invalid argument.
+      NameError: for a `class_axis_name` that is not bound.
+
+    References:
+      Wu, Zhou, Ziheng, Peng, Ye, Hu, Zhu, Qi, Yang, Yang. [On the Generalization of SFT: A
+      Reinforcement Learning Perspective with Reward
+      Rectification](https://arxiv.org/abs/2508.05629). 2025.
+    """
+    return _loss(
+        logits,
+        labels,
+        alpha=alpha,
+        axis=axis,
+        label_smoothing=label_smoothing,
+        ignore_label=ignore_label,
+        where=where,
+        class_axis_name=class_axis_name,
+        return_logsumexp=return_logsumexp,
+    )

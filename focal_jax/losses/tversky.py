@@ -1,0 +1,120 @@
+"""Focal Tversky loss: the overlap of each class with its region, over all positions."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from focal_jax.catalogue import declare
+from focal_jax.engine import arguments, exponent, number, scalar
+from focal_jax.engine.every_class import class_probabilities
+from focal_jax.engine.options import unwrap
+from focal_jax.engine.sharding import cast_to_common_varying
+
+_OPTIONS = {
+    "alpha": number(0.7, low=0.0, per_class=True),
+    "beta": number(0.3, low=0.0, per_class=True),
+    "gamma": exponent(0.75, per_class=True),
+    "smooth": number(1.0, low=0.0, per_class=True),
+}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _losses(axis, axis_name, logits, labels, options, where):
+    dtype = arguments.compute_dtype(logits)
+    y = arguments.cast_and_mask(labels, dtype, where)
+    options = arguments.cast_and_mask(options, dtype, None)
+    alpha, beta, gamma, smooth = (unwrap(options[name]) for name in _OPTIONS)
+    y = jnp.where((y >= 0) & (y <= 1), y, jnp.nan)
+    p, q = class_probabilities(axis, logits, where)
+    positions = tuple(i for i in range(logits.ndim) if i != axis)
+    counts = [
+        jnp.sum(arguments.mask_to_zero(x, where), positions) for x in (y * p, y * q, (1 - y) * p)
+    ]
+    tp, fn, fp = counts if axis_name is None else lax.psum(counts, axis_name)
+    # 1 - TI is computed as a quotient: the difference would cancel.
+    wrong, right = alpha * fn + beta * fp, tp + smooth
+    one_minus_index, index = (scalar.divide(x, right + wrong) for x in (wrong, right))
+    index = jnp.where(right + wrong == 0, 1, index)  # the class is absent and not predicted
+    log_abs = scalar.log_abs(one_minus_index, index)
+    return scalar.abs_power(one_minus_index, log_abs, gamma)
+
+
+@declare("region", ("one-hot", "distribution"), _OPTIONS)
+def focal_tversky_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike = 0.7,
+    beta: ArrayLike = 0.3,
+    gamma: ArrayLike = 0.75,
+    axis: int = -1,
+    smooth: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    r"""Compute the focal Tversky loss of each class, over all positions together.
+
+    With `p` the softmax of the logits along the class axis, `y` the labels, and TP, FN and FP the
+    sums of `y p`, `y (1 - p)` and `(1 - y) p` over all positions:
+
+        TI   = (TP + smooth) / (TP + alpha FN + beta FP + smooth)
+        loss = (1 - TI)**gamma
+
+    With `alpha = beta = 0.5` the index TI is Dice's. In MONAI's `TverskyLoss` alpha is the weight of
+    the false positives. Abraham and Khan write the exponent as `1 / gamma`, with gamma 4/3.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import focal_tversky_loss
+      >>> logits = jnp.array([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
+      >>> labels = jax.nn.one_hot(jnp.array([0, 1, 1]), 2)
+      >>> [round(x, 4) for x in focal_tversky_loss(logits, labels).tolist()]
+      [0.234, 0.3071]
+
+    Args:
+      logits: `[..., C, ...]`: unnormalized log-probabilities.
+      labels: `[..., C, ...]`: one-hot or class probabilities; `jax.nn.one_hot` converts class
+        indices. A label outside [0, 1] makes the loss of its class NaN.
+      alpha: weight of the false negatives, at least 0: a number or `[C]`.
+      beta: weight of the false positives, at least 0: a number or `[C]`.
+      gamma: exponent, at least 0: a number or `[C]`.
+      axis: the class axis. All other axes are summed over, also the batch axis. `jax.vmap` gives
+        one loss per image.
+      smooth: number or `[C]` that is added to numerator and denominator. With 0, a class that is
+        absent and not predicted has loss 0.
+      where: bool, broadcasts to the logits' shape without the class axis: the positions that count.
+      axis_name: mapped axes over which the positions are sharded. The counts are summed over them.
+
+    Returns:
+      The losses, `[C]`.
+
+    Raises:
+      InputError: for an invalid argument.
+      NameError: for an `axis_name` that is not bound.
+
+    References:
+      Abraham, Khan. [A Novel Focal Tversky loss function with improved Attention U-Net for lesion
+      segmentation](https://arxiv.org/abs/1810.07842). ISBI 2019.
+      Salehi, Erdogmus, Gholipour. [Tversky loss function for image segmentation using 3D fully
+      convolutional deep networks](https://arxiv.org/abs/1706.05721). 2017.
+    """
+    logits = arguments.floating_array("logits", logits)
+    axis = arguments.static_axis(axis, logits.ndim)
+    labels = arguments.real_array("labels", labels)
+    why = "the shape of the logits; jax.nn.one_hot converts class indices"
+    arguments.check_shape("labels", labels, logits.shape, why)
+    given = {"alpha": alpha, "beta": beta, "gamma": gamma, "smooth": smooth}
+    dtype, num_classes = arguments.compute_dtype(logits), logits.shape[axis]
+    options = {
+        name: option.prepare(name, given[name], (num_classes,), dtype)
+        for name, option in _OPTIONS.items()
+    }
+    positions = logits.shape[:axis] + logits.shape[axis + 1 :]
+    mask = arguments.mask_array(where, positions, axis)
+    # The options are not cast: the sums over the devices do not vary over the mesh axes.
+    logits, labels, mask = cast_to_common_varying(logits, labels, mask)
+    return _losses(axis, axis_name, logits, labels, options, mask)

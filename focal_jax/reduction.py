@@ -1,0 +1,148 @@
+"""Reduce losses per position to one number."""
+
+import numbers
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from focal_jax.engine import arguments
+from focal_jax.engine.arguments import InputError, mask_to_zero
+
+NORMALIZATIONS = ("sum", "mean", "valid", "batch_size")
+_HINTS = {
+    "none": "; 'sum' divides by 1, and for unreduced losses leave out reduce_loss",
+    "full": "; 'mean' divides by the number of all positions",
+    "batch_size": "; 'batch_size' needs losses with a batch axis",
+}
+
+
+def count_true(where: Array, losses: Array, int32_limit: int = 2**31) -> Array:
+    """Return the number of losses at which a mask is True, in the losses' dtype.
+
+    An int32 count wraps at 2**31, and a float32 sum of ones stops growing at 2**24. So the longest
+    axes are counted in int32, as many as cannot reach the limit, and the counts are added in
+    floating point.
+    """
+    axes, positions = [], 1
+    for axis in sorted(range(where.ndim), key=lambda axis: -where.shape[axis]):
+        if positions * where.shape[axis] < int32_limit:
+            axes.append(axis)
+            positions *= where.shape[axis]
+    counts = jnp.sum(where, axes, dtype=jnp.int32)
+    return jnp.sum(counts.astype(losses.dtype)) * float(losses.size // max(1, where.size))
+
+
+def check_normalization(normalization: Any, losses: Array) -> None:
+    """Raise unless `normalization` is a word that is valid for the losses."""
+    words = NORMALIZATIONS if losses.ndim else NORMALIZATIONS[:-1]
+    if normalization not in words:
+        raise InputError(
+            f"normalization: got {normalization!r}, wanted one of {words}, a number or a scalar "
+            f"array{_HINTS.get(normalization or '', '')}"
+        )
+
+
+def _denominator(
+    normalization: Any,
+    losses: Array,
+    where: Array | None,
+    weights: Array | None,
+    axis_name: str | tuple[str, ...] | None,
+) -> Array:
+    """Return the denominator, summed over the mapped axes."""
+    if not (normalization is None or isinstance(normalization, str)):
+        number = arguments.number_array("normalization", normalization, losses.dtype)
+        arguments.check_shape("normalization", number, (), "one denominator for all losses")
+        return number.astype(losses.dtype)
+    check_normalization(normalization, losses)
+    if normalization == "sum":
+        return jnp.ones((), losses.dtype)
+    # The count is floating before the psum, because an int32 sum over devices could wrap.
+    match normalization:
+        case "batch_size":
+            denominator = float(losses.shape[0])
+        case "valid" if weights is not None:
+            denominator = jnp.sum(mask_to_zero(jnp.broadcast_to(weights, losses.shape), where))
+        case "valid" if where is not None:
+            denominator = count_true(where, losses)
+        case _:
+            denominator = float(losses.size)
+    if axis_name is not None:
+        denominator = lax.psum(denominator, axis_name)
+    return jnp.asarray(denominator, losses.dtype)
+
+
+def reduce_loss(
+    losses: ArrayLike,
+    *,
+    normalization: str | ArrayLike = "valid",
+    where: ArrayLike | None = None,
+    labels: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    weights: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    r"""Reduce losses per position to one number.
+
+        sum(losses) / max(1, denominator)
+        sum(weights * losses) / denominator        with weights; 0 / 0 is 0
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import reduce_loss
+      >>> losses, labels = jnp.array([3.0, 1.0, jnp.nan]), jnp.array([0, 2, 255])
+      >>> float(reduce_loss(losses, labels=labels, ignore_label=255))
+      2.0
+      >>> float(reduce_loss(losses[:2], weights=jnp.array([0.5, 0.0])))
+      3.0
+
+    Args:
+      losses: `[...]`, floating.
+      normalization: the denominator. `"valid"` is the number of positions that are not masked,
+        or the sum of their weights; `"mean"` is the number of all positions; `"batch_size"` is
+        `losses.shape[0]`; `"sum"` is 1. A number or a scalar array is the denominator itself,
+        such as the number of positive anchors.
+      where: bool, broadcasts to the losses. Positions where it is False are masked.
+      labels: integers of the losses' shape. Only `ignore_label` needs them.
+      ignore_label: positions with this label are masked.
+      weights: real, >= 0, broadcasts to the losses. The denominator is not rounded up to 1,
+        because a sum of weights can be a fraction. A weight of 0 is not a mask: 0 times an
+        infinite loss is NaN. A negative weight in a JAX array gives NaN.
+      axis_name: names of the mapped axes that shard the batch. The denominator is summed over
+        them and divided by their size, so that `lax.pmean` of results and gradients equals those
+        on one device. A number is already the denominator of the whole batch.
+
+    Returns:
+      A scalar. It is 0 if all positions are masked. Counts above 2**31 do not wrap.
+
+    Raises:
+      InputError: if an argument is invalid or a Python or NumPy weight is negative.
+      NameError: if `axis_name` is not bound.
+    """
+    losses = arguments.floating_array("losses", losses)
+    losses = losses.astype(arguments.compute_dtype(losses))
+    where = arguments.mask_array(where, losses.shape)
+    if labels is not None:
+        labels = arguments.integer_labels(labels, losses.shape)
+        where = arguments.not_ignored(labels, ignore_label, where)
+    elif ignore_label is not None:
+        raise InputError(f"ignore_label: got {ignore_label} without labels, wanted labels too")
+    losses = mask_to_zero(losses, where)
+    if weights is not None:
+        given, weights = weights, arguments.number_array("weights", weights, losses.dtype)
+        # The values of a JAX array are not read: that would wait for the device.
+        if isinstance(given, numbers.Real | np.ndarray) and np.min(given, initial=0) < 0:
+            raise InputError(f"weights: got {np.min(given)}, wanted numbers >= 0")
+        arguments.check_broadcastable("weights", weights, losses.shape, "the losses")
+        weights = arguments.align(weights, losses.shape).astype(losses.dtype)
+        weights = jnp.where(weights < 0, jnp.nan, weights)
+        losses *= mask_to_zero(weights, where)
+    arguments.check_axis_name("axis_name", axis_name)
+    denominator = _denominator(normalization, losses, where, weights, axis_name)
+    too_small = denominator < 1 if weights is None else denominator <= 0
+    denominator = jnp.where(too_small, 1, denominator)
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    return devices * jnp.sum(losses) / denominator
