@@ -3,17 +3,17 @@
 Conventions of every loss:
 
 * Losses return one value per position and do not reduce; `reduce_loss` does. Options are keywords.
-* Logits are floating. 16-bit logits are computed in float32 and give float32 losses; gradients have
-  the dtype of their argument. float64 stays float64.
+* Logits are floating. 16-bit logits are computed in float32 and give float32 losses; gradients
+  have the dtype of their argument. float64 stays float64.
 * `axis` is the class axis; all other axes are positions. Options broadcast to the losses; class
   weights are a scalar or `[C]`. A Python exponent is static and compiles to products; an array is
   traced and differentiable.
-* `where` (bool, broadcasts to the losses) and `ignore_label` mask positions: their loss and gradient
-  are 0, whatever the logits hold, NaN included.
-* An invalid label (a class index outside `[0, C)`, a real label outside its range) makes the loss
-  and the gradient of its position NaN.
-* A logit of -inf switches a class off: probability 0 and gradient 0. If it is the label's class, the
-  loss is inf and the gradient finite.
+* `where` (bool, broadcasts to the losses) and `ignore_label` mask positions: their loss and
+  gradient are 0, whatever the logits hold, NaN included.
+* An invalid label (a class index outside `[0, C)`, a real label outside its range) makes the
+  loss and the gradient of its position NaN.
+* A logit of -inf switches a class off: probability 0 and gradient 0. If it is the label's class,
+  the loss is inf and the gradient finite.
 * An invalid argument raises `InputError`, which is a ValueError, a TypeError and an AssertionError.
   The values of traced arguments are not checked.
 * Differentiation: reverse mode any number of times, and forward over reverse. Forward mode alone
@@ -54,14 +54,15 @@ from focal_jax.losses.softmax import (
 from focal_jax.losses.star import sigmoid_focal_loss_star as sigmoid_focal_loss_star
 from focal_jax.losses.tversky import focal_tversky_loss as focal_tversky_loss
 from focal_jax.losses.varifocal import varifocal_loss as varifocal_loss
-from focal_jax.reduction import reduce_loss as reduce_loss
 
-# Modules that load on first use, because they import Flax, optax, protobuf or measuring code.
+# Loaded on first use. Some of these modules import Flax, optax, protobuf or measuring code.
 _MODULES = ("compat", "detection", "linen", "measure", "nnx", "reference", "training")
+_FUNCTIONS = {"compare_gradients": "measure", "reduce_loss": "reduction"}
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     *catalogue.LOSSES,
-    *("InputError", "catalogue", "compare_gradients", "engine", "reduce_loss"),
+    *("InputError", "catalogue", "engine"),
+    *_FUNCTIONS,
     *_MODULES,
 ]
 
@@ -76,13 +77,14 @@ if TYPE_CHECKING:
         training as training,
     )
     from focal_jax.measure import compare_gradients as compare_gradients
+    from focal_jax.reduction import reduce_loss as reduce_loss
 else:
 
     def __getattr__(name):
         if name in _MODULES:
             return importlib.import_module(f"focal_jax.{name}")
-        if name == "compare_gradients":
-            return importlib.import_module("focal_jax.measure").compare_gradients
+        if name in _FUNCTIONS:
+            return getattr(importlib.import_module(f"focal_jax.{_FUNCTIONS[name]}"), name)
         raise AttributeError(f"module 'focal_jax' has no attribute {name!r}")
 
 

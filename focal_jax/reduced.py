@@ -19,7 +19,7 @@ from focal_jax.engine.arguments import InputError
 from focal_jax.engine.options import check_names
 from focal_jax.losses.sigmoid import sigmoid_focal_loss
 from focal_jax.losses.softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
-from focal_jax.reduction import NORMALIZATIONS, reduce_loss
+from focal_jax.reduction import check_normalization, reduce_loss
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -141,9 +141,7 @@ class Reduced:
         if name == "loss":
             value = catalogue.function_of(value)
         elif name == "normalization" and (value is None or isinstance(value, str)):
-            if value not in NORMALIZATIONS:
-                invalid: Any = value
-                reduce_loss(np.zeros(1, np.float32), normalization=invalid)  # raises
+            check_normalization(value, jnp.zeros(1))
         elif name in ("normalization", "loss_weight"):
             value = constant(value)
             number = arguments.number_array(name, value, jnp.dtype(jnp.float32))

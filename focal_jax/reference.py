@@ -219,8 +219,13 @@ def _float(name: str, x: ArrayLike) -> Array:
 
 
 def _mask(where: ArrayLike | None, losses: tuple[int, ...], name: str = "where") -> Array:
-    where = arguments.mask_array(True if where is None else where, losses, name=name)
-    return jnp.broadcast_to(where, losses)  # type: ignore[arg-type]
+    mask: Any = arguments.mask_array(True if where is None else where, losses, name=name)
+    return jnp.broadcast_to(mask, losses)
+
+
+def _not_ignored(labels: Array, ignore_label: int | None, where: Array) -> Array:
+    mask: Any = arguments.not_ignored(labels, ignore_label, where)
+    return mask
 
 
 def _real(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> Array:
@@ -330,7 +335,7 @@ def _integer(
     num_classes = shards * z.shape[axis]
     losses = z.shape[:axis] + z.shape[axis + 1 :]
     labels = arguments.integer_labels(labels, (*losses[:axis], num_classes, *losses[axis:]), axis)
-    where = arguments.not_ignored(labels, ignore_label, _mask(where, losses))
+    where = _not_ignored(labels, ignore_label, _mask(where, losses))
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
     options = _options(_without_alpha(declared), options, where, z.dtype)
     valid = (labels >= 0) & (labels < num_classes)
@@ -419,7 +424,7 @@ def _linear(
     labels = arguments.integer_labels(
         labels, (*positions, shards * kernel.shape[1]), len(positions)
     )
-    where = arguments.not_ignored(labels, ignore_label, _mask(where, positions))
+    where = _not_ignored(labels, ignore_label, _mask(where, positions))
     logits = jnp.where(where[..., None], features, 0) @ kernel
     if bias is not None:
         bias = _float("bias", bias)
@@ -511,7 +516,7 @@ def reduce_loss(
     valid = _mask(where, losses.shape)
     if labels is not None:
         labels = arguments.integer_labels(labels, losses.shape)
-        valid = arguments.not_ignored(labels, ignore_label, valid)
+        valid = _not_ignored(labels, ignore_label, valid)
     elif ignore_label is not None:
         raise InputError(f"ignore_label: got {ignore_label} without labels, wanted labels too")
     weight = _real("weights", 1.0 if weights is None else weights, valid, losses.dtype)

@@ -174,7 +174,7 @@ def check_broadcastable(name: str, x: Array, to: Sequence[int], what: str) -> No
 
 
 def check_label_shape(labels: Array, logits: Sequence[int], axis: int | None) -> None:
-    """Raise unless `labels` has the logits' shape without the class axis, with a hint if possible."""
+    """Raise unless `labels` has the logits' shape without the class axis; give a hint."""
     if axis is None:
         return check_shape("labels", labels, logits, "the shape of the losses")
     wanted = tuple(n for i, n in enumerate(logits) if i != axis)

@@ -54,7 +54,7 @@ class _Chunk(NamedTuple):
 
     kernel: Array  # [D, size], or [size, D]
     logits: Array  # [..., size]
-    index: Array  # the class indices, aligned with the logits
+    class_index: Array  # aligned with the logits
     through_softcap: Callable[[Array], Array]  # from the gradient after the cap to that before it
     take: Callable[[Array], Array]  # from an array with all classes on the kernel's class axis
 
@@ -107,11 +107,11 @@ def _chunk(spec: ChunkSpec, linear: Linear, size: int, start: Array) -> _Chunk:
     logits = _matmul(spec.class_axis, linear.features, kernel)
     if linear.bias is not None:
         logits += arguments.align(take(linear.bias).astype(logits.dtype), logits.shape)
-    index = arguments.align(start + jnp.arange(size, dtype=jnp.int32), logits.shape)
+    class_index = arguments.align(start + jnp.arange(size, dtype=jnp.int32), logits.shape)
     if spec.softcap is None:
-        return _Chunk(kernel, logits, index, lambda slope: slope, take)
+        return _Chunk(kernel, logits, class_index, lambda slope: slope, take)
     logits, factor = _apply_softcap(spec.softcap, logits)
-    return _Chunk(kernel, logits, index, lambda slope: slope * factor, take)
+    return _Chunk(kernel, logits, class_index, lambda slope: slope * factor, take)
 
 
 # A step is recomputed, not stored, if a gradient is differentiated again.
@@ -189,7 +189,7 @@ def _sums_in_passes(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSums:
         chunk = _chunk(spec, linear, size, start)
         z = chunk.logits
         top = jnp.maximum(sums.max_logit, _max_logit(z))
-        e = jnp.where(chunk.index == place, 0, jnp.exp(z - top))
+        e = jnp.where(chunk.class_index == place, 0, jnp.exp(z - top))
         return ClassSums(
             top,
             sums.label_logit + pick_class(z, _place_in(chunk, place), z.ndim - 1),
@@ -201,7 +201,7 @@ def _sums_in_passes(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSums:
 
 def _place_in(chunk: _Chunk, place: Array) -> Array:
     """Return the class index within the chunk."""
-    return place - chunk.index[..., :1]
+    return place - chunk.class_index[..., :1]
 
 
 # In one pass, logits exceed the largest logit of the earlier chunks by at most this.
@@ -235,7 +235,7 @@ def _sums_in_one_pass(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSum
     def step(size, carry, start):
         sums, jump = carry
         chunk = _chunk(spec, linear, size, start)
-        z, is_label = chunk.logits, chunk.index == place
+        z, is_label = chunk.logits, chunk.class_index == place
         top = jnp.maximum(sums.max_logit, _max_logit(z))
         e = jnp.where(is_label, 0, jnp.exp(jnp.minimum(z - sums.max_logit, _MAX_JUMP)))
         rest = sums.rest + jnp.sum(e, -1, keepdims=True)
@@ -273,7 +273,7 @@ def _sums_backward(spec, residuals, cts: ClassSums):
 
     def of_chunk(chunk):
         e = jnp.exp(chunk.logits - top)
-        return jnp.where(chunk.index == place, cts.label_logit, cts.rest * e), (), ()
+        return jnp.where(chunk.class_index == place, cts.label_logit, cts.rest * e), (), ()
 
     return _gradients(spec, linear, where, of_chunk, (), ())[0], None, None
 
@@ -349,7 +349,7 @@ class _Spec(NamedTuple):
 def _inputs(spec: _Spec, args: ClassArgs, row: Row, chunk: _Chunk):
     """Return the arguments of `every_class.class_values` and `class_slopes` for a chunk."""
     x = chunk.logits - row.max_logit
-    y = spec.smoothing.weights(chunk.index == args.labels, x.dtype)
+    y = spec.smoothing.weights(chunk.class_index == args.labels, x.dtype)
     alpha = arguments.align(chunk.take(args.alpha), x.shape).astype(x.dtype)
     options = arguments.cast_and_mask(args.options, x.dtype, args.where)
     return spec.loss, x, row.exps, y, alpha, {k: unwrap(v) for k, v in options.items()}

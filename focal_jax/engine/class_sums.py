@@ -1,6 +1,6 @@
 """Sums over the class axis: the largest logit, the label's logit, and the rest of the softmax.
 
-There are two forms of the same numbers. An accelerator is limited by the bytes that it reads, so one
+Two forms compute the same numbers. An accelerator is limited by the bytes that it reads, so one
 reduction computes everything in one pass. XLA:CPU has fast library code for a plain maximum and a
 plain sum, and none for that reduction, so on CPU each is a pass of its own.
 """

@@ -19,10 +19,10 @@ from focal_jax.engine import arguments, scalar
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.declaration import Loss
-from focal_jax.engine.options import Option, check_names, declared, unwrap
+from focal_jax.engine.options import Option, check_names, declared, prepare_options, unwrap
 from focal_jax.engine.sharding import cast_to_common_varying
 
-Slopes = tuple[Array | None, ...]
+Slopes = tuple[Any, ...]  # arrays, and None for a derivative that is 0
 
 
 def parameter_order(
@@ -85,7 +85,7 @@ def slopes_of(value: Callable[..., Array], names: Sequence[str], options: Mappin
 
 def slopes_by_name(
     found: Slopes, leading: int, names: Sequence[str], options: Mapping[str, Option]
-) -> tuple[Slopes, dict[str, Array | None]]:
+) -> tuple[Slopes, dict[str, Any]]:
     """Return the slopes in the leading arrays, and the slopes in the options by name."""
     differentiable = [name for name in names if options[name].differentiable]
     if len(found) != leading + len(differentiable):
@@ -93,7 +93,7 @@ def slopes_by_name(
             f"slopes: got {len(found)} derivatives, wanted {leading + len(differentiable)}: "
             f"{leading} and then those in {differentiable}"
         )
-    of_options: dict[str, Array | None] = dict.fromkeys(options)
+    of_options: dict[str, Any] = dict.fromkeys(options)
     return found[:leading], of_options | dict(zip(differentiable, found[leading:]))
 
 
@@ -173,10 +173,7 @@ class ElementwiseLoss:
         labels = arguments.real_array("labels", labels)
         arguments.check_broadcastable("labels", labels, logits.shape, "the logits")
         dtype = arguments.compute_dtype(logits)
-        prepared = {
-            name: option.prepare(name, options.get(name, option.default), logits.shape, dtype)
-            for name, option in self.options.items()
-        }
+        prepared = prepare_options(self.options, options, logits.shape, dtype)
         mask = arguments.mask_array(where, logits.shape)
         labels = arguments.align(labels, logits.shape)
         return self._core(*cast_to_common_varying(logits, labels, prepared, mask))

@@ -34,16 +34,16 @@ from focal_jax.engine.sharding import cast_to_common_varying
 class ClassArgs(NamedTuple):
     """Arguments of the sum over the classes, of one rank with the class axis."""
 
-    logits: Array
+    logits: Any  # an array, or a `chunks.Linear`
     # The weights of the classes; or the label's class index, for smoothed labels.
-    labels: Array
+    labels: Any
     alpha: Array
     options: dict[str, Any]
     where: Array | None
     invalid: Array | None = None  # invalid class indices, for smoothed labels
     # The row sums over all classes if the logits are a slice of them, or are used elsewhere.
     row: Row | None = None
-    index: Array | None = None  # the class indices, for smoothed labels
+    class_index: Array | None = None  # for smoothed labels
 
 
 class Smoothing(NamedTuple):
@@ -64,7 +64,7 @@ class ClassSlopes(NamedTuple):
     by_n: Array
     labels: Array
     alpha: Array
-    options: dict[str, Array | None]
+    options: dict[str, Any]
 
 
 def class_values(loss: Any, x: Array, exps: Split, y: Array, alpha: Array, options: Any) -> Array:
@@ -111,7 +111,7 @@ def _with_row(spec: _Spec, args: ClassArgs) -> tuple[ClassArgs, Row]:
     """Return the arguments with the class indices, and the row sums."""
     # As an argument: inside `compile_separately` the arrays may be flat.
     if spec.smoothing is not None:
-        args = args._replace(index=class_index(args.logits, spec.axis))
+        args = args._replace(class_index=class_index(args.logits, spec.axis))
     row = plain_row(spec.axis, args.logits, args.where) if args.row is None else args.row
     return args, row._replace(max_logit=lax.stop_gradient(row.max_logit))
 
@@ -123,7 +123,7 @@ def _prepare(spec: _Spec, args: ClassArgs, row: Row, for_backward: bool):
     cast = partial(arguments.cast_and_mask, dtype=z.dtype, where=args.where)
     alpha, options = cast(args.alpha), {k: unwrap(v) for k, v in cast(args.options).items()}
     if spec.smoothing is not None:
-        is_label = args.index == args.labels
+        is_label = args.class_index == args.labels
         return x, spec.smoothing.weights(is_label, z.dtype), alpha, options, jnp.array(False)
     y = cast(args.labels)
     invalid = ~(y >= 0)

@@ -16,7 +16,6 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError
@@ -51,26 +50,17 @@ def unwrap(option: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One option of a loss: its default and the values that are valid.
+    """One option of a loss: its default and the values that are valid."""
 
-    Attributes:
-      kind: `"number"` (traced, differentiable), `"exponent"` (static if it is a Python number),
-        `"mask"` (bool array) or `"flag"` (Python bool).
-      default: the default; None means that the option may be left out.
-      low: the smallest valid number.
-      high: the largest valid number.
-      above_low: whether `low` itself is invalid.
-      below_high: whether `high` itself is invalid.
-      per_class: whether an array has one entry per class, `[C]`, and not one per position.
-    """
-
+    # Numbers are traced and differentiable; so are exponents unless they are Python numbers, which
+    # are static. Masks are bool arrays, flags Python bools.
     kind: Literal["number", "exponent", "mask", "flag"]
-    default: float | bool | None
+    default: float | bool | None  # None: the option may be left out
     low: float = -math.inf
     high: float = math.inf
-    above_low: bool = False
-    below_high: bool = False
-    per_class: bool = False
+    above_low: bool = False  # whether `low` itself is invalid
+    below_high: bool = False  # whether `high` itself is invalid
+    per_class: bool = False  # whether an array has one entry per class, and not per position
 
     @property
     def optional(self) -> bool:
@@ -96,19 +86,18 @@ class Option:
             return f"a finite number {'>' if self.above_low else '>='} {self.low:g}"
         return "a number"
 
-    def check(self, name: str, value: Any) -> None:
-        """Raise if `value` is invalid, as far as that is known before the program runs.
+    def check(self, name: str, value: Any) -> Any:
+        """Return `value`; raise if it is invalid, as far as is known before the program runs.
 
         Python numbers, NumPy arrays and concrete JAX arrays have known values. Tracers do not.
         """
-        if value is None and self.optional:
-            return
-        if value is None:
+        if value is None and not self.optional:
             raise InputError(f"{name}: got None, wanted {self.wanted}")
         if self.kind == "flag":
             arguments.static_bool(name, value)
-        elif self.kind != "mask":
+        elif self.differentiable and value is not None:
             self._check_range(name, value)
+        return value
 
     def _check_range(self, name: str, value: Any) -> None:
         if isinstance(value, str | bytes):
@@ -192,16 +181,7 @@ def number(
     below_high: bool = False,
     per_class: bool = False,
 ) -> Option:
-    """Declare a number, which is traced and differentiated.
-
-    Args:
-      default: the default; None if the option may be left out.
-      low: the smallest valid number.
-      high: the largest valid number.
-      above_low: whether `low` itself is invalid.
-      below_high: whether `high` itself is invalid.
-      per_class: whether an array has one entry per class.
-    """
+    """Declare a number in `[low, high]`, which is traced and differentiated; see `Option`."""
     return Option("number", default, low, high, above_low, below_high, per_class)
 
 
@@ -228,10 +208,24 @@ def declared(options: Mapping[str, Any]) -> dict[str, Option]:
     }
 
 
-def check_names(loss: str, known: Mapping[str, Option], given: Mapping[str, ArrayLike]) -> None:
+def check_names(loss: str, declared: Mapping[str, Option], given: Mapping[str, Any]) -> None:
     """Raise for the name of an option that the loss does not have."""
     for name in given:
-        if name not in known:
+        if name not in declared:
             raise InputError(
-                f"{name}: got an option that {loss} does not have, wanted one of {list(known)}"
+                f"{name}: got an option that {loss} does not have, wanted one of {list(declared)}"
             )
+
+
+def prepare_options(
+    declared: Mapping[str, Option],
+    given: Mapping[str, Any],
+    losses: tuple[int, ...],
+    dtype: jnp.dtype,
+    axis: int | None = None,
+) -> dict[str, Any]:
+    """Return all declared options as trees of arrays, see `Option.prepare`."""
+    return {
+        name: option.prepare(name, given.get(name, option.default), losses, dtype, axis)
+        for name, option in declared.items()
+    }

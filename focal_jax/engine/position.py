@@ -1,11 +1,11 @@
 """The engine for losses of one softmax position.
 
-A loss is its value and its slopes, two functions of the terms of the true class. The engine makes of
-it a loss of class indices, of features and a kernel, and of a distribution over the classes.
+A loss is its value and its slopes, two functions of the terms of the true class. The engine makes
+a loss of class indices, a loss of features and a kernel, and a loss of a distribution from them.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,15 @@ from focal_jax.engine.class_sums import AxisName, ClassSums
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.declaration import Loss
 from focal_jax.engine.elementwise import Slopes, parameter_order, slopes_by_name, slopes_of
-from focal_jax.engine.options import CLASS_WEIGHTS, Option, check_names, declared, number, unwrap
+from focal_jax.engine.options import (
+    CLASS_WEIGHTS,
+    Option,
+    check_names,
+    declared,
+    number,
+    prepare_options,
+    unwrap,
+)
 from focal_jax.engine.scalar import Terms
 from focal_jax.engine.sharding import cast_to_common_varying
 
@@ -46,74 +54,26 @@ class PositionLoss:
         inner = self.options if row_option is None else self.options | {row_option[0]: number(0.0)}
         self._inner = inner
         self._value, self._names = value, parameter_order("value", value, 1, inner)
-        self._slope_names = self._names
         if slopes is None:
-            names = self._names
-
-            def slopes(t, *given):
-                def shifted(n, *given):
-                    return value(scalar.shift_log_p(t, -n), *given)
-
-                return slopes_of(shifted, names, inner)(jnp.zeros_like(t.n), *given)
+            self._slopes, self._slope_names = _slopes_of(value, self._names, inner), self._names
         else:
+            self._slopes = slopes
             self._slope_names = parameter_order("slopes", slopes, 1, inner)
-        self._slopes = slopes
         self._core = _with_slopes(self)
         self.__name__ = getattr(value, "__name__", "loss").strip("_")
         self.__doc__ = value.__doc__
         self.declaration = Loss(
             self.__name__, "position", ("integer",), {"alpha": CLASS_WEIGHTS} | self.options, self
         )
-        self.__signature__ = _with_options(self._dense, self.options)
+        self.__signature__ = _signature(PositionLoss.__call__, self.options)
 
-    def __call__(self, logits: ArrayLike, labels: ArrayLike, **options: Any) -> Any:
-        """Return the losses of an array of logits, one per label."""
-        return self._dense(logits, labels, **options)
-
-    def value_of(self, t: Terms, options: Mapping[str, Any]) -> Array:
-        """Return the value for options by name."""
-        return self._value(t, *(options[name] for name in self._names))
-
-    def slopes_of(self, t: Terms, options: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
-        """Return the derivative of the value in n, and the derivatives in the options by name."""
-        found = self._slopes(t, *(options[name] for name in self._slope_names))
-        (by_n,), of_options = slopes_by_name(found, 1, self._slope_names, self._inner)
-        return by_n, of_options
-
-    def of_sums(self, label_logit, rest, weight, options, where, invalid) -> Array:
-        """Return the losses from the class sums, see `scalar.softmax_terms`."""
-        args = label_logit, rest, weight, options, where, invalid
-        return self._core(*cast_to_common_varying(*args))
-
-    def _dense(
-        self,
-        logits: ArrayLike,
-        labels: ArrayLike,
-        *,
-        alpha: ArrayLike | None = None,
-        axis: int = -1,
-        label_smoothing: float = 0.0,
-        ignore_label: int | None = None,
-        where: ArrayLike | None = None,
-        class_axis_name: AxisName | None = None,
-        return_logsumexp: bool = False,
-        **options: Any,
+    def __call__(
+        self, logits: ArrayLike, labels: ArrayLike, *, axis: int = -1, **options: Any
     ) -> Any:
+        """Return the losses of an array of logits, one per label."""
         logits = arguments.floating_array("logits", logits)
-        axis = arguments.static_axis(axis, logits.ndim)
-        return head.integer_losses(
-            *(self, head.DenseSource(axis), logits, labels),
-            losses=logits.shape[:axis] + logits.shape[axis + 1 :],
-            num_classes=logits.shape[axis],
-            dtype=arguments.compute_dtype(logits),
-            alpha=alpha,
-            label_smoothing=label_smoothing,
-            ignore_label=ignore_label,
-            where=where,
-            class_axis_name=class_axis_name,
-            return_logsumexp=return_logsumexp,
-            options=options,
-        )
+        source = head.DenseSource(arguments.static_axis(axis, logits.ndim))
+        return head.integer_losses(self, source, logits, labels, **options)
 
     def linear(
         self,
@@ -122,13 +82,7 @@ class PositionLoss:
         labels: ArrayLike,
         *,
         bias: ArrayLike | None = None,
-        alpha: ArrayLike | None = None,
-        label_smoothing: float = 0.0,
         logit_softcap: float | None = None,
-        ignore_label: int | None = None,
-        where: ArrayLike | None = None,
-        class_axis_name: AxisName | None = None,
-        return_logsumexp: bool = False,
         transpose_kernel: bool = False,
         chunk_size: int | None = None,
         **options: Any,
@@ -137,25 +91,14 @@ class PositionLoss:
 
         The arguments are those of `focal_jax.linear_softmax_focal_loss_with_integer_labels`.
         """
+        from focal_jax.engine.linear import linear_source  # here: most programs do not need it
+
         if self.row_option is not None:
             raise InputError(f"linear: {self.__name__} needs a whole row of logits at once")
-        arguments.static_bool("transpose_kernel", transpose_kernel)
-        linear = head.linear_arrays(features, kernel, bias, transpose_kernel)
-        source = head.linear_source(linear, transpose_kernel, logit_softcap, chunk_size)
-        return head.integer_losses(
-            *(self, source, linear, labels),
-            losses=linear.features.shape[:-1],
-            num_classes=source.local_classes(linear),
-            dtype=arguments.compute_dtype(linear.features),
-            alpha=alpha,
-            label_smoothing=label_smoothing,
-            ignore_label=ignore_label,
-            where=where,
-            class_axis_name=class_axis_name,
-            return_logsumexp=return_logsumexp,
-            options=options,
-            replicated={"features": linear.features},
+        source, arrays = linear_source(
+            features, kernel, bias, transpose_kernel, logit_softcap, chunk_size
         )
+        return head.integer_losses(self, source, arrays, labels, **options)
 
     def of_distribution(
         self,
@@ -178,28 +121,52 @@ class PositionLoss:
         why = "a distribution over the classes, as the logits"
         arguments.check_shape("labels", labels, logits.shape, why)
         losses = logits.shape[:axis] + logits.shape[axis + 1 :]
-        dtype = arguments.compute_dtype(logits)
-        CLASS_WEIGHTS.check("alpha", alpha)
-        alpha = arguments.class_weights(alpha, logits.shape[axis], dtype)
+        dtype, num_classes = arguments.compute_dtype(logits), logits.shape[axis]
+        alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
         alpha = alpha.reshape([alpha.size if i == axis else 1 for i in range(logits.ndim)])
-        prepared = {
-            name: option.prepare(name, options.get(name, option.default), losses, dtype, axis)
-            for name, option in self.options.items()
-        }
+        prepared = prepare_options(self.options, options, losses, dtype, axis)
         mask = arguments.mask_array(where, losses, axis)
         args = every_class.ClassArgs(logits, labels, alpha, prepared, mask)
         return jnp.squeeze(every_class.sum_over_classes(self, axis, args, None), axis)
 
+    def value_of(self, t: Terms, options: Mapping[str, Any]) -> Array:
+        """Return the value for options by name."""
+        return self._value(t, *(options[name] for name in self._names))
 
-def _with_options(function: Callable[..., Any], options: Mapping[str, Option]) -> Any:
-    """Return the function's signature with the options in place of `**options`."""
-    signature = inspect.signature(function)
-    fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    added = [
+    def slopes_of(self, t: Terms, options: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
+        """Return the derivative of the value in n, and the derivatives in the options by name."""
+        found = self._slopes(t, *(options[name] for name in self._slope_names))
+        (by_n,), of_options = slopes_by_name(found, 1, self._slope_names, self._inner)
+        return by_n, of_options
+
+    def of_sums(self, label_logit, rest, weight, options, where, invalid) -> Array:
+        """Return the losses from the class sums, see `scalar.softmax_terms`."""
+        args = label_logit, rest, weight, options, where, invalid
+        return self._core(*cast_to_common_varying(*args))
+
+
+def _slopes_of(value: Callable[..., Array], names: Sequence[str], options: Mapping[str, Option]):
+    """Return the slopes of a value, differentiated by JAX (see `position_loss`)."""
+
+    def slopes(t, *given):
+        def shifted(n, *given):
+            return value(scalar.shift_log_p(t, -n), *given)
+
+        return slopes_of(shifted, names, options)(jnp.zeros_like(t.n), *given)
+
+    return slopes
+
+
+def _signature(function: Callable[..., Any], options: Mapping[str, Option]) -> inspect.Signature:
+    """Return the signature of a call, with the head's arguments and the options by name."""
+    own = list(inspect.signature(function).parameters.values())
+    common = list(inspect.signature(head.integer_losses).parameters.values())
+    keywords = [p for p in own + common if p.kind is p.KEYWORD_ONLY]
+    declared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
         for name, option in options.items()
     ]
-    return signature.replace(parameters=fixed + added)
+    return inspect.Signature([*own[1:3], *declared, *keywords])
 
 
 def _with_slopes(loss: PositionLoss):
@@ -240,8 +207,8 @@ def _with_slopes(loss: PositionLoss):
             arguments.cotangent_like(args[1], of_rest),
             cotangent(loss.value_of(t, given), weight),
             {
-                name: cotangent(w * of_options[name], x) if x is not None else None
-                for name, x in options.items()
+                name: None if slope is None else cotangent(w * slope, options[name])
+                for name, slope in of_options.items()
             },
             None,
             None,
@@ -273,7 +240,7 @@ def position_loss(
       >>> loss = engine.position_loss(value, q=0.7)
       >>> losses = loss(jnp.array([[2.0, 0.0, 0.0]]), jnp.array([0]), alpha=2.0)
       >>> [round(x, 4) for x in losses.tolist()]
-      [0.4389]
+      [0.4411]
 
     Args:
       value: `value(terms, *options) -> losses`, of the `Terms` of the true class. Parameters after

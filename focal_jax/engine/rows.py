@@ -1,10 +1,10 @@
 """The exponentials of a row of logits, with each class in turn as the true class.
 
-`1 - p_c` is needed for every class c. Only a class with `p_c > 1/2` cancels there. At most one class
-has that, and it has the largest logit: its `1 - p` is the sum of the other exponentials divided by
-the sum of all. If several classes tie for the largest logit, none of them exceeds 1/2. So the sums
-over a row are kept in two parts, over the classes with the largest logit and over the rest, and no
-index of the largest class is needed.
+`1 - p_c` is needed for every class c. Only a class with `p_c > 1/2` cancels there. At most one
+class has that, and it has the largest logit: its `1 - p` is the sum of the other exponentials
+divided by the sum of all. If several classes tie for the largest logit, none of them exceeds 1/2.
+So the sums over a row are kept in two parts, over the classes with the largest logit and over the
+rest, and no index of the largest class is needed.
 """
 
 from functools import partial
@@ -92,7 +92,7 @@ def plain_row(axis: int, logits: Array, where: Array | None) -> Row:
 
 
 @plain_row.defjvp
-def plain_row_jvp(axis, primals, tangents):
+def _plain_row_jvp(axis, primals, tangents):
     (logits, where), row = primals, plain_row(axis, *primals)
     x = cast_logits(logits, where) - lax.stop_gradient(row.max_logit)
     de = jnp.exp(x) * cast_logits(tangents[0], where)
@@ -193,9 +193,9 @@ def finite(t: Terms) -> Terms:
 
 # ---------------------------------------------------------------- gradients
 
-# With G_c for `by_n`, the gradient of the logits is p_j * (sum of all G) - G_j. It is
-# computed in two parts: the derivative in the class's own logit with the row sums held constant, and
-# the derivative through the row sums. Neither cancels for the class that dominates.
+# With G_c for the slope of class c in n, the gradient of the logits is p_j * (sum of all G) - G_j.
+# It is computed in two parts: the derivative in the class's own logit with the row sums held
+# constant, and the derivative through the row sums. Neither cancels for the dominant class.
 
 
 def direct_gradient(x: Array, exps: Split, by_n: Array) -> Array:

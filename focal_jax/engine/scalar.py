@@ -1,9 +1,9 @@
 """Scalar functions that focal losses are made of, accurate and with finite derivatives.
 
 Every hard-label focal loss is `weight * q**gamma * n` of one position, with `p` the probability of
-the true class, `q = 1 - p` and `n = -log p`. The margin `x` is the logit of the true class minus the
-log-sum-exp of the other logits, so that `p = sigmoid(x)`. A sigmoid loss has the margin as its
-logit; a softmax loss computes it from a row of logits.
+the true class, `q = 1 - p` and `n = -log p`. The margin `x` is the logit of the true class minus
+the log-sum-exp of the other logits, so that `p = sigmoid(x)`. The margin of a sigmoid is its logit;
+the margin of a softmax is computed from a row of logits.
 """
 
 import math
@@ -274,12 +274,12 @@ def _static_power_jvp(gamma, primals, tangents):
 
 
 def abs_power(x: Array, log_abs_x: Array, gamma: int | float | Array) -> Array:
-    """Return `|x|**gamma`. Its derivative in x is `gamma * signed_abs_power(x, ..., gamma - 1)`."""
+    """Return `|x|**gamma`. Its derivative is `gamma * signed_abs_power(x, ..., gamma - 1)`."""
     return _abs_power(False, x, log_abs_x, MaybeStatic(gamma))
 
 
 def signed_abs_power(x: Array, log_abs_x: Array, gamma: int | float | Array) -> Array:
-    """Return `sign(x) |x|**gamma`. Its derivative in x is `gamma * abs_power(x, ..., gamma - 1)`."""
+    """Return `sign(x) |x|**gamma`. Its derivative is `gamma * abs_power(x, ..., gamma - 1)`."""
     return _abs_power(True, x, log_abs_x, MaybeStatic(gamma))
 
 

@@ -128,19 +128,8 @@ def asymmetric_loss(
     Returns:
       The losses, `[...]`.
 
-    Raises:
-      InputError: for an invalid argument.
-
     References:
-      Ridnik, Ben-Baruch, Zamir, Noy, Friedman, Protter, Zelnik-Manor. [Asymmetric Loss For
-      Multi-Label Classification](https://arxiv.org/abs/2009.14119). ICCV 2021.
+      [Ridnik et al. 2021, Asymmetric Loss For Multi-Label
+      Classification](https://arxiv.org/abs/2009.14119).
     """
-    return _loss(
-        logits,
-        labels,
-        gamma_positive=gamma_positive,
-        gamma_negative=gamma_negative,
-        margin=margin,
-        stop_weight_gradient=stop_weight_gradient,
-        where=where,
-    )
+    return _loss(**locals())

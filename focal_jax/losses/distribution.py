@@ -67,13 +67,9 @@ def distribution_focal_loss(
     Returns:
       The losses, of the labels' shape.
 
-    Raises:
-      InputError: for an invalid argument.
-
     References:
-      Li, Wang, Wu, Chen, Hu, Li, Tang, Yang. [Generalized Focal Loss: Learning Qualified and
-      Distributed Bounding Boxes for Dense Object
-      Detection](https://arxiv.org/abs/2006.04388). NeurIPS 2020.
+      [Li et al. 2020, Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes for
+      Dense Object Detection](https://arxiv.org/abs/2006.04388).
     """
     logits = arguments.floating_array("logits", logits)
     axis = arguments.static_axis(axis, logits.ndim)

@@ -33,7 +33,7 @@ class _Next(NamedTuple):
     """The largest logit below the label's logit, or -inf, and the index of its first class."""
 
     z: Array
-    index: Array
+    place: Any
 
 
 def _largest_in_passes(axis: int, z: Array) -> _Next:
@@ -46,7 +46,7 @@ def _largest_in_passes(axis: int, z: Array) -> _Next:
 
 def _largest_in_one_pass(axis: int, z: Array) -> _Next:
     def combine(a, b):
-        first = (a.z > b.z) | ((a.z == b.z) & (a.index < b.index))
+        first = (a.z > b.z) | ((a.z == b.z) & (a.place < b.place))
         return jax.tree.map(partial(jnp.where, first), a, b)
 
     # Added to an array of zeros, the index is sharded as the logits are.
@@ -66,8 +66,8 @@ def _next_below(axis: int, logits: Array, label_logit: Array, where: Array | Non
 @_next_below.defjvp
 def _next_below_jvp(axis, primals, tangents):
     found, dz = _next_below(axis, *primals), cast_logits(tangents[0], primals[2])
-    dz = jnp.where(found.z == -jnp.inf, 0, pick_class(dz, found.index, axis))
-    return found, _Next(dz, np.zeros(found.index.shape, jax.dtypes.float0))
+    dz = jnp.where(found.z == -jnp.inf, 0, pick_class(dz, found.place, axis))
+    return found, _Next(dz, np.zeros(found.place.shape, jax.dtypes.float0))
 
 
 def _below_primal(axis: int, *args) -> Array:
@@ -81,7 +81,7 @@ def _below_forward(axis, *args):
 def _below_backward(axis, args, ct):
     # A comparison with the index: the derivative of a gather is a scatter.
     logits, label_logit, where = args
-    is_next = class_index(logits, axis) == _next_below(axis, *args).index
+    is_next = class_index(logits, axis) == _next_below(axis, *args).place
     ct = jnp.where(is_next & (cast_logits(logits, where) < label_logit), ct, 0)
     return mask_to_zero(ct, where).astype(logits.dtype), jnp.zeros_like(label_logit), None
 
@@ -171,6 +171,8 @@ def dual_focal_loss_with_integer_labels(
     `p_t` alone. `p_j` is differentiated. If several classes have the probability `p_j`, the first
     gets the derivative.
 
+    The other arguments are those of `softmax_focal_loss_with_integer_labels`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from focal_jax import dual_focal_loss_with_integer_labels
@@ -180,34 +182,12 @@ def dual_focal_loss_with_integer_labels(
       [0.0245, 1.1125]
 
     Args:
-      logits: `[..., C, ...]`: unnormalized log-probabilities.
-      labels: class indices, of the logits' shape without the class axis.
-      alpha: class weights: None, a scalar, or `[C]`, from which the label selects.
       gamma: focusing exponent, at least 0.
-      axis: the class axis.
-      ignore_label: positions with this label have loss 0 and gradient 0.
-      where: mask of the losses.
-      class_axis_name: as in `softmax_focal_loss_with_integer_labels`.
-      return_logsumexp: whether to return `(losses, logsumexp)`.
 
     Returns:
       The losses, of the labels' shape; or with `return_logsumexp` a pair with the log-sum-exp.
 
-    Raises:
-      InputError: for an invalid argument.
-      NameError: for a `class_axis_name` that is not bound.
-
     References:
-      Tao, Dong, Xu. [Dual Focal Loss for Calibration](https://arxiv.org/abs/2305.13665). ICML 2023.
+      [Tao et al. 2023, Dual Focal Loss for Calibration](https://arxiv.org/abs/2305.13665).
     """
-    return _loss(
-        logits,
-        labels,
-        alpha=alpha,
-        gamma=gamma,
-        axis=axis,
-        ignore_label=ignore_label,
-        where=where,
-        class_axis_name=class_axis_name,
-        return_logsumexp=return_logsumexp,
-    )
+    return _loss(**locals())

@@ -90,12 +90,9 @@ def gaussian_focal_loss(
     Returns:
       The losses, `[...]`. Their sum is usually divided by the number of peaks.
 
-    Raises:
-      InputError: for an invalid argument.
-
     References:
-      Law, Deng. [CornerNet: Detecting Objects as Paired
-      Keypoints](https://arxiv.org/abs/1808.01244). ECCV 2018.
-      Zhou, Wang, Kraehenbuehl. [Objects as Points](https://arxiv.org/abs/1904.07850). 2019.
+      [Law et al. 2018, CornerNet: Detecting Objects as Paired
+      Keypoints](https://arxiv.org/abs/1808.01244).
+      [Zhou et al. 2019, Objects as Points](https://arxiv.org/abs/1904.07850).
     """
-    return _loss(logits, labels, alpha=alpha, gamma=gamma, beta=beta, where=where)
+    return _loss(**locals())

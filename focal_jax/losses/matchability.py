@@ -95,11 +95,8 @@ def matchability_aware_loss(
     Returns:
       The losses, `[...]`.
 
-    Raises:
-      InputError: for an invalid argument.
-
     References:
-      Huang, Lu, Cun, Yu, Zhou, Shen. [DEIM: DETR with Improved Matching for Fast
-      Convergence](https://arxiv.org/abs/2412.04234). CVPR 2025.
+      [Huang et al. 2025, DEIM: DETR with Improved Matching for Fast
+      Convergence](https://arxiv.org/abs/2412.04234).
     """
-    return _loss(logits, labels, gamma=gamma, alpha=alpha, positive=positive, where=where)
+    return _loss(**locals())

@@ -76,6 +76,8 @@ def sigmoid_poly_focal_loss(
     The power series of the focal loss in `1 - p_t` begins with `(1 - p_t)**(gamma + 1)`; `epsilon`
     is added to the coefficient of that term.
 
+    The other arguments are those of `sigmoid_focal_loss`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from focal_jax import sigmoid_poly_focal_loss
@@ -84,24 +86,16 @@ def sigmoid_poly_focal_loss(
       ['1.75e-26', '2.98e-01', '1.75e-26']
 
     Args:
-      logits: `[...]`: log-odds of the positive class.
-      labels: `y` in [0, 1]; broadcasts to the logits.
       epsilon: weight of the added term. 0 is `sigmoid_focal_loss`.
-      alpha: weight of the positives in [0, 1]; negatives weigh `1 - alpha`. None weighs both 1.
-      gamma: focusing exponent, at least 0.
-      where: mask of the losses.
 
     Returns:
       The losses, `[...]`.
 
-    Raises:
-      InputError: for an invalid argument.
-
     References:
-      Leng, Tan, Liu, Cubuk, Shi, Cheng, Anguelov. [PolyLoss: A Polynomial Expansion Perspective of
-      Classification Loss Functions](https://arxiv.org/abs/2204.12511). ICLR 2022.
+      [Leng et al. 2022, PolyLoss: A Polynomial Expansion Perspective of Classification Loss
+      Functions](https://arxiv.org/abs/2204.12511).
     """
-    return _sigmoid(logits, labels, epsilon=epsilon, alpha=alpha, gamma=gamma, where=where)
+    return _sigmoid(**locals())
 
 
 @declare("position", ("integer",), {"alpha": CLASS_WEIGHTS} | _softmax.options)
@@ -127,6 +121,8 @@ def softmax_poly_focal_loss_with_integer_labels(
 
     With `gamma=0` it is optax's `poly_loss_cross_entropy`.
 
+    The other arguments are those of `softmax_focal_loss_with_integer_labels`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from focal_jax import softmax_poly_focal_loss_with_integer_labels
@@ -136,39 +132,13 @@ def softmax_poly_focal_loss_with_integer_labels(
       [0.0205, 0.7846]
 
     Args:
-      logits: `[..., C, ...]`: unnormalized log-probabilities.
-      labels: class indices, of the logits' shape without the class axis.
       epsilon: weight of the added term. 0 is the focal loss.
-      alpha: class weights: None, a scalar, or `[C]`, from which the label selects.
-      gamma: focusing exponent, at least 0.
-      axis: the class axis.
-      label_smoothing: as in `softmax_focal_loss_with_integer_labels`.
-      ignore_label: positions with this label have loss 0 and gradient 0.
-      where: mask of the losses.
-      class_axis_name: as in `softmax_focal_loss_with_integer_labels`.
-      return_logsumexp: whether to return `(losses, logsumexp)`.
 
     Returns:
       The losses, of the labels' shape; or with `return_logsumexp` a pair with the log-sum-exp.
 
-    Raises:
-      InputError: for an invalid argument.
-      NameError: for a `class_axis_name` that is not bound.
-
     References:
-      Leng, Tan, Liu, Cubuk, Shi, Cheng, Anguelov. [PolyLoss: A Polynomial Expansion Perspective of
-      Classification Loss Functions](https://arxiv.org/abs/2204.12511). ICLR 2022.
+      [Leng et al. 2022, PolyLoss: A Polynomial Expansion Perspective of Classification Loss
+      Functions](https://arxiv.org/abs/2204.12511).
     """
-    return _softmax(
-        logits,
-        labels,
-        epsilon=epsilon,
-        alpha=alpha,
-        gamma=gamma,
-        axis=axis,
-        label_smoothing=label_smoothing,
-        ignore_label=ignore_label,
-        where=where,
-        class_axis_name=class_axis_name,
-        return_logsumexp=return_logsumexp,
-    )
+    return _softmax(**locals())

@@ -1,4 +1,4 @@
-"""Probability-weighted cross entropy: confident classes weigh more, the opposite of a focal loss."""
+"""Probability-weighted cross entropy: confident predictions weigh more, not less."""
 
 from typing import Any
 
@@ -46,6 +46,8 @@ def softmax_probability_weighted_loss_with_integer_labels(
     that of the cross entropy. This is dynamic fine-tuning: a language model learns little from
     tokens that it finds improbable, where supervised fine-tuning learns most from them.
 
+    The arguments are those of `softmax_focal_loss_with_integer_labels`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from focal_jax import softmax_probability_weighted_loss_with_integer_labels
@@ -55,37 +57,11 @@ def softmax_probability_weighted_loss_with_integer_labels(
       >>> [round(x, 4) for x in losses.tolist()]
       [0.1885, 0.3662, 0.0006]
 
-    Args:
-      logits: `[..., C, ...]`: unnormalized log-probabilities.
-      labels: class indices, of the logits' shape without the class axis.
-      alpha: class weights: None, a scalar, or `[C]`, from which the label selects.
-      axis: the class axis.
-      label_smoothing: as in `softmax_focal_loss_with_integer_labels`.
-      ignore_label: positions with this label have loss 0 and gradient 0.
-      where: mask of the losses.
-      class_axis_name: as in `softmax_focal_loss_with_integer_labels`.
-      return_logsumexp: whether to return `(losses, logsumexp)`.
-
     Returns:
       The losses, of the labels' shape; or with `return_logsumexp` a pair with the log-sum-exp.
 
-    Raises:
-      InputError: for an invalid argument.
-      NameError: for a `class_axis_name` that is not bound.
-
     References:
-      Wu, Zhou, Ziheng, Peng, Ye, Hu, Zhu, Qi, Yang, Yang. [On the Generalization of SFT: A
-      Reinforcement Learning Perspective with Reward
-      Rectification](https://arxiv.org/abs/2508.05629). 2025.
+      [Wu et al. 2025, On the Generalization of SFT: A Reinforcement Learning Perspective with
+      Reward Rectification](https://arxiv.org/abs/2508.05629).
     """
-    return _loss(
-        logits,
-        labels,
-        alpha=alpha,
-        axis=axis,
-        label_smoothing=label_smoothing,
-        ignore_label=ignore_label,
-        where=where,
-        class_axis_name=class_axis_name,
-        return_logsumexp=return_logsumexp,
-    )
+    return _loss(**locals())

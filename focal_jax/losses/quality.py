@@ -69,12 +69,8 @@ def quality_focal_loss(
     Returns:
       The losses, `[...]`.
 
-    Raises:
-      InputError: for an invalid argument.
-
     References:
-      Li, Wang, Wu, Chen, Hu, Li, Tang, Yang. [Generalized Focal Loss: Learning Qualified and
-      Distributed Bounding Boxes for Dense Object
-      Detection](https://arxiv.org/abs/2006.04388). NeurIPS 2020.
+      [Li et al. 2020, Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes for
+      Dense Object Detection](https://arxiv.org/abs/2006.04388).
     """
-    return _loss(logits, labels, beta=beta, where=where)
+    return _loss(**locals())

@@ -165,12 +165,8 @@ def sigmoid_focal_loss(
     Returns:
       The losses, `[...]`.
 
-    Raises:
-      InputError: for an invalid argument.
-
     References:
-      Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
-      Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
+      [Lin et al. 2017, Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002).
     """
     labels = arguments.as_array("labels", labels)
     loss = _soft if jnp.issubdtype(labels.dtype, jnp.floating) else _hard

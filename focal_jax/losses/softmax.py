@@ -61,14 +61,10 @@ def softmax_focal_loss(
     Returns:
       The losses, of the logits' shape without the class axis.
 
-    Raises:
-      InputError: for an invalid argument.
-
     References:
-      Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
-      Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
+      [Lin et al. 2017, Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002).
     """
-    return _loss.of_distribution(logits, labels, alpha=alpha, gamma=gamma, axis=axis, where=where)
+    return _loss.of_distribution(**locals())
 
 
 @declare("position", ("integer",), _options)
@@ -112,38 +108,22 @@ def softmax_focal_loss_with_integer_labels(
       ignore_label: positions with this label have loss 0 and gradient 0.
       where: mask of the losses.
       class_axis_name: mapped axes (`shard_map`, `pmap`, `vmap`) over which the classes are
-        sharded. The logits are then this device's slice of the classes; all slices have one length
-        and are in the order of the devices. Labels and alpha refer to all classes. Labels, alpha,
-        gamma and `where` have to be equal on all devices of these axes, and so are the losses. The
-        devices exchange three numbers per position.
+        sharded: the logits are this device's slice of the classes, all slices have one length and
+        are in the order of the devices. Labels and alpha refer to all classes. All arguments but
+        the logits have to be equal on all devices of these axes; so are the losses. The devices
+        exchange three numbers per position.
       return_logsumexp: whether to return `(losses, logsumexp)`. A z-loss is then
         `losses + 1e-4 * logsumexp**2`.
 
     Returns:
       The losses, of the labels' shape; or with `return_logsumexp` a pair with the logarithm of
-      `sum(exp(logits))`, of the same shape. The log-sum-exp is 0 where masked. For invalid labels it
-      is still correct.
-
-    Raises:
-      InputError: for an invalid argument.
-      NameError: for a `class_axis_name` that is not bound.
+      `sum(exp(logits))`, of the same shape. The log-sum-exp is 0 where masked, and correct for
+      invalid labels.
 
     References:
-      Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
-      Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
+      [Lin et al. 2017, Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002).
     """
-    return _loss(
-        logits,
-        labels,
-        alpha=alpha,
-        gamma=gamma,
-        axis=axis,
-        label_smoothing=label_smoothing,
-        ignore_label=ignore_label,
-        where=where,
-        class_axis_name=class_axis_name,
-        return_logsumexp=return_logsumexp,
-    )
+    return _loss(**locals())
 
 
 @declare("linear", ("integer",), _options)
@@ -223,24 +203,8 @@ def linear_softmax_focal_loss_with_integer_labels(
       NameError: for a `class_axis_name` that is not bound.
 
     References:
-      Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
-      Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
-      Milakov, Gimelshein. [Online normalizer calculation for
-      softmax](https://arxiv.org/abs/1805.02867). 2018.
+      [Lin et al. 2017, Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002).
+      [Milakov et al. 2018, Online normalizer calculation for
+      softmax](https://arxiv.org/abs/1805.02867).
     """
-    return _loss.linear(
-        features,
-        kernel,
-        labels,
-        bias=bias,
-        alpha=alpha,
-        gamma=gamma,
-        label_smoothing=label_smoothing,
-        logit_softcap=logit_softcap,
-        ignore_label=ignore_label,
-        where=where,
-        class_axis_name=class_axis_name,
-        return_logsumexp=return_logsumexp,
-        transpose_kernel=transpose_kernel,
-        chunk_size=chunk_size,
-    )
+    return _loss.linear(**locals())

@@ -80,11 +80,8 @@ def sigmoid_focal_loss_star(
     Returns:
       The losses, `[...]`.
 
-    Raises:
-      InputError: for an invalid argument.
-
     References:
-      Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
-      Detection](https://arxiv.org/abs/1708.02002), appendix A. ICCV 2017.
+      [Lin et al. 2017, Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002),
+      appendix A.
     """
-    return _loss(logits, labels, gamma=gamma, beta=beta, where=where)
+    return _loss(**locals())

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from focal_jax.catalogue import declare
 from focal_jax.engine import arguments, exponent, number, scalar
 from focal_jax.engine.every_class import class_probabilities
-from focal_jax.engine.options import unwrap
+from focal_jax.engine.options import prepare_options, unwrap
 from focal_jax.engine.sharding import cast_to_common_varying
 
 _OPTIONS = {
@@ -63,8 +63,8 @@ def focal_tversky_loss(
         TI   = (TP + smooth) / (TP + alpha FN + beta FP + smooth)
         loss = (1 - TI)**gamma
 
-    With `alpha = beta = 0.5` the index TI is Dice's. In MONAI's `TverskyLoss` alpha is the weight of
-    the false positives. Abraham and Khan write the exponent as `1 / gamma`, with gamma 4/3.
+    With `alpha = beta = 0.5` the index TI is Dice's. MONAI's `TverskyLoss` weights the false
+    positives by its alpha. Abraham and Khan write the exponent as `1 / gamma`, with gamma 4/3.
 
     Example:
       >>> import jax
@@ -92,15 +92,11 @@ def focal_tversky_loss(
     Returns:
       The losses, `[C]`.
 
-    Raises:
-      InputError: for an invalid argument.
-      NameError: for an `axis_name` that is not bound.
-
     References:
-      Abraham, Khan. [A Novel Focal Tversky loss function with improved Attention U-Net for lesion
-      segmentation](https://arxiv.org/abs/1810.07842). ISBI 2019.
-      Salehi, Erdogmus, Gholipour. [Tversky loss function for image segmentation using 3D fully
-      convolutional deep networks](https://arxiv.org/abs/1706.05721). 2017.
+      [Abraham et al. 2019, A Novel Focal Tversky loss function with improved Attention U-Net for
+      lesion segmentation](https://arxiv.org/abs/1810.07842).
+      [Salehi et al. 2017, Tversky loss function for image segmentation using 3D fully convolutional
+      deep networks](https://arxiv.org/abs/1706.05721).
     """
     logits = arguments.floating_array("logits", logits)
     axis = arguments.static_axis(axis, logits.ndim)
@@ -109,10 +105,7 @@ def focal_tversky_loss(
     arguments.check_shape("labels", labels, logits.shape, why)
     given = {"alpha": alpha, "beta": beta, "gamma": gamma, "smooth": smooth}
     dtype, num_classes = arguments.compute_dtype(logits), logits.shape[axis]
-    options = {
-        name: option.prepare(name, given[name], (num_classes,), dtype)
-        for name, option in _OPTIONS.items()
-    }
+    options = prepare_options(_OPTIONS, given, (num_classes,), dtype)
     positions = logits.shape[:axis] + logits.shape[axis + 1 :]
     mask = arguments.mask_array(where, positions, axis)
     # The options are not cast: the sums over the devices do not vary over the mesh axes.

@@ -89,19 +89,8 @@ def varifocal_loss(
       The losses, `[...]`. Their sum is usually divided by the number of positives or by the sum of
       their qualities.
 
-    Raises:
-      InputError: for an invalid argument.
-
     References:
-      Zhang, Wang, Dayoub, Suenderhauf. [VarifocalNet: An IoU-aware Dense Object
-      Detector](https://arxiv.org/abs/2008.13367). CVPR 2021.
+      [Zhang et al. 2021, VarifocalNet: An IoU-aware Dense Object
+      Detector](https://arxiv.org/abs/2008.13367).
     """
-    return _loss(
-        logits,
-        labels,
-        alpha=alpha,
-        gamma=gamma,
-        positive=positive,
-        stop_weight_gradient=stop_weight_gradient,
-        where=where,
-    )
+    return _loss(**locals())

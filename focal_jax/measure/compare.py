@@ -26,14 +26,14 @@ from focal_jax.measure.report import GradientComparison, GradientError, Measurem
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-# The margin of the label, from a uniform number in [-1, 1). `1 - p` rounds to 0 for margins above
-# 17 in float32 and above 37 in float64.
+# Functions from a uniform number in [-1, 1) to a margin. `1 - p` rounds to 0 for margins above 17
+# in float32 and above 37 in float64.
 _MARGINS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "easy": lambda u: 4.5 + 3.5 * u,
     "hard": lambda u: -3.5 + 4.5 * u,
     "saturated": lambda u: np.copysign(20 + 60 * np.abs(u), u),
 }
-# mpmath evaluates about so many positions or logits in a second.
+# mpmath evaluates about this many positions or logits per second.
 _MAX_POSITIONS, _MAX_LOGITS = 1024, 2**13
 
 
@@ -68,7 +68,7 @@ def _exact_gradient(
     loss: Loss, case: Sequence, axis: int, options: Mapping[str, Any], formula: Any = None
 ) -> np.ndarray:
     """Return the gradient of the summed losses in the logits, evaluated to 60 digits."""
-    require_extra("mpmath")  # `evaluate` imports it
+    require_extra("mpmath")  # raises a clear error; `evaluate` imports mpmath
     evaluate = importlib.import_module("focal_jax.measure.evaluate").evaluate
     logits, labels = np.asarray(case[0], np.float64), np.asarray(case[-1], np.float64)
     arrays: dict[str, Any] = {"logits": logits.ravel(), "labels": labels.ravel()}

@@ -1,0 +1,116 @@
+"""The linear source of logits: `features @ kernel + bias`, checked, with its chunk size."""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+
+from focal_jax.engine import arguments, chunks
+from focal_jax.engine.arguments import InputError
+from focal_jax.engine.chunks import Linear
+from focal_jax.engine.class_sums import ClassSums
+from focal_jax.engine.every_class import ClassArgs, Smoothing
+from focal_jax.engine.rows import Row
+
+
+class LinearSource(chunks.ChunkSpec):
+    """Logits that are `features @ kernel + bias`; see `head.DenseSource`."""
+
+    def logits_shape(self, linear: Linear) -> tuple[int, ...]:
+        return (*linear.features.shape[:-1], linear.kernel.shape[self.class_axis])
+
+    def axis(self, linear: Linear) -> int:
+        return linear.features.ndim - 1
+
+    def dtype(self, linear: Linear) -> jnp.dtype:
+        return arguments.compute_dtype(linear.features)
+
+    def replicated(self, linear: Linear) -> dict[str, Array]:
+        return {"features": linear.features}
+
+    def for_two_cotangents(self, linear: Linear) -> Linear:
+        return linear  # wider features would make the products slower
+
+    def class_sums(self, linear: Linear, place: Array, where: Array | None) -> ClassSums:
+        return chunks.class_sums(self, linear, place, where)
+
+    def row_sums(self, linear: Linear, where: Array | None) -> Row:
+        return chunks.row_sums(self, linear, where)
+
+    def sum_over_classes(self, loss: Any, args: ClassArgs, smoothing: Smoothing) -> Array:
+        # In the dtype of the loss, in which the chunks' cotangents are added up.
+        dtype = self.dtype(args.logits)
+        options = arguments.cast_and_mask(args.options, dtype, None)
+        args = args._replace(options=options, alpha=args.alpha.astype(dtype))
+        return chunks.sum_over_classes(loss, self, args, smoothing)
+
+
+def linear_source(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
+    transpose_kernel: bool,
+    logit_softcap: float | None,
+    chunk_size: int | None,
+) -> tuple[LinearSource, Linear]:
+    """Return the source and its arrays, checked."""
+    features = arguments.floating_array("features", features)
+    kernel = arguments.floating_array("kernel", kernel)
+    class_axis = 0 if arguments.static_bool("transpose_kernel", transpose_kernel) else 1
+    if kernel.ndim != 2 or features.shape[-1:] != (kernel.shape[1 - class_axis],):
+        wanted = "(C, D) with transpose_kernel=True" if transpose_kernel else "(D, C)"
+        raise InputError(
+            f"kernel: got shape {kernel.shape}, wanted {wanted}, with D the last axis of the "
+            f"features, whose shape is {features.shape}"
+        )
+    num_classes = kernel.shape[class_axis]
+    _check_classes_not_sharded("kernel", kernel, class_axis)
+    features = features.astype(jnp.promote_types(features.dtype, kernel.dtype))
+    if bias is not None:
+        bias = arguments.floating_array("bias", bias)
+        arguments.check_shape("bias", bias, (num_classes,), "one number per class")
+        _check_classes_not_sharded("bias", bias, 0)
+        bias = _replicate_on_mesh(bias, features)
+    size = _chunk_size(chunk_size, math.prod(features.shape[:-1]), num_classes)
+    softcap = arguments.static_logit_softcap(logit_softcap)
+    source = LinearSource(size, softcap, 0 if class_axis == 0 else -1)
+    return source, Linear(features, _replicate_on_mesh(kernel, features), bias)
+
+
+def _check_classes_not_sharded(name: str, x: Array, axis: int) -> None:
+    """Raise if the type of `x` shards the classes. With automatic axes, XLA gathers them."""
+    mesh_axis = jax.typeof(x).sharding.spec[axis]
+    if mesh_axis is not None:
+        raise InputError(
+            f"{name}: got classes that are sharded over the mesh axis {mesh_axis!r}, wanted all "
+            "classes on every device, or a slice of them inside jax.shard_map, with "
+            "class_axis_name"
+        )
+
+
+def _replicate_on_mesh(x: Array, like: Array) -> Array:
+    """Return `x` replicated over the mesh of `like`.
+
+    On an explicit mesh the carry of a scan must not mix arrays of different meshes.
+    """
+    mesh = jax.typeof(like).sharding.mesh
+    if mesh.empty or jax.typeof(x).sharding.mesh == mesh:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def _chunk_size(chunk_size: int | None, positions: int, num_classes: int) -> int:
+    """Return the number of classes per chunk; the default is the public function's."""
+    if chunk_size is None:
+        unit = 16 if num_classes < 40 * 128 else 128
+        fortieth = unit * -(-num_classes // (40 * unit))
+        most = 128 * (2**23 // (128 * max(1, positions)))
+        chunk_size = min(fortieth, max(1024, most))
+    elif not isinstance(chunk_size, numbers.Integral) or chunk_size < 1:
+        raise InputError(f"chunk_size: got {chunk_size!r}, wanted None or an integer of at least 1")
+    return min(int(chunk_size), num_classes)
