@@ -1,9 +1,10 @@
-# Each target sets up all it needs: Python 3.11 or newer, git and make are enough.
+# Every target creates the virtual environment that it needs, with Python 3.11 or newer.
+# ARGS adds arguments to a command, TESTS selects tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# XLA's compilers for GPUs and TPUs, apart: a gigabyte or two that nothing else needs.
+# XLA's GPU and TPU compilers are gigabytes of packages, so they have their own environment.
 COMPILERS := .venv-accelerators
 WORKERS ?= 2
 
@@ -16,7 +17,7 @@ ablation: $(READY)
 	$(BIN)/python -m examples.retinanet_digits.ablation $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -25,7 +26,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The site, in out/site: built strictly, then looked through by its tests.
+# Builds the site in out/site. Warnings are errors. Then tests the built pages.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m pytest -q tests/test_site.py -m slow
@@ -40,24 +41,24 @@ accelerators: $(COMPILERS)/.compilers
 	$(COMPILERS)/bin/python -m benchmarks.accelerators $(ARGS)
 
 test-accelerators: $(COMPILERS)/.compilers
-	$(COMPILERS)/bin/python -m pytest -m accelerators tests/test_accelerators.py
+	$(COMPILERS)/bin/python -m pytest -m accelerators tests/programs/test_accelerators.py
 
 $(READY): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# Beside the JAX that the tests have. A compiler that this platform has no wheel of is left out,
-# and the benchmark says so.
+# Installs the compilers for the version of JAX that the tests use. A compiler without a wheel for
+# this platform is skipped; the benchmark and the tests report it.
 $(COMPILERS)/.compilers: $(READY)
 	$(MAKE) --no-print-directory VENV=$(COMPILERS) $(COMPILERS)/.ready
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
 	for wheels in "jax[tpu]==$$version" \
 	  "jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-nvvm nvidia-cuda-nvcc"; do \
 	  $(COMPILERS)/bin/python -m pip install --quiet "jax==$$version" $$wheels \
-	    || echo "not to be had here: $$wheels"; \
+	    || echo "not available on this platform: $$wheels"; \
 	done
 	touch $@
 

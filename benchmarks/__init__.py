@@ -1,1 +1,1 @@
-"""What the losses cost beside their peers: `python -m benchmarks`."""
+"""Measure the time and the memory of the losses: `python -m benchmarks`."""

@@ -1,12 +1,17 @@
-"""Measure what the losses cost beside their peers, in time and in memory.
+"""Measure the time and the memory of the losses and of other implementations.
 
-The sections: `losses`, every workload in every implementation; `family`, every other loss of
-the catalogue beside its formula; `linear`, the head that never makes the logits beside the
-plain one; `growth`, how the cost grows with positions and classes; `scaling`, one batch on 1 to
-8 host devices. Tables go to the terminal, results.json and figures to the folder of --out.
+Sections:
+  losses   the main workloads in every implementation
+  family   every other loss of the catalogue and its plain JAX formula
+  linear   the linear head, with and without materialized logits
+  growth   time as a function of the number of positions and of classes
+  scaling  one sharded batch on 1 to 8 host devices
 
-    python -m benchmarks --workloads sigmoid anchors --dtype float32
-    python -m benchmarks --sections losses linear --against ../another-checkout
+The tables are printed. The folder given by --out gets results.json and the figures.
+
+Examples:
+  python -m benchmarks --workloads sigmoid anchors --dtype float32
+  python -m benchmarks --sections losses linear --against ../another-checkout
 """
 
 import argparse
@@ -21,8 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Before JAX and PyTorch start: PyTorch shares a GPU's memory, and on a CPU its idle threads
-# sleep instead of spinning in the way of whoever is measured next.
+# Set before JAX and PyTorch start. On a GPU PyTorch needs a part of the memory. On a CPU idle
+# OpenMP threads of PyTorch would otherwise spin and slow down the next program.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -32,149 +37,144 @@ import numpy as np
 from rich.progress import Progress, TimeElapsedColumn
 
 from benchmarks import report, scaling
-from benchmarks.measure import GRADIENT, compile_program, measure, relate
+from benchmarks.measure import GRADIENT, add_ratios, compile_program, measure
 from benchmarks.peers import (
-    BEFORE,
-    OURS,
-    PLAIN,
-    in_mode,
+    FOCAL_JAX,
+    OTHER_VERSION,
+    PLAIN_JAX,
+    import_version,
     jax_programs,
     linear_programs,
     losses,
+    summed,
     torch_programs,
-    version_in,
 )
-from benchmarks.workloads import FAMILY, WORKLOADS, Workload, fewest_bytes, growth
+from benchmarks.workloads import FAMILY, WORKLOADS, Workload, growth, minimum_bytes
 
 DTYPES = ("float32", "bfloat16")
 SECTIONS = ("losses", "family", "linear", "growth", "scaling")
 Rows = list[dict[str, Any]]
-Case = tuple[str, int, Callable[..., Rows]]  # what, rounds, how: a function of a tick
+# The description of a case, its number of rounds, and a function that measures it. The function
+# takes a callback `on_round`.
+Case = tuple[str, int, Callable[..., Rows]]
 
 
-# ---------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------- cases
 
 
 def losses_rows(
     workload: Workload,
     dtype: str,
-    before: ModuleType | None,
+    other_version: ModuleType | None,
     rounds: int,
-    tick: Callable[[], None],
+    on_round: Callable[[], None],
 ) -> Rows:
-    """Measure every implementation, and a copy of the logits to hold them against."""
+    """Measure all implementations of a workload, and a copy of the logits as the bandwidth."""
     logits, labels = workload.inputs(dtype)
     on_device = jax.device_put((logits, labels))
-    programs = jax_programs(workload, *on_device, before)
+    programs = jax_programs(workload, *on_device, other_version)
     programs += torch_programs(workload, logits, labels)
     programs.append(compile_program("copy", "copy", jnp.copy, on_device[0]))
     rows = measure(
         programs,
         rounds,
-        tick,
+        on_round,
         section="losses",
         workload=workload.name,
         kind=workload.kind,
         shape=workload.shape,
         dtype=dtype,
     )
-    *rows, copy = relate(rows, PLAIN, logits.nbytes)
-    copied = 2 * logits.nbytes / copy["seconds"]["median"]  # read once and written once
+    *rows, copy = add_ratios(rows, PLAIN_JAX, logits.nbytes)
+    copy_bandwidth = 2 * logits.nbytes / copy["seconds"]["median"]  # a copy reads and writes
     for row in rows:
-        row["fewest_bytes"] = fewest_bytes(logits, labels, row["mode"])
-        row["bandwidth"] = row["fewest_bytes"] / row["seconds"]["median"]
-        row["copy_bandwidth"] = copied
-        row["copy_share"] = row["bandwidth"] / copied
+        row["minimum_bytes"] = minimum_bytes(logits, labels, row["mode"])
+        row["bandwidth"] = row["minimum_bytes"] / row["seconds"]["median"]
+        row["copy_bandwidth"] = copy_bandwidth
+        row["copy_share"] = row["bandwidth"] / copy_bandwidth
     return rows
 
 
-def beside_plain(
+def plain_comparison_rows(
     workload: Workload,
-    before: ModuleType | None,
+    other_version: ModuleType | None,
     rounds: int,
-    tick: Callable[[], None],
-    **about: Any,
+    on_round: Callable[[], None],
+    **fields: Any,
 ) -> Rows:
-    """Measure ours and autodiff of the plain formula, value and gradient in float32."""
+    """Measure focal_jax and plain JAX, value and gradient in float32."""
     logits, labels = jax.device_put(workload.inputs("float32"))
     programs = [
-        compile_program(name, GRADIENT, in_mode(GRADIENT, loss), logits, labels)
-        for name, loss in losses(workload, before).items()
-        if name in (OURS, PLAIN, BEFORE)
+        compile_program(label, GRADIENT, summed(loss, GRADIENT), logits, labels)
+        for label, loss in losses(workload, other_version).items()
+        if label in (FOCAL_JAX, PLAIN_JAX, OTHER_VERSION)
     ]
-    about |= {"workload": workload.name, "shape": workload.shape, "dtype": "float32"}
-    return relate(measure(programs, rounds, tick, **about), PLAIN, logits.nbytes)
+    fields |= {"workload": workload.name, "shape": workload.shape, "dtype": "float32"}
+    return add_ratios(measure(programs, rounds, on_round, **fields), PLAIN_JAX, logits.nbytes)
 
 
 def linear_rows(
     shape: tuple[int, int, int],
     dtype: str,
-    before: ModuleType | None,
+    other_version: ModuleType | None,
     rounds: int,
-    tick: Callable[[], None],
+    on_round: Callable[[], None],
 ) -> Rows:
-    """Measure the vocabulary heads at `(positions, depth, classes)`."""
+    """Measure the linear head. `shape` is `(positions, features, classes)`."""
     positions, depth, classes = shape
     rng = np.random.default_rng(0)
     features = rng.standard_normal((positions, depth), np.float32).astype(dtype)
     kernel = (rng.standard_normal((depth, classes), np.float32) / depth**0.5).astype(dtype)
     labels = rng.integers(classes, size=positions, dtype=np.int32)
-    programs = linear_programs(*jax.device_put((features, kernel, labels)), before)
-    rows = measure(programs, rounds, tick, section="linear", shape=shape, dtype=dtype)
-    return relate(rows, OURS, positions * classes * features.itemsize)
+    programs = linear_programs(*jax.device_put((features, kernel, labels)), other_version)
+    rows = measure(programs, rounds, on_round, section="linear", shape=shape, dtype=dtype)
+    return add_ratios(rows, FOCAL_JAX, positions * classes * features.itemsize)
 
 
-def _scaling_rows(devices: int, anchors: int, rounds: int, tick: Callable[[], None]) -> Rows:
-    del tick  # a process of its own
+def _scaling_rows(devices: int, anchors: int, rounds: int, on_round: Callable[[], None]) -> Rows:
+    del on_round  # the measurement runs in another process
     return scaling.rows(devices, anchors, rounds)
 
 
-def cases(options: argparse.Namespace, before: ModuleType | None) -> Iterator[Case]:
-    """Yield what is to be measured, section by section."""
+def cases(options: argparse.Namespace, other_version: ModuleType | None) -> Iterator[Case]:
+    """Yield the cases of the selected sections."""
     quick, rounds = options.quick, options.rounds
 
-    def chosen(workloads: Mapping[str, Workload]) -> Iterator[tuple[str, Workload]]:
+    def selected(workloads: Mapping[str, Workload]) -> Iterator[tuple[str, Workload]]:
         for name, workload in workloads.items():
             if name in options.workloads:
                 yield name, workload.quick() if quick else workload
 
     if "losses" in options.sections:
-        for name, workload in chosen(WORKLOADS):
+        for name, workload in selected(WORKLOADS):
             for dtype in options.dtype:
-                yield (
-                    f"{name} {dtype}",
-                    rounds,
-                    partial(losses_rows, workload, dtype, before, rounds),
-                )
+                run = partial(losses_rows, workload, dtype, other_version, rounds)
+                yield f"{name} {dtype}", rounds, run
     if "family" in options.sections:
-        for name, workload in chosen(FAMILY):
-            about = {"section": "family", "kind": workload.kind}
-            yield name, rounds, partial(beside_plain, workload, before, rounds, **about)
+        for name, workload in selected(FAMILY):
+            fields = {"section": "family", "kind": workload.kind}
+            run = partial(plain_comparison_rows, workload, other_version, rounds, **fields)
+            yield name, rounds, run
     if "linear" in options.sections:
         shape = (64, 16, 128) if quick else (2048, 512, 32_000)
-        few = -(-rounds // 3)  # a call takes seconds
+        fewer = -(-rounds // 3)  # one call takes seconds
         for dtype in options.dtype:
-            yield f"linear head {dtype}", few, partial(linear_rows, shape, dtype, before, few)
+            run = partial(linear_rows, shape, dtype, other_version, fewer)
+            yield f"linear head {dtype}", fewer, run
     if "growth" in options.sections:
         for curve, workloads in growth(quick).items():
             for size, workload in workloads.items():
-                about = {"section": "growth", "curve": curve, "size": size}
-                yield (
-                    f"{curve}: {size:,}",
-                    rounds,
-                    partial(beside_plain, workload, None, rounds, **about),
-                )
+                fields = {"section": "growth", "curve": curve, "size": size}
+                run = partial(plain_comparison_rows, workload, None, rounds, **fields)
+                yield f"{curve}: {size:,}", rounds, run
     if "scaling" in options.sections:
         anchors = 32 if quick else 50_000
         for devices in scaling.DEVICES:
-            yield (
-                f"{devices} host devices",
-                0,
-                partial(_scaling_rows, devices, anchors, rounds),
-            )
+            run = partial(_scaling_rows, devices, anchors, rounds)
+            yield f"{devices} host devices", 0, run
 
 
-# ---------------------------------------------------------------- where and how
+# ---------------------------------------------------------------- machine
 
 
 def _version(package: str) -> str | None:
@@ -194,7 +194,7 @@ def _processor() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return what a reader of the numbers has to know of the machine and the packages."""
+    """Return a description of the machine and the versions of the packages."""
     device = jax.devices()[0]
     packages = ("jax", "jaxlib", "optax", "torch", "numpy")
     return {
@@ -211,44 +211,52 @@ def machine() -> dict[str, Any]:
     }
 
 
+# ---------------------------------------------------------------- command line
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it out")
+    parser.add_argument("--quick", action="store_true", help="use small sizes, for a trial run")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     known = [*WORKLOADS, *FAMILY]
     parser.add_argument("--workloads", nargs="+", choices=known, default=known, metavar="NAME")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--rounds", type=int, help="timed calls of each program (15; quick: 3)")
     parser.add_argument(
-        "--against", type=Path, metavar="DIR", help="another checkout, to measure its losses too"
+        "--rounds", type=int, help="timed calls per program (default: 15; with --quick: 3)"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="another checkout, whose losses are measured too",
     )
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), metavar="DIR")
-    parser.add_argument("--no-figures", action="store_true")
+    parser.add_argument("--no-figures", action="store_true", help="do not draw the figures")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, write results.json, print the tables and draw the figures."""
+    """Run the measurements, write results.json, print the tables and draw the figures."""
     options = _parser().parse_args(arguments)
     options.rounds = options.rounds or (3 if options.quick else 15)
     options.out.mkdir(parents=True, exist_ok=True)
     about = machine() | ({"against": str(options.against)} if options.against else {})
     results: dict[str, Any] = {"machine": about, "quick": options.quick, "rows": []}
 
-    before = options.against and version_in(options.against.resolve())
-    todo = list(cases(options, before))
+    other_version = options.against and import_version(options.against.resolve())
+    todo = list(cases(options, other_version))
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
         total = progress.add_task("all", total=len(todo))
-        for what, rounds, run in todo:
-            task = progress.add_task(what, total=rounds or None)
-            results["rows"] += run(tick=partial(progress.advance, task))
+        for description, rounds, run in todo:
+            task = progress.add_task(description, total=rounds or None)
+            results["rows"] += run(on_round=partial(progress.advance, task))
             progress.remove_task(task)
             progress.advance(total)
-            # Each time: what was measured outlives whatever may break later.
+            # Written after every case, so that a later failure does not lose the results.
             text = json.dumps(results, indent=1, allow_nan=False)
             (options.out / "results.json").write_text(text + "\n", encoding="utf-8")
 

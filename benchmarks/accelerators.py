@@ -1,12 +1,12 @@
-"""Read what XLA's GPU and TPU compilers make of the losses, without a GPU or a TPU.
+"""Compile the losses with XLA's GPU and TPU compilers and report memory traffic and cycles.
 
-Every workload is compiled, a value and its gradient, for each device: ours, the plain formula
-and, for a sigmoid, optax. Tables go to the terminal, results.json and results.md to the folder
-of --out. Nothing runs and nothing is timed: "bound" is the time that the bytes take at the
-device's bandwidth, below which no run can come.
+Every workload is compiled for every device, value and gradient: focal_jax, plain JAX and, for a
+sigmoid, optax. The tables are printed. The folder given by --out gets results.json and results.md.
+Nothing runs and nothing is timed.
 
-    make accelerators ARGS='--devices H200 v5e --workloads sigmoid anchors'
-    make accelerators ARGS='--pod'   # vocabulary heads and training steps on 1,024 TPUs
+Examples:
+  make accelerators ARGS='--devices H200 v5e --workloads sigmoid anchors'
+  make accelerators ARGS='--pod'   # vocabulary heads and training steps on 1,024 TPUs
 """
 
 import argparse
@@ -27,7 +27,7 @@ from rich.progress import Progress, TimeElapsedColumn
 import focal_jax
 from benchmarks import compilers, pod, report
 from benchmarks.measure import GRADIENT
-from benchmarks.peers import LINEAR, OURS, PLAIN, in_mode, linear_losses, losses
+from benchmarks.peers import FOCAL_JAX, LINEAR, PLAIN_JAX, linear_losses, losses, summed
 from benchmarks.workloads import FAMILY, WORKLOADS
 
 DTYPES = ("float32", "bfloat16")
@@ -35,9 +35,10 @@ RETINANET, HEAD = "retinanet", "linear head"
 LOSSES = WORKLOADS | FAMILY
 NAMES = (*LOSSES, RETINANET, HEAD)
 
-# How often the logits and the labels are read at least. A position's sums come before its
-# gradient. The slopes of a distribution need these sums, and are added up in their turn. So
-# are those of a region, which need the sums over all the positions.
+# The minimum number of reads of the logits and of the labels, by kind. The gradient of a position
+# needs the sums over its classes, so it reads the logits a second time. The gradient of a
+# distribution needs the sum of the slopes too, which need the first sums. A region loss needs
+# sums over all positions in addition.
 PASSES: Mapping[str, tuple[int, int]] = {
     "elementwise": (1, 1),
     "position": (2, 1),
@@ -49,7 +50,7 @@ PASSES: Mapping[str, tuple[int, int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A program to compile, and what it has to move at least."""
+    """A program to compile, and the minimum number of bytes that it moves."""
 
     workload: str
     dtype: str
@@ -57,7 +58,7 @@ class Case:
     function: Callable[..., Any]
     args: tuple[jax.ShapeDtypeStruct, ...]
     logits_bytes: int
-    fewest_bytes: int
+    minimum_bytes: int
 
 
 def _bytes(*arrays: jax.ShapeDtypeStruct) -> int:
@@ -65,34 +66,33 @@ def _bytes(*arrays: jax.ShapeDtypeStruct) -> int:
 
 
 def workload_cases(name: str, dtype: str) -> Iterator[Case]:
-    """Yield the implementations of a loss.
+    """Yield the implementations of a workload.
 
-    What is a function of one logit reads it and its label once, and writes the gradient. What
-    has a class axis goes through it in passes, each of which needs what the last one added up.
+    The minimum number of bytes is that of the reads in `PASSES` and one write of the gradient.
     """
     workload = LOSSES[name]
     logits, labels = workload.shapes(dtype)
-    of_logits, of_labels = PASSES[workload.kind]
-    fewest = _bytes(*[logits] * of_logits, *[labels] * of_labels, logits)
+    logits_reads, labels_reads = PASSES[workload.kind]
+    minimum = _bytes(*[logits] * logits_reads, *[labels] * labels_reads, logits)
     for implementation, loss in losses(workload).items():
-        if implementation in (OURS, PLAIN, "optax"):
+        if implementation in (FOCAL_JAX, PLAIN_JAX, "optax"):
             yield Case(
                 name,
                 dtype,
                 implementation,
-                in_mode(GRADIENT, loss),
+                summed(loss, GRADIENT),
                 (logits, labels),
                 _bytes(logits),
-                fewest,
+                minimum,
             )
 
 
 def _plain_retinanet(class_logits, box_regression, anchors, annotations):
-    """Return RetinaNet's loss as one writes it: one-hot labels, and a mask for the ignored."""
+    """Compute RetinaNet's loss in plain JAX, with one-hot labels and a mask for ignored anchors."""
     detection = focal_jax.detection
-    sigmoid = losses(LOSSES["sigmoid"])[PLAIN]
+    sigmoid = losses(LOSSES["sigmoid"])[PLAIN_JAX]
 
-    def image(logits, offsets, annotations):
+    def image_loss(logits, offsets, annotations):
         matches = detection.match_anchors(anchors, annotations)
         matched = annotations[jnp.maximum(matches, 0)]
         positive = matches >= 0
@@ -106,7 +106,7 @@ def _plain_retinanet(class_logits, box_regression, anchors, annotations):
         boxes = jnp.sum(jnp.where(positive[:, None], huber, 0)) / (4 * count)
         return jnp.sum(focal.astype(jnp.float32)) / count + boxes
 
-    return jnp.mean(jax.vmap(image)(class_logits, box_regression, annotations))
+    return jnp.mean(jax.vmap(image_loss)(class_logits, box_regression, annotations))
 
 
 def _retinanet(*args):
@@ -114,25 +114,25 @@ def _retinanet(*args):
 
 
 def retinanet_cases(dtype: str, images: int = 16) -> Iterator[Case]:
-    """Yield RetinaNet's loss at COCO's size: an image of 600 by 1,000 pixels, 100 boxes."""
+    """Yield RetinaNet's loss at the size of COCO: images of 600 by 1,000 pixels, 100 boxes."""
     struct = jax.ShapeDtypeStruct
     anchors, classes, boxes = 113_193, 80, 100
     logits, offsets = (struct((images, anchors, n), dtype) for n in (classes, 4))
-    fixed = struct((anchors, 4), "float32"), struct((images, boxes, 5), "float32")
-    for implementation, loss in ((OURS, _retinanet), (PLAIN, _plain_retinanet)):
+    constants = struct((anchors, 4), "float32"), struct((images, boxes, 5), "float32")
+    for implementation, loss in ((FOCAL_JAX, _retinanet), (PLAIN_JAX, _plain_retinanet)):
         yield Case(
             RETINANET,
             dtype,
             implementation,
             jax.value_and_grad(loss, (0, 1)),
-            (logits, offsets, *fixed),
+            (logits, offsets, *constants),
             _bytes(logits),
-            2 * _bytes(logits, offsets) + _bytes(*fixed),
+            2 * _bytes(logits, offsets) + _bytes(*constants),
         )
 
 
 def linear_cases(dtype: str, shape: tuple[int, int, int] = (8192, 2048, 131_072)) -> Iterator[Case]:
-    """Yield the vocabulary heads: as a softmax's logits, features and kernel are read twice."""
+    """Yield the linear heads. The minimum is two reads and one write of features and kernel."""
     struct = jax.ShapeDtypeStruct
     positions, depth, classes = shape
     features, kernel = struct((positions, depth), dtype), struct((depth, classes), dtype)
@@ -142,7 +142,7 @@ def linear_cases(dtype: str, shape: tuple[int, int, int] = (8192, 2048, 131_072)
             HEAD,
             dtype,
             implementation,
-            in_mode(GRADIENT, loss, (0, 1)),
+            summed(loss, GRADIENT, (0, 1)),
             (features, kernel, labels),
             _bytes(struct((positions, classes), dtype)),
             3 * _bytes(features, kernel) + _bytes(labels),
@@ -150,7 +150,7 @@ def linear_cases(dtype: str, shape: tuple[int, int, int] = (8192, 2048, 131_072)
 
 
 def cases(names: Sequence[str], dtypes: Sequence[str]) -> Iterator[Case]:
-    """Yield what is to be compiled."""
+    """Yield the programs of the selected workloads and dtypes."""
     special = {RETINANET: retinanet_cases, HEAD: linear_cases}
     for name in names:
         make = special.get(name) or partial(workload_cases, name)
@@ -158,57 +158,65 @@ def cases(names: Sequence[str], dtypes: Sequence[str]) -> Iterator[Case]:
             yield from make(dtype)
 
 
-def row(device: compilers.Device, case: Case) -> dict[str, Any]:
-    """Compile a program and return what the device's compiler made of it."""
-    return row_of(device, case, compilers.compile_for(device, case.function, *case.args))
+def compile_row(device: compilers.Device, case: Case) -> dict[str, Any]:
+    """Compile a case for a device and return its row."""
+    return row(device, case, compilers.compile_for(device, case.function, *case.args))
 
 
-def row_of(device: compilers.Device, case: Case, program: jax.stages.Compiled) -> dict[str, Any]:
-    """Return what the device's compiler made of a program."""
+def row(device: compilers.Device, case: Case, program: jax.stages.Compiled) -> dict[str, Any]:
+    """Return the row of a compiled case."""
     found = compilers.read(device, program)
     return {
         "device": device.name,
         "workload": case.workload,
         "dtype": case.dtype,
         "implementation": case.implementation,
-        "fewest_bytes": case.fewest_bytes,
+        "minimum_bytes": case.minimum_bytes,
         **dataclasses.asdict(found),
-        "bytes_over_fewest": found.bytes / case.fewest_bytes,
+        "bytes_over_minimum": found.bytes / case.minimum_bytes,
         "temporary_share": found.temporaries / case.logits_bytes,
         "bound_seconds": found.bytes / device.bandwidth,
     }
 
 
-def related(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows with their cycles over those of the plain formula."""
-    about = ("device", "workload", "dtype")
+# ---------------------------------------------------------------- tables
+
+
+def add_cycles_over_plain(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with their cycles divided by the cycles of plain JAX."""
+    keys = ("device", "workload", "dtype")
     plain = {
-        tuple(row[key] for key in about): row["cycles"]
+        tuple(row[key] for key in keys): row["cycles"]
         for row in rows
-        if row["implementation"] == PLAIN and row["cycles"]
+        if row["implementation"] == PLAIN_JAX and row["cycles"]
     }
 
-    def share(row):
-        cycles = plain.get(tuple(row[key] for key in about))
+    def ratio(row):
+        cycles = plain.get(tuple(row[key] for key in keys))
         return row["cycles"] / cycles if cycles and row["cycles"] is not None else None
 
-    return [row | {"cycles_over_plain": share(row)} for row in rows]
+    return [row | {"cycles_over_plain": ratio(row)} for row in rows]
 
 
 def _kilocycles(row: dict[str, Any]) -> str:
-    """Return a TPU's cycles; `+` where the compiler has no estimate of some kernel (a look-up)."""
+    """Return the cycles in thousands, with `+` if a kernel has no estimate."""
     if row["cycles"] is None:
         return "-"
     return f"{row['cycles'] / 1e3:,.0f}" + "+" * bool(row["unestimated"])
 
 
+def _two_places(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}"
+
+
 _HEADINGS = (
-    *("workload", "dtype", "implementation", "kernels", "MB", "over fewest"),
-    *("temporaries", "bound ms", "kcycles", "over plain"),
+    *("workload", "dtype", "implementation", "kernels", "MB", "bytes / minimum"),
+    *("temporaries / logits", "bound ms", "kcycles", f"cycles / {PLAIN_JAX}"),
 )
 
 
-def _of_device(name: str, rows: Sequence[dict[str, Any]]) -> report.Table:
+def _device_table(name: str, rows: Sequence[dict[str, Any]]) -> report.Table:
+    """Return all programs of one device."""
     cells = [
         (
             row["workload"],
@@ -216,7 +224,7 @@ def _of_device(name: str, rows: Sequence[dict[str, Any]]) -> report.Table:
             row["implementation"],
             f"{row['kernels']:,}",
             f"{row['bytes'] / 1e6:,.1f}",
-            f"{row['bytes_over_fewest']:.2f}",
+            f"{row['bytes_over_minimum']:.2f}",
             f"{row['temporary_share']:.3f}",
             f"{row['bound_seconds'] * 1e3:.3f}",
             _kilocycles(row),
@@ -227,27 +235,22 @@ def _of_device(name: str, rows: Sequence[dict[str, Any]]) -> report.Table:
     used = [i for i in range(len(_HEADINGS)) if any(row[i] != "-" for row in cells)]
     cells = [tuple(row[i] for i in used) for row in cells]
     bandwidth = compilers.DEVICES[name].bandwidth / 1e12
-    title = f"{name}, {GRADIENT}, as compiled; bound: the bytes at {bandwidth:.2f} TB/s"
+    title = f"{name}, {GRADIENT}, compiled; bound ms: bytes at {bandwidth:.2f} TB/s"
     return report.Table(title, [_HEADINGS[i] for i in used], cells, 3)
 
 
-def _two_places(x: float | None) -> str:
-    return "-" if x is None else f"{x:.2f}"
-
-
-def _of_ours(rows: Sequence[dict[str, Any]]) -> report.Table:
-    """Return a line a workload: on each device the bytes over the fewest, of a TPU the cycles."""
-    ours = [row for row in rows if row["implementation"] in (OURS, LINEAR)]
-    ours = [row for row in ours if row["workload"] != HEAD or row["implementation"] == LINEAR]
-    found = {(row["device"], row["workload"], row["dtype"]): row for row in ours}
-    devices, lines = (
-        [*dict.fromkeys(x)]
-        for x in (
-            (row["device"] for row in ours),
-            ((row["workload"], row["dtype"]) for row in ours),
-        )
-    )
-    columns = [(name, "bytes_over_fewest", name) for name in devices] + [
+def _focal_jax_table(rows: Sequence[dict[str, Any]]) -> report.Table:
+    """Return one line per workload: bytes / minimum on each device, and cycles on each TPU."""
+    # The linear head has rows with materialized logits too; they are not shown.
+    shown = [
+        row
+        for row in rows
+        if row["implementation"] == (LINEAR if row["workload"] == HEAD else FOCAL_JAX)
+    ]
+    found = {(row["device"], row["workload"], row["dtype"]): row for row in shown}
+    devices = list(dict.fromkeys(row["device"] for row in shown))
+    lines = list(dict.fromkeys((row["workload"], row["dtype"]) for row in shown))
+    columns = [(name, "bytes_over_minimum", name) for name in devices] + [
         (name, "cycles_over_plain", f"{name} cycles")
         for name in devices
         if compilers.DEVICES[name].platform == "tpu"
@@ -257,22 +260,25 @@ def _of_ours(rows: Sequence[dict[str, Any]]) -> report.Table:
         return _two_places(found.get((device, *line), {}).get(field))
 
     cells = [(*line, *(cell(name, line, field) for name, field, _ in columns)) for line in lines]
-    title = "focal_jax on every device: bytes over the fewest; of a TPU, cycles over the plain"
+    title = f"{FOCAL_JAX} on all devices: bytes / minimum; for TPUs also cycles / {PLAIN_JAX}"
     return report.Table(title, ["workload", "dtype", *(x for _, _, x in columns)], cells, 2)
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[report.Table]:
-    """Return a table for all devices, and one for each; or one for the programs of a pod."""
+    """Return one table of all devices and one table per device, or the table of a pod."""
     if any("program" in row for row in rows):
         return [pod.table(rows)]
-    rows = related(rows)
+    rows = add_cycles_over_plain(rows)
     devices = dict.fromkeys(row["device"] for row in rows)
-    each = [_of_device(name, report.select(rows, device=name)) for name in devices]
-    return [_of_ours(rows), *each] if each else []
+    per_device = [_device_table(name, report.select(rows, device=name)) for name in devices]
+    return [_focal_jax_table(rows), *per_device] if per_device else []
 
 
 def _not_compiled(missing: Sequence[str]) -> list[report.Table]:
     return [report.Table("Not compiled", ("",), [(x,) for x in missing], 1)] if missing else []
+
+
+# ---------------------------------------------------------------- command line
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -286,10 +292,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument(
-        "--only-ours",
+        "--only-focal-jax",
         nargs="*",
-        metavar="NAME",
-        help="leave out what it is held to, on these devices or on all",
+        metavar="DEVICE",
+        help="do not compile the other implementations, on these devices or on all",
     )
     parser.add_argument(
         "--join",
@@ -297,14 +303,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=(),
         metavar="JSON",
-        help="results.json of other runs, to be in the tables too",
+        help="results.json of earlier runs, whose rows are added to the tables",
     )
     parser.add_argument(
         "--pod",
         nargs="*",
         choices=pod.PROGRAMS,
         metavar="PROGRAM",
-        help=f"instead, on a pod, all or some of: {', '.join(pod.PROGRAMS)}",
+        help=f"compile these programs for a pod instead (default: all): {', '.join(pod.PROGRAMS)}",
     )
     parser.add_argument("--out", type=Path, default=Path("out/accelerators"), metavar="DIR")
     return parser
@@ -315,37 +321,37 @@ def _write(results: dict[str, Any], folder: Path) -> None:
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
 
 
-Work = tuple[str, Callable[[], dict[str, Any]]]  # what to compile, and how to make its row of it
+Work = tuple[str, Callable[[], dict[str, Any]]]  # a description, and a function that makes a row
 
 
 def _work(options: argparse.Namespace, missing: list[str]) -> Iterator[Work]:
-    """Yield what is to be compiled, and note the devices that there is no compiler for."""
+    """Yield the programs to compile. Devices without a compiler are appended to `missing`."""
     if options.pod is not None:
         for name in options.pod or pod.PROGRAMS:
             yield name, partial(pod.row, name)
         return
     programs = list(cases(options.workloads, options.dtype))
-    ours = [case for case in programs if case.implementation in (OURS, LINEAR)]
-    without = () if options.only_ours is None else options.only_ours or options.devices
+    of_focal_jax = [case for case in programs if case.implementation in (FOCAL_JAX, LINEAR)]
+    only = () if options.only_focal_jax is None else options.only_focal_jax or options.devices
     for name in options.devices:
         try:
             device = compilers.device(name)
         except compilers.Unavailable as error:
             missing.append(str(error))
             continue
-        for case in ours if name in without else programs:
-            what = f"{name} {case.workload} {case.dtype} {case.implementation}"
-            yield what, partial(row, device, case)
+        for case in of_focal_jax if name in only else programs:
+            description = f"{name} {case.workload} {case.dtype} {case.implementation}"
+            yield description, partial(compile_row, device, case)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compile everything, write results.json and results.md, and print the tables."""
+    """Compile the programs, write results.json and results.md, and print the tables."""
     options = _parser().parse_args(arguments)
     compilers.prepare()
     options.out.mkdir(parents=True, exist_ok=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
-    before = [json.loads(path.read_text(encoding="utf-8")) for path in options.join]
-    rows, missing = ([x for run in before for x in run[key]] for key in ("rows", "missing"))
+    earlier = [json.loads(path.read_text(encoding="utf-8")) for path in options.join]
+    rows, missing = ([x for run in earlier for x in run[key]] for key in ("rows", "missing"))
     results: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "versions": versions,
@@ -355,14 +361,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
         work = list(_work(options, missing))
         task = progress.add_task("compile", total=len(work))
-        for what, make in work:
-            progress.update(task, description=what)
+        for description, make_row in work:
+            progress.update(task, description=description)
             try:
-                rows.append(make())
+                rows.append(make_row())
             except compilers.Unavailable as error:
-                missing.append(f"{what}: {error}")
+                missing.append(f"{description}: {error}")
             progress.advance(task)
-            _write(results, options.out)  # what was compiled outlives whatever may break later
+            _write(results, options.out)  # a later failure does not lose the results
 
     _write(results, options.out)
     made = [*tables(rows), *_not_compiled(missing)]

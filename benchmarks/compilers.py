@@ -1,10 +1,10 @@
-"""What XLA's GPU and TPU compilers make of a program, on a machine that has neither device.
+"""Compile programs with XLA's GPU and TPU compilers on a machine without these devices.
 
-The compilers are libraries of the package index (`make accelerators` installs them beside
-JAX). They compile for a device that is only described, and the program that comes out can be
-read: which kernels there are, what each of them reads and writes, how much memory is needed
-in between, and on a TPU how many cycles the compiler expects. None of that is a measured
-time: the bytes over a device's bandwidth are a bound from below.
+The compilers are Python packages (`make accelerators` installs them). They compile for a device
+that is described by a text, and the compiled program lists the kernels, the bytes that each kernel
+reads and writes, the temporary memory and, for a TPU, the number of cycles that the compiler
+estimates. Nothing runs. The bytes divided by the bandwidth of the memory are a lower bound of the
+time.
 """
 
 import dataclasses
@@ -26,33 +26,41 @@ from jax.sharding import SingleDeviceSharding
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device that a compiler knows: its name, its platform and what describes it to XLA."""
+    """A device that a compiler can compile for.
+
+    Attributes:
+      name: the name in tables.
+      platform: `"cuda"`, `"rocm"` or `"tpu"`.
+      bandwidth: bytes per second of the device memory.
+      topology: the compiler's name of the device.
+      target: a `GpuTargetConfigProto` as text, for a GPU.
+    """
 
     name: str
-    platform: str  # "cuda", "rocm" or "tpu"
-    bandwidth: float  # of its memory, bytes a second
-    topology: str  # by which the compiler knows it
-    target: str | None = None  # of a GPU: a GpuTargetConfigProto as text
+    platform: str
+    bandwidth: float
+    topology: str
+    target: str | None = None
 
     @functools.cached_property
     def devices(self) -> Any:
-        """Return the topology's devices, or raise `Unavailable`."""
+        """The devices of the topology. Raises `Unavailable` without the compiler."""
         _register(self.platform)
         options = {}
         if self.target is not None:
             options = {"target_config": self.target, "topology": "1x1x1"}
         try:
             return topologies.get_topology_desc(self.topology, self.platform, **options).devices
-        except Exception as error:  # each plugin raises in a way of its own
+        except Exception as error:  # each plugin raises its own exception type
             raise Unavailable(f"{self.name}: {first_line(error)}") from error
 
 
 class Unavailable(Exception):
-    """A compiler that is not installed, does not know a device or refuses a program."""
+    """A compiler is not installed, does not know a device or fails to compile a program."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its name."""
+    """Return the first line of the message of an exception, or the name of its type."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
@@ -72,7 +80,7 @@ def _gpu(
     warp: int = 32,
     platform: str = "cuda",
 ) -> Device:
-    """Return a GPU, described by the figures that XLA's compiler asks for."""
+    """Return a GPU described by the properties that XLA's compiler reads."""
     target = f"""
       gpu_device_info {{
         threads_per_block_limit: 1024
@@ -109,8 +117,8 @@ def _cuda(major: int) -> str:
     return f"cuda_compute_capability {{ major: {major} feature_extension: {accelerated} }}"
 
 
-# The GPUs' figures are those that XLA itself has of them (openxla/xla,
-# xla/backends/gpu/target_config/specs); the TPUs' bandwidths are Google Cloud's.
+# Sources: openxla/xla, xla/backends/gpu/target_config/specs (GPUs); the documentation of Google
+# Cloud (bandwidths of TPUs).
 DEVICES = {
     device.name: device
     for device in (
@@ -183,7 +191,7 @@ DEVICES = {
     )
 }
 
-# The package of each platform's compiler.
+# The module of the compiler of each platform.
 PACKAGES = {
     "cuda": "jax_plugins.xla_cuda13",
     "rocm": "jax_plugins.xla_rocm7",
@@ -192,30 +200,30 @@ PACKAGES = {
 
 
 def installed() -> bool:
-    """Return whether a compiler of any platform is installed."""
-    return any(_found(package) for package in PACKAGES.values())
+    """Return whether the compiler of any platform is installed."""
+    return any(_is_installed(package) for package in PACKAGES.values())
 
 
-def _found(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the package that it would be part of
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def prepare() -> None:
-    """Set the environment that the compilers read when they load: call it before JAX runs.
+    """Set the environment variables and flags of the compilers. Call this before JAX starts.
 
-    Without it the TPU's library looks for the machine that it runs on, and the CUDA compiler
-    measures candidates on a GPU that is not there.
+    Without them the TPU library queries the machine for a TPU, and the CUDA compiler tunes
+    kernels on a GPU, which does not exist.
     """
     for name, value in {
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # or it looks for CUDA's libraries
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the check loads CUDA's libraries
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no device to quarrel over
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # safe, because the library opens no device
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }.items():
         os.environ.setdefault(name, value)
@@ -229,27 +237,27 @@ def prepare() -> None:
 
 
 def _register(platform: str) -> None:
-    """Make JAX know the platform's compiler, or raise `Unavailable`."""
+    """Register the compiler of a platform with JAX. Raises `Unavailable` if it is missing."""
     package = PACKAGES[platform]
-    if not _found(package):
+    if not _is_installed(package):
         raise Unavailable(f"{platform}: the package {package} is not installed")
-    jax.devices()  # the first call looks for plugins, and registers them
+    jax.devices()  # the first call discovers and registers the plugins
 
 
 def device(name: str) -> Device:
-    """Return the device of that name, or raise `Unavailable`."""
+    """Return a device by name. Raises `Unavailable` if nothing can be compiled for it."""
     if name not in DEVICES:
         raise Unavailable(f"{name}: got no device of that name, wanted one of {tuple(DEVICES)}")
     found = DEVICES[name]
-    found.devices  # noqa: B018  whether its compiler is installed and knows it
+    found.devices  # noqa: B018  raises `Unavailable`
     return found
 
 
 def compile_for(device: Device, function: Callable, *args: Any) -> jax.stages.Compiled:
-    """Compile a function of arrays, or of their shapes and dtypes, for one such device."""
-    one = SingleDeviceSharding(device.devices[0])
+    """Compile a function for one device. `args` are arrays, or their shapes and dtypes."""
+    single = SingleDeviceSharding(device.devices[0])
     try:
-        return jax.jit(function, in_shardings=one, out_shardings=one).lower(*args).compile()
+        return jax.jit(function, in_shardings=single, out_shardings=single).lower(*args).compile()
     except Exception as error:
         raise Unavailable(f"{device.name}: {first_line(error)}") from error
 
@@ -259,37 +267,37 @@ def compile_for(device: Device, function: Callable, *args: Any) -> jax.stages.Co
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """A line of HLO."""
+    """One instruction of an HLO module."""
 
     name: str
     type: str
     op: str
     operands: tuple[str, ...]
     attributes: str
-    root: bool
+    is_root: bool
 
     @property
     def scope(self) -> str:
-        """The name that it was traced under."""
+        """The JAX name scope of the instruction; empty if there is none."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     def called(self, attribute: str) -> str | None:
-        """Return the computation that an attribute names, such as a loop's `body`."""
+        """Return the computation that an attribute names, such as the `body` of a loop."""
         found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.attributes)
         return found and found[1]
 
 
 Computation = dict[str, Operation]
 
-_LINE = re.compile(r"\s*(ROOT )?%?([\w.-]+) = (.*)")
-_START = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.-]+) = (.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\](\{[^}]*\})?")
-_SIZES = {"pred": 1, "c64": 8, "c128": 16}
+_ITEM_SIZES = {"pred": 1, "c64": 8, "c128": 16}
 
 
-def _closing(text: str, start: int) -> int:
-    """Return where the parenthesis that opens at `start` is closed."""
+def _closing_parenthesis(text: str, start: int) -> int:
+    """Return the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -299,20 +307,20 @@ def _closing(text: str, start: int) -> int:
 
 
 def parse(hlo: str) -> tuple[dict[str, Computation], str]:
-    """Return a module's computations by name, and the name of the one that it starts with."""
+    """Return the computations of a module by name, and the name of its entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in hlo.splitlines():
         line = re.sub(r"/\*.*?\*/", "", line)
-        if line and not line[0].isspace() and (start := _START.match(line)):
+        if line and not line[0].isspace() and (start := _COMPUTATION.match(line)):
             current = computations.setdefault(start[2], {})
             entry = start[2] if start[1] else entry
-        elif current is not None and (found := _LINE.match(line)):
+        elif current is not None and (found := _INSTRUCTION.match(line)):
             root, name, rest = found.groups()
-            end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+            end = _closing_parenthesis(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
             type_, rest = rest[:end], rest[end:].lstrip()
             opened = rest.index("(")
-            closed = _closing(rest, opened)
+            closed = _closing_parenthesis(rest, opened)
             operands = re.findall(r"%([\w.-]+)", rest[opened:closed])
             current[name] = Operation(
                 name, type_, rest[:opened], tuple(operands), rest[opened:], bool(root)
@@ -321,57 +329,65 @@ def parse(hlo: str) -> tuple[dict[str, Computation], str]:
 
 
 def _arrays(type_: str) -> Iterator[tuple[int, bool]]:
-    """Yield the bytes of every array of a type, and whether they are in the device's memory.
+    """Yield for each array of a type its bytes and whether it is in the device memory.
 
-    A TPU keeps some on the chip, and semaphores elsewhere.
+    A TPU program has arrays in other memory spaces too: on-chip memory and semaphores.
     """
     for dtype, shape, layout in _ARRAY.findall(type_):
-        bits = 8 * _SIZES[dtype] if dtype in _SIZES else int(re.search(r"\d+", dtype)[0])
+        is_named = dtype in _ITEM_SIZES
+        bits = 8 * _ITEM_SIZES[dtype] if is_named else int(re.search(r"\d+", dtype)[0])
         elements = math.prod(int(n) for n in shape.split(",") if n)
         yield elements * bits // 8, not re.search(r"S\([1-9]", layout)
 
 
 def size(type_: str) -> int:
-    """Return the bytes that a type has in the device's memory, a tuple's those of its parts."""
-    return sum(found for found, in_memory in _arrays(type_) if in_memory)
+    """Return the bytes of a type in the device memory. The bytes of a tuple are summed."""
+    return sum(count for count, in_device_memory in _arrays(type_) if in_device_memory)
 
 
-# What costs nothing: a name for memory that is there already, or a constant.
-_FREE = {
+# Operations without a kernel: names for existing memory, and constants.
+_NO_KERNEL = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id",
     "replica-id", "opt-barrier", "iota",
 }  # fmt: skip
-_SCALARS = "S(6)"  # the memory of a TPU's scalar unit
+_SCALAR_MEMORY = "S(6)"  # the memory space of the scalar unit of a TPU
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """An operation that the device runs, and how often."""
+    """An operation that the device runs.
+
+    Attributes:
+      operation: the operation.
+      runs: the number of runs.
+      read: the bytes that one run reads.
+      written: the bytes that one run writes.
+    """
 
     operation: Operation
-    times: int
+    runs: int
     read: int
     written: int
 
     @property
     def bytes(self) -> int:
-        """Return what all its runs move."""
-        return self.times * (self.read + self.written)
+        """The bytes that all runs read and write."""
+        return self.runs * (self.read + self.written)
 
     @property
     def cycles(self) -> int:
-        """Return what the compiler expects all its runs to take; 0 where it does not say."""
+        """The compiler's estimate of the cycles of all runs; 0 without an estimate."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.operation.attributes)
-        return self.times * int(found[1]) if found else 0
+        return self.runs * int(found[1]) if found else 0
 
 
-def _read_of(name: str, whole: int, computation: Computation, computations: dict) -> int:
-    """Return the bytes that a computation reads of one of its arrays, which has `whole`."""
+def _bytes_read_from(name: str, total: int, computation: Computation, computations: dict) -> int:
+    """Return the bytes that a computation reads from one of its arrays of `total` bytes."""
     return min(
-        whole,
+        total,
         sum(
-            _read_by(user, i, whole, computation, computations)
+            _bytes_read_by(user, i, total, computation, computations)
             for user in computation.values()
             for i, operand in enumerate(user.operands)
             if operand == name
@@ -379,78 +395,83 @@ def _read_of(name: str, whole: int, computation: Computation, computations: dict
     )
 
 
-def _read_by(
-    op: Operation, i: int, whole: int, computation: Computation, computations: dict
+def _bytes_read_by(
+    op: Operation, i: int, total: int, computation: Computation, computations: dict
 ) -> int:
-    """Return the bytes that an operation reads of its operand `i`, which has `whole`.
+    """Return the bytes that an operation reads from its operand `i` of `total` bytes.
 
-    Of what it only slices, the slices count, and of what it puts a part in, nothing.
+    A slice reads only the sliced part. A dynamic-update-slice reads nothing from the array that
+    it updates in place.
     """
     if i == 0 and op.op in _SLICES:
-        return min(whole, size(op.type))
+        return min(total, size(op.type))
     if i == 0 and op.op == "dynamic-update-slice":
         return 0
-    if op.op == "bitcast" and not op.root:
-        return _read_of(op.name, whole, computation, computations)
+    if op.op == "bitcast" and not op.is_root:
+        return _bytes_read_from(op.name, total, computation, computations)
     inner = computations.get(op.called("calls") or "", {})
     for x in inner.values():
         if x.op == "parameter" and x.attributes.startswith(f"({i})"):
-            return _read_of(x.name, whole, inner, computations)
-    return whole
+            return _bytes_read_from(x.name, total, inner, computations)
+    return total
 
 
-def _written_by(op: Operation, computation: Computation, computations: dict) -> int:
-    """Return the bytes that an operation writes: of an array that it puts a part in, the part."""
+def _bytes_written_by(op: Operation, computation: Computation, computations: dict) -> int:
+    """Return the bytes that an operation writes. A dynamic-update-slice writes the update only."""
     if op.op == "dynamic-update-slice":
         return size(computation[op.operands[1]].type)
     inner = computations.get(op.called("calls") or "", {})
-    parts = [(x, inner) for x in inner.values() if x.root]
+    results = [(x, inner) for x in inner.values() if x.is_root]
     if op.op in ("tuple", "bitcast"):
-        parts = [(computation[x], computation) for x in op.operands if x in computation]
-    parts = [_written_by(x, place, computations) for x, place in parts if x.op != "parameter"]
-    return min(size(op.type), sum(parts)) if parts else size(op.type)
+        results = [(computation[x], computation) for x in op.operands if x in computation]
+    written = [
+        _bytes_written_by(x, scope, computations) for x, scope in results if x.op != "parameter"
+    ]
+    return min(size(op.type), sum(written)) if written else size(op.type)
 
 
 def _read_and_written(
     op: Operation, computation: Computation, computations: dict[str, Computation]
 ) -> tuple[int, int]:
     """Return the bytes that an operation reads and writes."""
-    if op.op.endswith("-start"):  # its type names the operand once more, a slice's as the first
+    if op.op.endswith("-start"):
+        # The result type of an asynchronous operation contains the operand's type too; that of a
+        # slice-start contains it first.
         operand = sum(size(computation[name].type) for name in op.operands)
         read = operand
         if op.op == "slice-start":
-            _, (brought, _), *_ = _arrays(op.type)
-            read = min(operand, brought)
+            _, (sliced, _), *_ = _arrays(op.type)
+            read = min(operand, sliced)
         return read, max(0, size(op.type) - operand)
     read = sum(
-        _read_by(op, i, size(computation[name].type), computation, computations)
+        _bytes_read_by(op, i, size(computation[name].type), computation, computations)
         for i, name in enumerate(op.operands)
         if name in computation
     )
-    return read, _written_by(op, computation, computations)
+    return read, _bytes_written_by(op, computation, computations)
 
 
-def _trips(loop: Operation, computations: dict[str, Computation]) -> int:
-    """Return how often a loop runs.
+def _trip_count(loop: Operation, computations: dict[str, Computation]) -> int:
+    """Return the number of iterations of a loop.
 
-    Where the compiler does not say so, the condition does: all of these loops count from 0, by
-    one, while less than a constant.
+    Without an annotation by the compiler the loop's condition is read: JAX's loops count from 0
+    in steps of 1 and compare with a constant.
     """
     found = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if found:
         return int(found[1])
     condition = computations[loop.called("condition")]
-    root = next(op for op in condition.values() if op.root)
+    root = next(op for op in condition.values() if op.is_root)
     if root.op == "fusion":
         condition = computations[root.called("calls")] | condition
     limits = [op for op in condition.values() if op.op == "constant"]
     if len(limits) != 1:
-        raise Unavailable(f"the loop {loop.name} does not say how often it runs")
+        raise Unavailable(f"the number of iterations of the loop {loop.name} is unknown")
     return int(limits[0].attributes.partition("(")[2].partition(")")[0])
 
 
 def _branches(conditional: Operation) -> list[str]:
-    """Return the names of a conditional's computations, which stand in a list or one by one."""
+    """Return the names of the branch computations of a conditional."""
     listed = re.search(r"branch_computations=\{(.*?)\}", conditional.attributes)
     if listed:
         return re.findall(r"%([\w.-]+)", listed[1])
@@ -458,46 +479,59 @@ def _branches(conditional: Operation) -> list[str]:
 
 
 def kernels(hlo: str) -> list[Kernel]:
-    """Return what a module runs on the device, loops' bodies with the number of their trips."""
+    """Return the kernels of a module.
+
+    The kernels in the body of a loop run once per iteration. A conditional counts with the branch
+    that moves fewer bytes, because the other branch handles rare inputs such as overflow.
+    """
     computations, entry = parse(hlo)
 
-    def run(name: str, times: int) -> Iterator[Kernel]:
+    def run(name: str, runs: int) -> Iterator[Kernel]:
         computation = computations[name]
         for op in computation.values():
             if op.op == "while":
-                yield from run(op.called("body"), times * _trips(op, computations))
+                yield from run(op.called("body"), runs * _trip_count(op, computations))
             elif op.op == "call":
-                yield from run(op.called("to_apply"), times)
+                yield from run(op.called("to_apply"), runs)
             elif op.op == "conditional":
-                # The cheaper branch counts: the other is there for numbers out of the ordinary.
-                names = _branches(op)
-                yield from min(
-                    (list(run(x, times)) for x in names), key=lambda ks: sum(k.bytes for k in ks)
-                )
-            elif op.op not in _FREE and not op.op.endswith("-done") and _SCALARS not in op.type:
-                yield Kernel(op, times, *_read_and_written(op, computation, computations))
+                branches = [list(run(branch, runs)) for branch in _branches(op)]
+                yield from min(branches, key=lambda branch: sum(k.bytes for k in branch))
+            elif (
+                op.op not in _NO_KERNEL
+                and not op.op.endswith("-done")
+                and _SCALAR_MEMORY not in op.type
+            ):
+                yield Kernel(op, runs, *_read_and_written(op, computation, computations))
 
     return list(run(entry, 1))
 
 
-# What a device of a ring of j sends, over the array and (j - 1) / j.
-_RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2}
+# A device in a ring of j devices sends (j - 1) / j times this factor times the array.
+_RING_FACTORS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2}
 
 
 class Sent(NamedTuple):
-    """An array that a collective sends."""
+    """An array that a collective sends.
 
-    name: str  # of the collective
-    devices: int  # that it joins
-    bytes: float  # that each of them sends, as in a ring
-    scope: str  # what it is traced under, or if several are sent together its array
+    Attributes:
+      name: the name of the collective.
+      devices: the number of devices that take part.
+      bytes: the bytes that each device sends if the collective is a ring.
+      scope: the JAX name scope of the collective or, if it sends several arrays, of the array.
+    """
+
+    name: str
+    devices: int
+    bytes: float
+    scope: str
 
 
 def sent(hlo: str) -> list[Sent]:
-    """Return what the collectives of a module send, a loop's as often as it runs.
+    """Return the arrays that the collectives of a module send.
 
-    A collective's `-start` counts, and not its `-done`. A TPU writes a reduce-scatter as an
-    all-reduce within a fusion, and sends arrays together that have nothing else in common.
+    A collective in the body of a loop sends its array once per iteration. An asynchronous
+    collective counts at its `-start`. A TPU program contains a reduce-scatter as an all-reduce
+    inside a fusion, and one collective may send several unrelated arrays.
     """
     computations, _ = parse(hlo)
     every = {name: op for computation in computations.values() for name, op in computation.items()}
@@ -513,20 +547,21 @@ def sent(hlo: str) -> list[Sent]:
         fused = [x for x in inner if x.op == "all-reduce"]
         collective = fused[0] if fused else op
         name = "reduce-scatter" if fused else op.op.removesuffix("-start")
-        if name in _RINGS:
-            devices = _group(collective)
-            share = kernel.times * _RINGS[name] * (devices - 1) / devices
-            sizes = [count for count, in_memory in _arrays(collective.type) if in_memory]
-            if collective.op.endswith("-start") and len(sizes) == 2 * len(op.operands):
-                sizes = sizes[len(op.operands) :]  # its type names the operands first
-            alone = op.scope if len(op.operands) == 1 else ""
-            for count, operand in zip(sizes, op.operands):
-                found.append(Sent(name, devices, share * count, alone or scope(operand)))
+        if name not in _RING_FACTORS:
+            continue
+        devices = _group_size(collective)
+        factor = kernel.runs * _RING_FACTORS[name] * (devices - 1) / devices
+        sizes = [count for count, in_device_memory in _arrays(collective.type) if in_device_memory]
+        if collective.op.endswith("-start") and len(sizes) == 2 * len(op.operands):
+            sizes = sizes[len(op.operands) :]  # the operands precede the results
+        own_scope = op.scope if len(op.operands) == 1 else ""
+        for count, operand in zip(sizes, op.operands):
+            found.append(Sent(name, devices, factor * count, own_scope or scope(operand)))
     return found
 
 
-def _group(collective: Operation) -> int:
-    """Return how many devices a collective joins, in any of the ways in which HLO says so."""
+def _group_size(collective: Operation) -> int:
+    """Return the number of devices per group, from any of HLO's notations of replica groups."""
     text = collective.attributes
     if listed := re.search(r"replica_groups=\{\{([\d,]*)", text):
         return listed[1].count(",") + 1
@@ -539,23 +574,31 @@ def _group(collective: Operation) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a compiler made of a program."""
+    """Statistics of a compiled program.
+
+    Attributes:
+      kernels: the number of kernel runs.
+      bytes: the bytes that the kernels read and write.
+      temporaries: the bytes of temporary memory.
+      cycles: the estimated cycles on a TPU, None on a GPU. Kernels without an estimate count 0.
+      unestimated: the number of kernels of a TPU program without an estimate.
+    """
 
     kernels: int
     bytes: int
     temporaries: int
-    cycles: int | None  # of a TPU; 0 where the compiler does not say
-    unestimated: int  # kernels of a TPU that it does not say it of
+    cycles: int | None
+    unestimated: int
 
 
 def read(device: Device, compiled: jax.stages.Compiled) -> Report:
-    """Return what the compiler made of a program."""
-    ran = kernels(compiled.as_text())
-    tpu = device.platform == "tpu"
+    """Return the statistics of a compiled program."""
+    found = kernels(compiled.as_text())
+    is_tpu = device.platform == "tpu"
     return Report(
-        kernels=sum(k.times for k in ran),
-        bytes=sum(k.bytes for k in ran),
+        kernels=sum(k.runs for k in found),
+        bytes=sum(k.bytes for k in found),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
-        cycles=sum(k.cycles for k in ran) if tpu else None,
-        unestimated=sum(tpu and k.operation.op == "fusion" and not k.cycles for k in ran),
+        cycles=sum(k.cycles for k in found) if is_tpu else None,
+        unestimated=sum(is_tpu and k.operation.op == "fusion" and not k.cycles for k in found),
     )

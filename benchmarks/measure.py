@@ -1,4 +1,4 @@
-"""Programs, what the compiler says of them, and how long they take."""
+"""Compile programs, read the compiler's statistics and time the programs in turns."""
 
 import dataclasses
 import re
@@ -10,13 +10,20 @@ import jax
 import numpy as np
 
 VALUE, GRADIENT = MODES = ("value", "value and gradient")
-# What a gradient may be slow by; how many fusions the rest became.
+# HLO operations that the tables count. All but "fusion" can make a gradient slow.
 OPS = ("scatter", "power", "transpose", "all-gather", "fusion")
+
+# Calls shorter than this number of seconds are timed several at once.
+_MIN_SECONDS = 2e-3
+_MAX_CALLS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Something compiled that can be called and waited for; None is what is not known."""
+    """A compiled program, a function that waits for its result, and the compiler's statistics.
+
+    A statistic is None if it is not known.
+    """
 
     implementation: str
     mode: str
@@ -29,12 +36,12 @@ class Program:
 
 
 def count_ops(hlo: str) -> dict[str, int]:
-    """Return how often each of `OPS` stands in an optimised HLO module."""
+    """Return the number of occurrences of each of `OPS` in an optimized HLO module."""
     return {op: len(re.findall(rf" {op}(?:-start)?\(", hlo)) for op in OPS}
 
 
 def compile_program(implementation: str, mode: str, function: Callable, *args: Any) -> Program:
-    """Compile a function for JAX's default device, and ask the compiler what it made of it."""
+    """Compile a function for JAX's default device and read the compiler's statistics."""
     start = time.perf_counter()
     compiled = jax.jit(function).lower(*args).compile()
     compile_seconds = time.perf_counter() - start
@@ -51,72 +58,84 @@ def compile_program(implementation: str, mode: str, function: Callable, *args: A
     )
 
 
-def _seconds(program: Program, calls: int) -> float:
-    """Return the time of a call, the mean of several in a row.
+def _seconds_per_call(program: Program, calls: int) -> float:
+    """Return the mean time of consecutive calls.
 
-    An accelerator is given all of them and waited for once, so that what is timed is its
-    work and not the way there. A CPU would run them side by side: there each is waited for.
+    On an accelerator the calls are queued and waited for once, so that the time of the dispatch
+    does not count. The CPU backend would run queued calls concurrently, so each is waited for.
     """
-    each = jax.default_backend() == "cpu"
+    wait_for_each = jax.default_backend() == "cpu"
     start = time.perf_counter()
-    for left in reversed(range(calls)):
+    for remaining in reversed(range(calls)):
         result = program.call()
-        if each or not left:
+        if wait_for_each or not remaining:
             program.wait(result)
     return (time.perf_counter() - start) / calls
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
+def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     names = ("min", "lower_quartile", "median", "upper_quartile", "max")
     return dict(zip(names, np.percentile(seconds, (0, 25, 50, 75, 100)).tolist()))
 
 
 def measure(
-    programs: Sequence[Program], rounds: int, tick: Callable[[], None], **about: Any
+    programs: Sequence[Program], rounds: int, on_round: Callable[[], None], **fields: Any
 ) -> list[dict[str, Any]]:
-    """Time programs in turns and return a row for each, with `about` in all of them.
+    """Time programs in turns and return one row per program.
 
-    In every round all of them run, in a new random order. Before each timed call there is
-    an untimed one, so that no program pays for the memory that another one left behind.
-    Calls that are too short for the clock are repeated to about two milliseconds.
+    Each round runs all programs in a new random order. An untimed call precedes every timed
+    call: it allocates the memory that the previous program has returned to the system. Calls
+    shorter than two milliseconds are timed several at once.
+
+    Args:
+      programs: the programs.
+      rounds: the number of rounds.
+      on_round: is called after every round.
+      **fields: are added to every row.
     """
     rng = np.random.default_rng(0)
-    taken: list[list[float]] = [[] for _ in programs]
+    seconds: list[list[float]] = [[] for _ in programs]
     for _ in range(rounds):
         for i in rng.permutation(len(programs)):
-            untimed = _seconds(programs[i], 1)
-            taken[i].append(_seconds(programs[i], 1 + min(99, int(2e-3 / untimed))))
-        tick()
+            untimed = _seconds_per_call(programs[i], 1)
+            calls = 1 + min(_MAX_CALLS - 1, int(_MIN_SECONDS / untimed))
+            seconds[i].append(_seconds_per_call(programs[i], calls))
+        on_round()
     return [
-        about
+        fields
         | {
             "implementation": program.implementation,
             "mode": program.mode,
             "rounds": rounds,
-            "seconds": _spread(seconds),
+            "seconds": _quantiles(of_program),
             "compile_seconds": program.compile_seconds,
             "temporary_bytes": program.temporary_bytes,
             "bytes_accessed": program.bytes_accessed,
             "ops": program.ops,
         }
-        for program, seconds in zip(programs, taken)
+        for program, of_program in zip(programs, seconds)
     ]
 
 
-def relate(rows: list[dict[str, Any]], baseline: str, logits_bytes: int) -> list[dict[str, Any]]:
-    """Return the rows with their temporaries over the logits and their speed-up.
+def add_ratios(
+    rows: list[dict[str, Any]], baseline: str, logits_bytes: int
+) -> list[dict[str, Any]]:
+    """Return the rows with `temporary_share` and `speedup`.
 
-    The speed-up is the baseline's median time in the same mode over the row's own.
+    `temporary_share` is the temporary memory divided by the size of the logits. `speedup` is the
+    median time of the implementation `baseline` in the same mode, divided by the row's own.
     """
     medians = {
         row["mode"]: row["seconds"]["median"] for row in rows if row["implementation"] == baseline
     }
 
-    def share(row):
+    def temporary_share(row):
         temporary = row["temporary_bytes"]
         return None if temporary is None else temporary / logits_bytes
 
     def speedup(row):
         return medians[row["mode"]] / row["seconds"]["median"] if row["mode"] in medians else None
 
-    return [row | {"temporary_share": share(row), "speedup": speedup(row)} for row in rows]
+    return [
+        row | {"temporary_share": temporary_share(row), "speedup": speedup(row)} for row in rows
+    ]

@@ -1,4 +1,4 @@
-"""The implementations that are measured side by side."""
+"""Build the programs that are measured: focal_jax, plain JAX, optax, Keras's formula, PyTorch."""
 
 import importlib
 import os
@@ -21,9 +21,10 @@ import focal_jax
 from benchmarks.measure import MODES, VALUE, Program, compile_program
 from benchmarks.workloads import SIGMOID, SOFT, SOFTMAX, Workload
 
-# PLAIN is the formula as one writes it down, in the logits' dtype and without any mask.
-OURS, PLAIN, LINEAR = "focal_jax", "plain", "focal_jax linear"
-BEFORE, LINEAR_BEFORE = "before", "before, linear"  # another version of the package
+# The labels of the implementations in tables and figures. "plain JAX" is the formula as a user
+# writes it, differentiated by JAX, in the dtype of the logits and without a mask.
+FOCAL_JAX, PLAIN_JAX, LINEAR = "focal_jax", "plain JAX", "focal_jax linear"
+OTHER_VERSION, LINEAR_OTHER_VERSION = "other version", "other version, linear"
 
 # ---------------------------------------------------------------- JAX
 
@@ -47,10 +48,10 @@ def _plain_soft(logits: Array, labels: Array, axis: int, gamma: float = 2.0) -> 
 
 
 def _one_hot_softmax(logits: Array, labels: Array, axis: int, gamma: float = 2.0) -> Array:
-    """Return what Keras's `CategoricalFocalCrossentropy` computes of logits.
+    """Compute the loss of Keras's `CategoricalFocalCrossentropy` from logits.
 
-    The softmax, normalized once more and clipped by 1e-7, against one-hot or soft labels, in
-    float32. Integers are made one-hot on the way, which XLA does without storing them.
+    Keras normalizes the softmax a second time and clips it by 1e-7. The labels are one-hot or
+    soft. XLA fuses the conversion of integer labels to one-hot labels into their use.
     """
     y = labels.astype(jnp.float32)
     if labels.ndim < logits.ndim:
@@ -60,7 +61,7 @@ def _one_hot_softmax(logits: Array, labels: Array, axis: int, gamma: float = 2.0
     return jnp.sum((1 - p) ** gamma * (-y * jnp.log(p)), axis)
 
 
-_PLAIN = {SIGMOID: _plain_sigmoid, SOFTMAX: _plain_softmax, SOFT: _plain_soft}
+_PLAIN_JAX = {SIGMOID: _plain_sigmoid, SOFTMAX: _plain_softmax, SOFT: _plain_soft}
 _PEERS = {
     SIGMOID: {"optax": optax.losses.sigmoid_focal_loss},
     SOFTMAX: {"one-hot": _one_hot_softmax},
@@ -69,30 +70,34 @@ _PEERS = {
 
 
 def losses(
-    workload: Workload, before: ModuleType | None = None
+    workload: Workload, other_version: ModuleType | None = None
 ) -> dict[str, Callable[[Array, Array], Array]]:
-    """Return the losses per position of every implementation in JAX.
+    """Return all JAX implementations of a workload's loss, by label.
 
-    What is nobody's three lines has the formula of `focal_jax.reference` for the plain one.
-    `before` is another version of the package, which may lack the loss.
+    Each implementation is a function of logits and labels that returns one loss per position.
+    Where this module has no plain JAX formula, `focal_jax.reference` provides it.
+
+    Args:
+      workload: the workload.
+      other_version: the package in another version, which may lack the loss.
     """
     name = workload.loss
-    plain = _PLAIN.get(name) or getattr(focal_jax.reference, name)
-    found = {OURS: getattr(focal_jax, name), PLAIN: plain, **_PEERS.get(name, {})}
-    if hasattr(before, name):
-        found[BEFORE] = getattr(before, name)
-    return {who: partial(loss, **workload.static) for who, loss in found.items()}
+    plain = _PLAIN_JAX.get(name) or getattr(focal_jax.reference, name)
+    found = {FOCAL_JAX: getattr(focal_jax, name), PLAIN_JAX: plain, **_PEERS.get(name, {})}
+    if hasattr(other_version, name):
+        found[OTHER_VERSION] = getattr(other_version, name)
+    return {label: partial(loss, **workload.keywords) for label, loss in found.items()}
 
 
-def version_in(checkout: Path) -> ModuleType:
-    """Return the `focal_jax` of another checkout, beside the one that is imported already."""
+def import_version(checkout: Path) -> ModuleType:
+    """Import the `focal_jax` package of another checkout and keep the current one in place."""
     package = focal_jax.__name__
 
-    def taken() -> dict[str, ModuleType]:
+    def remove_modules() -> dict[str, ModuleType]:
         names = [name for name in sys.modules if name.partition(".")[0] == package]
         return {name: sys.modules.pop(name) for name in names}
 
-    ours = taken()
+    current = remove_modules()
     sys.path.insert(0, str(checkout))
     try:
         found = importlib.import_module(package)
@@ -101,26 +106,32 @@ def version_in(checkout: Path) -> ModuleType:
         return found
     finally:
         sys.path.remove(str(checkout))
-        taken()
-        sys.modules.update(ours)
+        remove_modules()
+        sys.modules.update(current)
 
 
-def in_mode(mode: str, loss: Callable[..., Array], argnums: Any = 0) -> Callable[..., Any]:
-    """Return the sum of the losses as a function, with its gradient where that is asked for."""
+def summed(loss: Callable[..., Array], mode: str, argnums: Any = 0) -> Callable[..., Any]:
+    """Return a function that computes the sum of the losses, with its gradient if `mode` says so.
+
+    Args:
+      loss: returns one loss per position.
+      mode: `"value"` or `"value and gradient"`.
+      argnums: the arguments that the gradient is taken in.
+    """
 
     def total(*args):
-        return focal_jax.reduce_loss(loss(*args), normalization="none")
+        return focal_jax.reduce_loss(loss(*args), normalization="sum")
 
     return total if mode == VALUE else jax.value_and_grad(total, argnums)
 
 
 def jax_programs(
-    workload: Workload, logits: Array, labels: Array, before: ModuleType | None = None
+    workload: Workload, logits: Array, labels: Array, other_version: ModuleType | None = None
 ) -> list[Program]:
-    """Compile every implementation in JAX, in every mode."""
+    """Compile every JAX implementation in every mode."""
     return [
-        compile_program(name, mode, in_mode(mode, loss), logits, labels)
-        for name, loss in losses(workload, before).items()
+        compile_program(label, mode, summed(loss, mode), logits, labels)
+        for label, loss in losses(workload, other_version).items()
         for mode in MODES
     ]
 
@@ -129,7 +140,7 @@ def jax_programs(
 
 
 def _torch_loss(torch, workload: Workload) -> Callable:
-    """Return torchvision's `sigmoid_focal_loss`, or the like with a softmax."""
+    """Return torchvision's `sigmoid_focal_loss`, or the same formula for a softmax."""
     functional, gamma = torch.nn.functional, workload.options.get("gamma", 2.0)
 
     def sigmoid(z, y):
@@ -139,7 +150,7 @@ def _torch_loss(torch, workload: Workload) -> Callable:
         return cross_entropy * (1 - p_t) ** gamma
 
     def softmax(z, y):
-        z = z.movedim(workload.axis, 1)  # where PyTorch wants the classes; a view
+        z = z.movedim(workload.axis, 1)  # PyTorch's class axis; a view
         cross_entropy = functional.cross_entropy(z, y, reduction="none")
         return cross_entropy * (1 - torch.exp(-cross_entropy)) ** gamma
 
@@ -151,9 +162,10 @@ def _torch_loss(torch, workload: Workload) -> Callable:
 
 
 def torch_programs(workload: Workload, logits: np.ndarray, labels: np.ndarray) -> list[Program]:
-    """Return PyTorch's programs, on the GPU where JAX runs on one; none without PyTorch.
+    """Build PyTorch's programs, or return an empty list if PyTorch is not installed.
 
-    They compute in the logits' dtype and add up in float32.
+    The programs compute in the dtype of the logits and sum in float32. They run on the GPU if
+    JAX runs on a GPU.
     """
     try:
         import torch  # pyright: ignore[reportMissingImports]
@@ -164,12 +176,12 @@ def torch_programs(workload: Workload, logits: np.ndarray, labels: np.ndarray) -
     if on_gpu and not torch.cuda.is_available():
         return []
     torch.set_num_threads(os.cpu_count() or 1)
-    torch.compiler.reset()  # or it gives up after eight functions
+    torch.compiler.reset()  # torch.compile stops compiling after eight functions otherwise
     device = "cuda" if on_gpu else "cpu"
     z = torch.tensor(logits.astype(np.float32)).to(device, getattr(torch, logits.dtype.name))
-    whole = labels.dtype.kind == "i"
-    y = torch.tensor(labels.astype(np.int64 if whole else np.float32))
-    y = y.to(device, torch.int64 if whole else z.dtype)
+    integer = labels.dtype.kind == "i"
+    y = torch.tensor(labels.astype(np.int64 if integer else np.float32))
+    y = y.to(device, torch.int64 if integer else z.dtype)
     z_with_gradient = z.clone().requires_grad_()
     loss = _torch_loss(torch, workload)
 
@@ -192,49 +204,54 @@ def torch_programs(workload: Workload, logits: np.ndarray, labels: np.ndarray) -
         call = value if mode == VALUE else value_and_gradient
         start = time.perf_counter()
         wait(call())
-        first = time.perf_counter() - start
+        first_call = time.perf_counter() - start
         temporary = None
-        if on_gpu:  # what was held at the peak beside the inputs and the result
+        if on_gpu:  # the peak minus the inputs and the result
             torch.cuda.reset_peak_memory_stats()
             result = call()
             temporary = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             del result
-        return Program(name, mode, call, wait, None if name == "torch" else first, temporary)
+        compile_seconds = None if name == "torch" else first_call
+        return Program(name, mode, call, wait, compile_seconds, temporary)
 
     programs = [program("torch", mode, total) for mode in MODES]
     try:
         compiled = torch.compile(total, dynamic=False)
         programs += [program("torch.compile", mode, compiled) for mode in MODES]
-    except Exception as error:  # whatever its compilers may raise
+    except Exception as error:  # its compilers raise exceptions of many types
         warnings.warn(f"torch.compile is not measured: {error}", stacklevel=1)
     return programs
 
 
-# ---------------------------------------------------------------- the linear head
+# ---------------------------------------------------------------- linear head
 
 
 def linear_losses(
-    before: ModuleType | None = None,
+    other_version: ModuleType | None = None,
 ) -> dict[str, Callable[[Array, Array, Array], Array]]:
-    """Return the losses of `features @ kernel`: by way of the logits, and without them."""
+    """Return all implementations of the loss of `features @ kernel`, by label.
 
-    def of_logits(loss):
+    Each implementation is a function of features, kernel and labels. The linear head computes
+    the loss without materializing the logits; the others compute the logits first.
+    """
+
+    def with_logits(loss):
         return lambda features, kernel, labels: loss(features @ kernel, labels)
 
     loss = losses(Workload("linear", SOFTMAX, ()))
-    name = "linear_softmax_focal_loss_with_integer_labels"
+    name = focal_jax.linear_softmax_focal_loss_with_integer_labels.__name__
     linear = {LINEAR: getattr(focal_jax, name)}
-    if hasattr(before, name):
-        linear[LINEAR_BEFORE] = getattr(before, name)
-    return {name: of_logits(loss[name]) for name in (OURS, PLAIN)} | linear
+    if hasattr(other_version, name):
+        linear[LINEAR_OTHER_VERSION] = getattr(other_version, name)
+    return {label: with_logits(loss[label]) for label in (FOCAL_JAX, PLAIN_JAX)} | linear
 
 
 def linear_programs(
-    features: Array, kernel: Array, labels: Array, before: ModuleType | None = None
+    features: Array, kernel: Array, labels: Array, other_version: ModuleType | None = None
 ) -> list[Program]:
-    """Compile the vocabulary heads."""
+    """Compile the implementations of the linear head in every mode."""
     return [
-        compile_program(name, mode, in_mode(mode, head, (0, 1)), features, kernel, labels)
-        for name, head in linear_losses(before).items()
+        compile_program(label, mode, summed(head, mode, (0, 1)), features, kernel, labels)
+        for label, head in linear_losses(other_version).items()
         for mode in MODES
     ]

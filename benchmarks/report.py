@@ -1,6 +1,7 @@
-"""Tables, figures and the stated goals from results.json.
+"""Make tables, goals and figures from results.json.
 
-python -m benchmarks.report out/benchmarks/results.json --markdown
+Example:
+  python -m benchmarks.report out/benchmarks/results.json --markdown
 """
 
 import argparse
@@ -18,16 +19,17 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.measure import GRADIENT, MODES, OPS, VALUE
-from benchmarks.peers import BEFORE, LINEAR, LINEAR_BEFORE, OURS, PLAIN
+from benchmarks.peers import FOCAL_JAX, LINEAR, LINEAR_OTHER_VERSION, OTHER_VERSION, PLAIN_JAX
 from benchmarks.workloads import SMALL
-from focal_jax import _style
+from focal_jax.measure import style
 
 Rows = list[dict[str, Any]]
 TIMES = "\N{MULTIPLICATION SIGN}"
+AT_LEAST, AT_MOST = "\N{GREATER-THAN OR EQUAL TO}", "\N{LESS-THAN OR EQUAL TO}"
 
 
 class Table(NamedTuple):
-    """Text in rows; the first `left` columns are words, the others numbers."""
+    """A table of text. The first `left` columns are aligned left, the others right."""
 
     title: str
     headings: Sequence[str]
@@ -35,41 +37,37 @@ class Table(NamedTuple):
     left: int
 
 
-def select(rows: Rows, **wanted: Any) -> Rows:
-    """Return the rows that have these fields."""
-    return [row for row in rows if all(row.get(key) == x for key, x in wanted.items())]
+def select(rows: Rows, **fields: Any) -> Rows:
+    """Return the rows that have the given fields."""
+    return [row for row in rows if all(row.get(key) == x for key, x in fields.items())]
 
 
 def _distinct(values: Iterable) -> list:
     return list(dict.fromkeys(values))
 
 
-# ---------------------------------------------------------------- numbers as text
+# ---------------------------------------------------------------- formatting
 
 
 def _ms(seconds: float | None) -> str:
-    return (
-        "-"
-        if seconds is None
-        else f"{seconds * 1e3:.3g}"
-        if seconds < 0.1
-        else f"{seconds * 1e3:,.0f}"
-    )
-
-
-def _spread(seconds: dict[str, float]) -> str:
-    return " / ".join(_ms(seconds[key]) for key in ("min", "lower_quartile", "upper_quartile"))
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:,.0f}"
 
 
 def _ratio(x: float | None) -> str:
-    return "-" if x is None else f"{x:.2f}" if x >= 0.1 else f"{x:.3f}"
+    if x is None:
+        return "-"
+    return f"{x:.2f}" if x >= 0.1 else f"{x:.3f}"
 
 
 def _megabytes(x: float | None) -> str:
-    return "-" if x is None else f"{x / 1e6:,.3f}" if x < 1e6 else f"{x / 1e6:,.1f}"
+    if x is None:
+        return "-"
+    return f"{x / 1e6:,.3f}" if x < 1e6 else f"{x / 1e6:,.1f}"
 
 
-def _ops(ops: dict[str, int] | None) -> list[str]:
+def _counts(ops: dict[str, int] | None) -> list[str]:
     return ["-" if ops is None else str(ops[op]) for op in OPS]
 
 
@@ -77,95 +75,98 @@ def _shape(shape: Sequence[int]) -> str:
     return f" {TIMES} ".join(f"{n:,}" for n in shape)
 
 
-# ---------------------------------------------------------------- the goals
+# ---------------------------------------------------------------- goals
 
 
 class Goal(NamedTuple):
-    """Something promised: `measured` is to be at least, or at most, `bound`."""
+    """A requirement: `measured` is at least, or at most, `bound`."""
 
-    what: str
+    name: str
     measured: float
     sign: str
     bound: float
 
     @property
     def met(self) -> bool:
-        """Whether it was reached; exactly, however near."""
-        return self.measured >= self.bound if self.sign == LEAST else self.measured <= self.bound
+        """Whether the unrounded measurement meets the bound."""
+        is_lower_bound = self.sign == AT_LEAST
+        return self.measured >= self.bound if is_lower_bound else self.measured <= self.bound
 
 
-LEAST, MOST = "\N{GREATER-THAN OR EQUAL TO}", "\N{LESS-THAN OR EQUAL TO}"
-
-
-# Of each kind: the speed-up over the plain formula, and the temporaries over the logits.
+# By kind: the smallest speed-up over plain JAX, and the largest temporaries / logits.
 _BOUNDS = {"elementwise": (3.0, 1.1), "position": (1.5, 1.3), "distribution": (1.0, 1.5)}
 
 
 def _losses_goals(rows: Rows) -> list[Goal]:
-    """Return the goals of ours, with its gradient, in the rows of one workload."""
-    (ours,) = select(rows, implementation=OURS, mode=GRADIENT)
-    (value,) = select(rows, implementation=OURS, mode=VALUE)
-    name = ours["workload"]
-    speedup, memory = (1.0, None) if name == SMALL else _BOUNDS[ours["kind"]]
+    """Return the goals for the rows of one workload of the section `losses`."""
+    (gradient,) = select(rows, implementation=FOCAL_JAX, mode=GRADIENT)
+    (value,) = select(rows, implementation=FOCAL_JAX, mode=VALUE)
+    name = gradient["workload"]
+    speedup, memory = (1.0, None) if name == SMALL else _BOUNDS[gradient["kind"]]
+    over_plain = f"{name}: speed-up over {PLAIN_JAX}"
     found = [
-        Goal(f"{name}: speed-up over {PLAIN}", ours["speedup"], LEAST, speedup),
-        Goal(f"{name}: speed-up over {PLAIN}, value alone", value["speedup"], LEAST, 1.0),
+        Goal(over_plain, gradient["speedup"], AT_LEAST, speedup),
+        Goal(f"{over_plain}, value only", value["speedup"], AT_LEAST, 1.0),
     ]
     for optax in select(rows, implementation="optax", mode=GRADIENT):
-        speedup = ours["speedup"] / optax["speedup"]
-        found.append(Goal(f"{name}: speed-up over optax", speedup, LEAST, 8.0))
-    if ours["temporary_share"] is not None and memory is not None:
-        what = f"{name}: temporaries over the logits"
-        found.append(Goal(what, ours["temporary_share"], MOST, memory))
-    banned = ("scatter", "transpose", "power")
-    count = sum(ours["ops"][op] for op in banned)
-    return [*found, Goal(f"{name}: {', '.join(banned)}", count, MOST, 0)]
+        over_optax = gradient["speedup"] / optax["speedup"]
+        found.append(Goal(f"{name}: speed-up over optax", over_optax, AT_LEAST, 8.0))
+    if gradient["temporary_share"] is not None and memory is not None:
+        share = gradient["temporary_share"]
+        found.append(Goal(f"{name}: temporaries / logits", share, AT_MOST, memory))
+    slow_ops = ("scatter", "transpose", "power")
+    count = sum(gradient["ops"][op] for op in slow_ops)
+    return [*found, Goal(f"{name}: {', '.join(slow_ops)}", count, AT_MOST, 0)]
 
 
 def _linear_goals(row: dict[str, Any]) -> list[Goal]:
-    """Return the goals of the linear head, in its row."""
-    found = [Goal("linear head: time over the plain head's", 1 / row["speedup"], MOST, 1.3)]
-    if row["temporary_share"] is not None:  # the gradients are results, and not among them
-        what = "linear head: temporaries over the logits"
-        found.append(Goal(what, row["temporary_share"], MOST, 0.1))
+    """Return the goals for a row of the linear head."""
+    found = [Goal("linear head: time / time with logits", 1 / row["speedup"], AT_MOST, 1.3)]
+    if row["temporary_share"] is not None:  # the gradients are results, not temporaries
+        share = row["temporary_share"]
+        found.append(Goal("linear head: temporaries / logits", share, AT_MOST, 0.1))
     return found
 
 
 def _family_goals(row: dict[str, Any]) -> list[Goal]:
-    """Return the goals of a loss of the family, in its row."""
+    """Return the goals for a row of the section `family`."""
     name = row["workload"]
-    bound, memory = (2.0, 0.05) if row["kind"] == "elementwise" else (1.0, None)
-    found = [Goal(f"{name}: speed-up over {PLAIN}", row["speedup"], LEAST, bound)]
+    speedup, memory = (2.0, 0.05) if row["kind"] == "elementwise" else (1.0, None)
+    found = [Goal(f"{name}: speed-up over {PLAIN_JAX}", row["speedup"], AT_LEAST, speedup)]
     if row["temporary_share"] is not None and memory is not None:
-        found.append(
-            Goal(f"{name}: temporaries over the logits", row["temporary_share"], MOST, memory)
-        )
+        share = row["temporary_share"]
+        found.append(Goal(f"{name}: temporaries / logits", share, AT_MOST, memory))
     return found
 
 
 def against(results: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
-    """Return the rows of ours that another version has too, and the speed-up over that one."""
-    names = {OURS: BEFORE, LINEAR: LINEAR_BEFORE}
-    key = ("section", "workload", "dtype", "mode")
+    """Return the focal_jax rows that the other version has too, each with its speed-up."""
+    labels = {FOCAL_JAX: OTHER_VERSION, LINEAR: LINEAR_OTHER_VERSION}
+    keys = ("section", "workload", "dtype", "mode")
     found = []
-    for ours in results["rows"]:
-        before = names.get(ours["implementation"])
-        same = {name: ours.get(name) for name in key}
-        for row in select(results["rows"], implementation=before, **same) if before else ():
-            found.append((ours, row["seconds"]["median"] / ours["seconds"]["median"]))
+    for row in results["rows"]:
+        label = labels.get(row["implementation"])
+        same_program = {key: row.get(key) for key in keys}
+        if label is not None:
+            for other in select(results["rows"], implementation=label, **same_program):
+                found.append((row, other["seconds"]["median"] / row["seconds"]["median"]))
     return found
 
 
 def _against_goals(results: dict[str, Any]) -> list[Goal]:
-    """Return that nothing is slower than before; a tenth is what two equal programs differ by."""
+    """Return the goals for the speed-ups over the other version.
+
+    The bound per workload is 0.9, because the medians of equal programs differ by a tenth.
+    """
+    over_other = f"speed-up over the {OTHER_VERSION}"
     found = [
-        Goal(f"{_label(row)}, {row['mode']}: speed-up over {BEFORE}", ratio, LEAST, 0.9)
-        for row, ratio in against(results)
+        Goal(f"{_label(row)}, {row['mode']}: {over_other}", speedup, AT_LEAST, 0.9)
+        for row, speedup in against(results)
         if row["dtype"] == "float32"
     ]
     if found:
         mean = statistics.geometric_mean(goal.measured for goal in found)
-        found.append(Goal(f"geometric mean of the speed-ups over {BEFORE}", mean, LEAST, 1.0))
+        found.append(Goal(f"geometric mean: {over_other}", mean, AT_LEAST, 1.0))
     return found
 
 
@@ -174,56 +175,66 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
-    """Return the goals that these results can be held against, all of them for float32.
+    """Return the goals that apply to the results. All goals are for float32.
 
-    On a CPU they are the losses' speed and memory; on a GPU the share of a copy's bandwidth.
+    On a CPU the goals are speed-ups and temporary memory. On a GPU they are the achieved share
+    of the bandwidth of a copy.
     """
     if results["quick"]:
         return []
     rows = select(results["rows"], section="losses", dtype="float32")
-    ours = select(rows, implementation=OURS, mode=GRADIENT)
+    gradients = select(rows, implementation=FOCAL_JAX, mode=GRADIENT)
     if results["machine"]["backend"] != "cpu":
-        what = "{}: share of a copy's bandwidth"
-        return [Goal(what.format(row["workload"]), row["copy_share"], LEAST, 0.7) for row in ours]
-    found = [goal for row in ours for goal in _losses_goals(select(rows, workload=row["workload"]))]
-    for row in select(results["rows"], section="family", implementation=OURS):
+        return [
+            Goal(f"{row['workload']}: share of copy bandwidth", row["copy_share"], AT_LEAST, 0.7)
+            for row in gradients
+        ]
+    found = [
+        goal for row in gradients for goal in _losses_goals(select(rows, workload=row["workload"]))
+    ]
+    for row in select(results["rows"], section="family", implementation=FOCAL_JAX):
         found += _family_goals(row)
-    chosen = {"dtype": "float32", "implementation": LINEAR, "mode": GRADIENT}
-    for row in select(results["rows"], section="linear", **chosen):
+    fields = {"dtype": "float32", "implementation": LINEAR, "mode": GRADIENT}
+    for row in select(results["rows"], section="linear", **fields):
         found += _linear_goals(row)
     return found + _against_goals(results)
 
 
 # ---------------------------------------------------------------- tables
 
-_TIME = ("median ms", "min / quartiles")
-_COST = (*_TIME, "speed-up", "temporaries")
+_TIME = ("median ms", "min ms", "lower quartile ms", "upper quartile ms")
+_COST = (*_TIME, "speed-up", "temporaries / logits")
 _COMPILED = ("accessed MB", "compile ms", *OPS)
 
 
+def _time(row: dict[str, Any]) -> list[str]:
+    """Return the cells of the columns `_TIME`."""
+    names = ("median", "min", "lower_quartile", "upper_quartile")
+    return [_ms(row["seconds"][name]) for name in names]
+
+
 def _cost(row: dict[str, Any]) -> list[str]:
-    """Return the columns `_COST` and `_COMPILED` of a row."""
+    """Return the cells of the columns `_COST` and `_COMPILED`."""
     return [
-        _ms(row["seconds"]["median"]),
-        _spread(row["seconds"]),
+        *_time(row),
         _ratio(row["speedup"]),
         _ratio(row["temporary_share"]),
         _megabytes(row["bytes_accessed"]),
         _ms(row["compile_seconds"]),
-        *_ops(row["ops"]),
+        *_counts(row["ops"]),
     ]
 
 
 def _machine(results: dict[str, Any]) -> Table:
     machine = results["machine"]
-    versions = {k: v for k, v in machine["versions"].items() if v is not None}
     load = machine["load_before"]
     rows = [
         ("device", f"{machine['device']} ({machine['backend']})"),
-        ("processor", f"{machine['processor']}, {machine['cores']} cores"),
+        ("processor", machine["processor"]),
+        ("cores", str(machine["cores"])),
         ("system", machine["system"]),
         ("Python", machine["python"]),
-        ("packages", ", ".join(f"{k} {v}" for k, v in versions.items())),
+        *((k, v) for k, v in machine["versions"].items() if v is not None),
         ("XLA_FLAGS", machine["xla_flags"] or "none"),
         ("load average before", "-" if load is None else f"{load:.2f}"),
         ("date", machine["date"]),
@@ -234,14 +245,14 @@ def _machine(results: dict[str, Any]) -> Table:
 def _goals(results: dict[str, Any]) -> list[Table]:
     rows = [
         (
-            goal.what,
+            goal.name,
             f"{goal.measured:.2f}",
             f"{goal.sign} {goal.bound:g}",
-            "met" if goal.met else "MISSED",
+            "met" if goal.met else "missed",
         )
         for goal in goals(results)
     ]
-    headings = ("goal (float32)", "measured", "wanted", "")
+    headings = ("goal (float32)", "measured", "required", "")
     return [Table("Goals", headings, rows, 1)] if rows else []
 
 
@@ -250,29 +261,28 @@ def _losses(results: dict[str, Any]) -> list[Table]:
     rows = select(results["rows"], section="losses")
     for dtype in _distinct(row["dtype"] for row in rows):
         for mode in reversed(MODES):
-            chosen = select(rows, dtype=dtype, mode=mode)
             cells = [
-                (f"{row['workload']} {_shape(row['shape'])}", row["implementation"], *_cost(row))
-                for row in chosen
+                (row["workload"], _shape(row["shape"]), row["implementation"], *_cost(row))
+                for row in select(rows, dtype=dtype, mode=mode)
             ]
-            headings = ("workload", "implementation", *_COST, *_COMPILED)
-            found.append(Table(f"{mode.capitalize()}, {dtype}", headings, cells, 2))
+            headings = ("workload", "logits", "implementation", *_COST, *_COMPILED)
+            found.append(Table(f"{mode.capitalize()}, {dtype}", headings, cells, 3))
         cells = [
             (
                 row["workload"],
                 row["implementation"],
-                _megabytes(row["fewest_bytes"]),
+                _megabytes(row["minimum_bytes"]),
                 f"{row['copy_bandwidth'] / 1e9:.1f}",
                 f"{row['bandwidth'] / 1e9:.1f}",
                 f"{row['copy_share']:.0%}",
             )
             for row in select(rows, dtype=dtype, mode=GRADIENT)
-            if row["implementation"] in (OURS, "torch.compile")
+            if row["implementation"] in (FOCAL_JAX, "torch.compile")
         ]
         headings = (
             "workload",
             "implementation",
-            "fewest MB",
+            "minimum MB",
             "copy GB/s",
             "achieved GB/s",
             "share",
@@ -282,31 +292,30 @@ def _losses(results: dict[str, Any]) -> list[Table]:
 
 
 def _growth(results: dict[str, Any]) -> list[Table]:
-    rows = select(results["rows"], section="growth")
     cells = [
         (row["curve"], row["implementation"], f"{row['size']:,}", *_cost(row)[: len(_COST)])
-        for row in rows
+        for row in select(results["rows"], section="growth")
     ]
     headings = ("curve", "implementation", "size", *_COST)
-    return [Table(f"Growth, {GRADIENT}, float32", headings, cells, 2)] if rows else []
+    return [Table(f"Growth, {GRADIENT}, float32", headings, cells, 2)] if cells else []
 
 
 def _family(results: dict[str, Any]) -> list[Table]:
     cells = [
-        (f"{row['workload']} {_shape(row['shape'])}", row["implementation"], *_cost(row))
+        (row["workload"], _shape(row["shape"]), row["implementation"], *_cost(row))
         for row in select(results["rows"], section="family")
     ]
-    headings = ("loss", "implementation", *_COST, *_COMPILED)
-    return [Table(f"Family, {GRADIENT}, float32", headings, cells, 2)] if cells else []
+    headings = ("loss", "logits", "implementation", *_COST, *_COMPILED)
+    return [Table(f"Family, {GRADIENT}, float32", headings, cells, 3)] if cells else []
 
 
-def _before(results: dict[str, Any]) -> list[Table]:
+def _other_version(results: dict[str, Any]) -> list[Table]:
     cells = [
-        (_label(row), row["dtype"], row["mode"], _ms(row["seconds"]["median"]), _ratio(ratio))
-        for row, ratio in against(results)
+        (_label(row), row["dtype"], row["mode"], _ms(row["seconds"]["median"]), _ratio(speedup))
+        for row, speedup in against(results)
     ]
     headings = ("workload", "dtype", "mode", "median ms", "speed-up")
-    title = f"Against another version: {results['machine'].get('against')}"
+    title = f"Speed-up over another version: {results['machine'].get('against')}"
     return [Table(title, headings, cells, 3)] if cells else []
 
 
@@ -314,10 +323,10 @@ def _linear(results: dict[str, Any]) -> list[Table]:
     rows = select(results["rows"], section="linear")
     if not rows:
         return []
-    shape = "{} positions, depth {}, {} classes".format(*(f"{n:,}" for n in rows[0]["shape"]))
+    shape = "{} positions, {} features, {} classes".format(*(f"{n:,}" for n in rows[0]["shape"]))
     cells = [(row["dtype"], row["mode"], row["implementation"], *_cost(row)) for row in rows]
     headings = ("dtype", "mode", "implementation", *_COST, *_COMPILED)
-    return [Table(f"Linear head: {shape}; speed-up over {OURS}", headings, cells, 3)]
+    return [Table(f"Linear head: {shape}; speed-up over {FOCAL_JAX}", headings, cells, 3)]
 
 
 def _scaling(results: dict[str, Any]) -> list[Table]:
@@ -326,33 +335,34 @@ def _scaling(results: dict[str, Any]) -> list[Table]:
     cells = []
     for row in rows:
         same = {key: row[key] for key in ("kind", "implementation")}
-        (one,) = select(rows, devices=1, **same)
+        (one_device,) = select(rows, devices=1, **same)
         cells.append(
             (
                 row["kind"],
                 row["implementation"],
                 str(row["devices"]),
                 _shape(row["shape"]),
-                _ms(row["seconds"]["median"]),
-                _spread(row["seconds"]),
-                _ratio(one["seconds"]["median"] / row["seconds"]["median"]),
+                *_time(row),
+                _ratio(one_device["seconds"]["median"] / row["seconds"]["median"]),
                 _ratio(row["temporary_share"]),
                 str(row["ops"]["all-gather"]),
             )
         )
-    headings = ("kind", "implementation", "devices", "shape", *_TIME)
-    headings += ("one device over this", "temporaries", "all-gather")
-    cores = results["machine"]["cores"]
-    title = f"Scaling: XLA host devices that share {cores} cores"
-    return [Table(title, headings, cells, 2)] if rows else []
+    headings = ("kind", "implementation", "devices", "logits", *_TIME)
+    headings += ("speed-up over one device", "temporaries / logits", "all-gather")
+    return [Table(_scaling_title(results), headings, cells, 2)] if rows else []
+
+
+def _scaling_title(results: dict[str, Any]) -> str:
+    return f"Scaling: XLA host devices that share {results['machine']['cores']} cores"
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """Return everything there is to say in tables."""
+    """Return all tables of the results."""
     return [
         _machine(results),
         *_goals(results),
-        *_before(results),
+        *_other_version(results),
         *_losses(results),
         *_family(results),
         *_linear(results),
@@ -372,8 +382,8 @@ def show(tables: Sequence[Table]) -> None:
             rich.add_column(heading, justify="left" if i < table.left else "right")
         grouped = len({row[0] for row in table.rows}) < len(table.rows)
         for row, following in zip(table.rows, [*table.rows[1:], table.rows[-1]]):
-            style = {"met": "green", "MISSED": "bold red"}.get(row[-1])
-            rich.add_row(*row, style=style, end_section=grouped and row[0] != following[0])
+            row_style = {"met": "green", "missed": "bold red"}.get(row[-1])
+            rich.add_row(*row, style=row_style, end_section=grouped and row[0] != following[0])
         console.print(rich, "")
 
 
@@ -390,69 +400,67 @@ def markdown(tables: Sequence[Table]) -> str:
 
 # ---------------------------------------------------------------- figures
 
-# One colour for an implementation in every figure; ours and the plain formula stand out.
-_COLOURS = {
-    OURS: _style.BLUE,
-    PLAIN: _style.VERMILION,
-    BEFORE: _style.TRUTH,
-    "optax": _style.PURPLE,
-    "one-hot": _style.GREEN,
-    "torch": _style.INK,
-    "torch.compile": (_style.INK, 0.5),
+# The color of each implementation in every figure.
+_COLORS = {
+    FOCAL_JAX: style.BLUE,
+    PLAIN_JAX: style.VERMILION,
+    OTHER_VERSION: style.TRUTH,
+    "optax": style.PURPLE,
+    "one-hot": style.GREEN,
+    "torch": style.INK,
+    "torch.compile": (style.INK, 0.5),
 }
 
 
 def _bars(axes: Axes, rows: Rows, field: str) -> None:
-    """Draw a bar for each row, grouped by workload, the first group at the top."""
-    ticks, place = {}, 0.0
+    """Draw one bar per row. The bars are grouped by workload, the first group at the top."""
+    ticks, y = {}, 0.0
     for workload in _distinct(row["workload"] for row in rows):
         group = [row for row in select(rows, workload=workload) if row[field] is not None]
-        start = place
+        start = y
         for row in group:
-            value, name = row[field], row["implementation"]
-            axes.barh(place, value, 0.85, color=_COLOURS[name])
+            value, label = row[field], row["implementation"]
+            axes.barh(y, value, 0.85, color=_COLORS[label])
             axes.annotate(
                 _ratio(value),
-                (value, place),
+                (value, y),
                 (3, 0),
                 textcoords="offset points",
                 va="center",
                 size="x-small",
-                weight="bold" if name == OURS else "normal",
+                weight="bold" if label == FOCAL_JAX else "normal",
             )
-            place += 1
-        ticks[(start + place - 1) / 2] = workload
-        place += 0.8
+            y += 1
+        ticks[(start + y - 1) / 2] = workload
+        y += 0.8
     axes.set_yticks(list(ticks), list(ticks.values()))
-    axes.set(ylim=(place - 0.8, -0.8))
+    axes.set(ylim=(y - 0.8, -0.8))
     axes.tick_params("y", length=0)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.12)
 
 
-def _legend(figure: Figure, names: Sequence[str]) -> None:
-    patches = [Patch(color=_COLOURS[name], label=name) for name in names]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(names))
-
-
 def _bar_figure(rows: Rows, field: str, title: str) -> Figure:
+    """Draw a panel of bars for each dtype."""
     dtypes = _distinct(row["dtype"] for row in rows)
-    most = max(len(select(rows, dtype=dtype)) for dtype in dtypes)
-    figure, panels = _style.figure(
-        1, len(dtypes), width=1.5 + 5 * len(dtypes), height=1.6 + 0.19 * most, squeeze=False
+    most_bars = max(len(select(rows, dtype=dtype)) for dtype in dtypes)
+    figure, panels = style.figure(
+        1, len(dtypes), width=1.5 + 5 * len(dtypes), height=1.6 + 0.19 * most_bars, squeeze=False
     )
     for axes, dtype in zip(panels[0], dtypes):
         _bars(axes, select(rows, dtype=dtype), field)
-        axes.axvline(1, color=_style.INK, linewidth=0.8, linestyle="--", zorder=0)
+        axes.axvline(1, color=style.INK, linewidth=0.8, linestyle="--", zorder=0)
         axes.set_title(dtype)
         axes.spines["left"].set_visible(False)
     figure.suptitle(title)
-    _legend(figure, [name for name in _COLOURS if select(rows, implementation=name)])
+    labels = [label for label in _COLORS if select(rows, implementation=label)]
+    patches = [Patch(color=_COLORS[label], label=label) for label in labels]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(labels))
     return figure
 
 
-def _titled(figure: Figure, panels: Sequence[Axes], ylabel: str, title: str) -> Figure:
-    """Return a figure of several panels with what they share: a title, a legend, one y axis."""
+def _finish(figure: Figure, panels: Sequence[Axes], ylabel: str, title: str) -> Figure:
+    """Add the title, the legend and the shared label of the y axis."""
     panels[0].set_ylabel(ylabel)
     panels[0].legend()
     figure.suptitle(title)
@@ -460,85 +468,82 @@ def _titled(figure: Figure, panels: Sequence[Axes], ylabel: str, title: str) -> 
 
 
 def _growth_figure(rows: Rows) -> Figure:
-    """Draw time against size, one panel a curve, and the slope of a cost in proportion."""
+    """Draw time against size, one panel per curve, and a line of constant time per element."""
     curves = _distinct(row["curve"] for row in rows)
     width = 1 + 4 * len(curves)
-    figure, (panels,) = _style.figure(1, len(curves), width=width, sharey=True, squeeze=False)
+    figure, (panels,) = style.figure(1, len(curves), width=width, sharey=True, squeeze=False)
     for axes, curve in zip(panels, curves):
-        for name in (OURS, PLAIN):
-            points = select(rows, curve=curve, implementation=name)
+        for label in (FOCAL_JAX, PLAIN_JAX):
+            points = select(rows, curve=curve, implementation=label)
             sizes = [row["size"] for row in points]
             low, median, high = (
                 [row["seconds"][key] * 1e3 for row in points]
                 for key in ("lower_quartile", "median", "upper_quartile")
             )
-            axes.plot(sizes, median, "o-", color=_COLOURS[name], label=name, markersize=4)
-            axes.fill_between(sizes, low, high, color=_COLOURS[name], alpha=0.2, linewidth=0)
+            axes.plot(sizes, median, "o-", color=_COLORS[label], label=label, markersize=4)
+            axes.fill_between(sizes, low, high, color=_COLORS[label], alpha=0.2, linewidth=0)
         largest = select(rows, curve=curve, size=sizes[-1])
         slope = min(row["seconds"]["median"] for row in largest) * 1e3 / sizes[-1] / 3
         ends = [sizes[0], sizes[-1]]
-        axes.plot(
-            ends, [slope * n for n in ends], color=_style.INK, linestyle=":", label="in proportion"
-        )
-        head, _, what = curve.rpartition(", ")
-        axes.set(xscale="log", yscale="log", xlabel=what)
+        line = [slope * n for n in ends]
+        axes.plot(ends, line, color=style.INK, linestyle=":", label="proportional to size")
+        title, _, xlabel = curve.rpartition(", ")
+        axes.set(xscale="log", yscale="log", xlabel=xlabel)
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(head)
-    return _titled(
-        figure, panels, "median time [ms], band: quartiles", f"Growth, {GRADIENT}, float32"
-    )
+        axes.set_title(title)
+    ylabel = "median time [ms], band: quartiles"
+    return _finish(figure, panels, ylabel, f"Growth, {GRADIENT}, float32")
 
 
-def _scaling_figure(rows: Rows, cores: int) -> Figure:
-    kinds = {"strong": "strong: eight images in all", "weak": "weak: one image for each device"}
-    figure, panels = _style.figure(1, len(kinds), sharey=True)
-    for axes, (kind, title) in zip(panels, kinds.items()):
-        for name in (OURS, PLAIN):
-            points = select(rows, kind=kind, implementation=name)
+def _scaling_figure(rows: Rows, title: str) -> Figure:
+    """Draw time against the number of devices, one panel per kind of scaling."""
+    kinds = {"strong": "strong: eight images in total", "weak": "weak: one image per device"}
+    figure, panels = style.figure(1, len(kinds), sharey=True)
+    for axes, (kind, panel_title) in zip(panels, kinds.items()):
+        for label in (FOCAL_JAX, PLAIN_JAX):
+            points = select(rows, kind=kind, implementation=label)
             devices = [row["devices"] for row in points]
             milliseconds = [row["seconds"]["median"] * 1e3 for row in points]
-            axes.plot(devices, milliseconds, "o-", color=_COLOURS[name], label=name)
+            axes.plot(devices, milliseconds, "o-", color=_COLORS[label], label=label)
         axes.set(xscale="log", ylim=(0, None), xlabel="host devices")
         axes.set_xticks(devices, [str(n) for n in devices])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title(title)
-    about = f"Scaling: XLA host devices that share {cores} cores"
-    return _titled(figure, panels, "median time [ms]", about)
+        axes.set_title(panel_title)
+    return _finish(figure, panels, "median time [ms]", title)
 
 
-@_style.applied()
+@style.applied()
 def figures(results: dict[str, Any]) -> dict[str, Figure]:
-    """Return what there is to draw, by name."""
+    """Return all figures of the results by name."""
     drawn = {}
     rows = select(results["rows"], section="losses", mode=GRADIENT)
     if rows:
-        title = f"Speed-up over autodiff of the {PLAIN} formula, {GRADIENT}"
-        others = [row for row in rows if row["implementation"] != PLAIN]
-        drawn["speedup"] = _bar_figure(others, "speedup", title)
-        title = f"Peak temporary memory over the logits' size, {GRADIENT}"
+        others = [row for row in rows if row["implementation"] != PLAIN_JAX]
+        drawn["speedup"] = _bar_figure(others, "speedup", f"Speed-up over {PLAIN_JAX}, {GRADIENT}")
         known = [row for row in rows if row["temporary_share"] is not None]
+        title = f"Peak temporary memory / size of the logits, {GRADIENT}"
         drawn["memory"] = _bar_figure(known, "temporary_share", title)
     rows = select(results["rows"], section="growth")
     if rows:
         drawn["growth"] = _growth_figure(rows)
     rows = select(results["rows"], section="scaling")
     if rows:
-        drawn["scaling"] = _scaling_figure(rows, results["machine"]["cores"])
+        drawn["scaling"] = _scaling_figure(rows, _scaling_title(results))
     return drawn
 
 
 def draw(results: dict[str, Any], folder: Path) -> None:
-    """Write the figures as PNG."""
+    """Write all figures as PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures(results).items():
         figure.savefig(folder / f"{name}.png")
 
 
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- command line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Show results that were measured before."""
+    """Print tables, or write figures, of stored results."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report",
         description=__doc__,
@@ -546,7 +551,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("results", type=Path, help="results.json")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures there")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="write the figures to DIR")
     options = parser.parse_args(arguments)
     results = json.loads(options.results.read_text(encoding="utf-8"))
     if options.markdown:

@@ -1,7 +1,7 @@
-"""The losses on several devices: a process for each number of XLA's host devices.
+"""Measure a sharded batch on XLA's host devices, with one process per number of devices.
 
-What is measured is how the program is split up, not how fast it would be on that many
-machines: the host devices share the cores of this one.
+Host devices share the cores of one machine. The times show the overhead of partitioning a
+program, not the speed-up of several machines.
 """
 
 import argparse
@@ -14,47 +14,47 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from benchmarks.measure import GRADIENT, compile_program, measure, relate
-from benchmarks.peers import OURS, PLAIN, in_mode, losses
+from benchmarks.measure import GRADIENT, add_ratios, compile_program, measure
+from benchmarks.peers import FOCAL_JAX, PLAIN_JAX, losses, summed
 from benchmarks.workloads import SOFTMAX, Workload
 
 DEVICES = (1, 2, 4, 8)
 
 
 def _rows(devices: int, anchors: int, rounds: int) -> list[dict[str, Any]]:
-    """Measure a batch of images that is spread over this process's devices."""
+    """Measure a batch of images that is sharded over the devices of this process."""
     mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
     batch = NamedSharding(mesh, PartitionSpec("batch"))
     rows = []
-    # Eight images in all, or one image for each device.
+    # Strong scaling: eight images in total. Weak scaling: one image per device.
     for kind, images in (("strong", max(DEVICES)), ("weak", devices)):
         workload = Workload(kind, SOFTMAX, (images, anchors, 21))
         logits, labels = jax.device_put(workload.inputs("float32"), batch)
         programs = [
-            compile_program(name, GRADIENT, in_mode(GRADIENT, loss), logits, labels)
-            for name, loss in losses(workload).items()
-            if name in (OURS, PLAIN)
+            compile_program(label, GRADIENT, summed(loss, GRADIENT), logits, labels)
+            for label, loss in losses(workload).items()
+            if label in (FOCAL_JAX, PLAIN_JAX)
         ]
-        about = {"section": "scaling", "kind": kind, "devices": devices, "dtype": "float32"}
+        fields = {"section": "scaling", "kind": kind, "devices": devices, "dtype": "float32"}
         measured = measure(
-            programs, rounds, lambda: None, **about, workload=kind, shape=workload.shape
+            programs, rounds, lambda: None, **fields, workload=kind, shape=workload.shape
         )
-        # The compiler counts one device's memory.
-        rows += relate(measured, PLAIN, logits.nbytes // devices)
+        # `memory_analysis` reports the memory of one device.
+        rows += add_ratios(measured, PLAIN_JAX, logits.nbytes // devices)
     return rows
 
 
 def rows(devices: int, anchors: int, rounds: int) -> list[dict[str, Any]]:
-    """Return the rows of a process with that many devices."""
-    others = [
+    """Run a process with the given number of host devices and return its rows."""
+    other_flags = [
         flag
         for flag in os.environ.get("XLA_FLAGS", "").split()
         if "xla_force_host_platform_device_count" not in flag
     ]
-    flags = [*others, f"--xla_force_host_platform_device_count={devices}"]
-    numbers = [str(x) for x in (devices, anchors, rounds)]
+    flags = [*other_flags, f"--xla_force_host_platform_device_count={devices}"]
+    arguments = [str(x) for x in (devices, anchors, rounds)]
     process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scaling", *numbers],
+        [sys.executable, "-m", "benchmarks.scaling", *arguments],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)},
         stdout=subprocess.PIPE,
         check=True,

@@ -1,11 +1,11 @@
-"""The figures of the documentation, and the numbers that stand in its tables.
+"""Draw the figures of the documentation and compute the table of docs/numerics.md.
 
-    python docs/figures.py                   # writes docs/figures/*.svg, a minute on two cores
-    python docs/figures.py --out elsewhere
-    python docs/figures.py --numbers         # prints the table of docs/numerics.md
+    python docs/figures.py                   # write docs/figures/*.svg
+    python docs/figures.py --out folder      # write the figures to another folder
+    python docs/figures.py --numbers         # print the table of docs/numerics.md
 
-Everything is drawn from the library's own losses; the truth beside them is the formula in
-float64, in a form that loses nothing.
+The figures show the public losses of the package. The exact gradients are a numerically stable
+form of the formula in float64.
 """
 
 import argparse
@@ -18,33 +18,36 @@ import numpy as np
 import optax
 
 import focal_jax
-from focal_jax import _catalogue, _curves, _style
+from focal_jax.catalogue import LOSSES, Loss
+from focal_jax.measure import curves, style
 
 FIGURES = Path(__file__).parent / "figures"
 
-# ---------------------------------------------------------------- what others write
+# ---------------------------------------------------------------- implementations
 
 
 def textbook(x: jax.Array, gamma: float) -> jax.Array:
-    """Return the loss of a positive as one writes it down."""
+    """Return the loss of a positive, computed from its probability."""
     p = jax.nn.sigmoid(x)
     return -((1 - p) ** gamma) * jnp.log(p)
 
 
-def _clipped(least: float) -> Callable:
+def _clipped(epsilon: float) -> Callable:
+    """Return the textbook loss with the probability clipped to `[epsilon, 1 - epsilon]`."""
+
     def loss(x, gamma):
-        p = jnp.clip(jax.nn.sigmoid(x), least, 1 - least)
+        p = jnp.clip(jax.nn.sigmoid(x), epsilon, 1 - epsilon)
         return -((1 - p) ** gamma) * jnp.log(p)
 
     return loss
 
 
 def torchvision(x: jax.Array, gamma: float) -> jax.Array:
-    """Return the loss of a positive by the steps of torchvision's function."""
+    """Return the loss of a positive, computed as in `torchvision.ops.sigmoid_focal_loss`."""
     return jax.nn.softplus(-x) * (1 - jax.nn.sigmoid(x)) ** gamma
 
 
-# The loss of a positive, as this library, optax, and four ways of writing it have it.
+# Implementations of the loss of a positive. JAX differentiates all of them except focal_jax.
 IMPLEMENTATIONS: dict[str, Callable] = {
     "focal_jax": lambda x, gamma: focal_jax.sigmoid_focal_loss(x, jnp.ones_like(x), gamma=gamma),
     "optax": lambda x, gamma: optax.losses.sigmoid_focal_loss(x, jnp.ones_like(x), gamma=gamma),
@@ -55,7 +58,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
-def truth(x: np.ndarray, gamma: float) -> np.ndarray:
+def exact_gradient(x: np.ndarray, gamma: float) -> np.ndarray:
     """Return the gradient of a positive in float64: `-q**gamma (q + gamma p n)`."""
     x = np.asarray(x, np.float64)
     e = np.exp(-np.abs(x))
@@ -65,27 +68,27 @@ def truth(x: np.ndarray, gamma: float) -> np.ndarray:
 
 
 def gradient(loss: Callable, x: np.ndarray, gamma: float) -> np.ndarray:
-    """Return the float32 gradient at every x."""
+    """Return the float32 gradient of a loss at every `x`."""
     return np.asarray(jax.jit(jax.grad(lambda x: jnp.sum(loss(x, gamma))))(jnp.float32(x)))
 
 
 def errors(x: np.ndarray, gamma: float) -> dict[str, np.ndarray]:
-    """Return the relative errors of every implementation's gradient, NaN where it is NaN.
+    """Return the relative error of the gradient of every implementation, or NaN.
 
-    What is less than 1e-36 counts as 0, in the truth and in a result: products of smaller
-    numbers leave float32 on the way, sooner or later by the order of the factors.
+    Numbers below 1e-36 count as 0: a factor of a product may underflow in float32 even if the
+    product does not.
     """
-    least = 1e-36
-    true = truth(np.float32(x), gamma)
+    tiny = 1e-36
+    exact = exact_gradient(np.float32(x), gamma)
     found = {}
     for name, loss in IMPLEMENTATIONS.items():
-        absolute = np.abs(gradient(loss, x, gamma) - true)
-        relative = absolute / np.maximum(np.abs(true), least)
-        found[name] = np.where(absolute <= least, 0, relative)
+        absolute = np.abs(gradient(loss, x, gamma) - exact)
+        relative = absolute / np.maximum(np.abs(exact), tiny)
+        found[name] = np.where(absolute <= tiny, 0, relative)
     return found
 
 
-# The ranges of the margin that the table of docs/numerics.md has a column for each.
+# The ranges of the margin in the columns of the table.
 RANGES = {
     "-120 to -17": (-120, -17),
     "-17 to 4": (-17, 4),
@@ -94,12 +97,11 @@ RANGES = {
 }
 
 
-def worst(gamma: float) -> dict[str, list[float]]:
+def largest_errors(gamma: float) -> dict[str, list[float]]:
     """Return the largest error of every implementation in each range of the margin."""
     x = np.linspace(-120, 40, 16001)
-    found = errors(x, gamma)
     inside = [(low <= x) & (x <= high) for low, high in RANGES.values()]
-    return {name: [np.max(error[i]) for i in inside] for name, error in found.items()}
+    return {name: [np.max(error[i]) for i in inside] for name, error in errors(x, gamma).items()}
 
 
 def numbers() -> str:
@@ -111,68 +113,68 @@ def numbers() -> str:
     lines = ["| gamma | gradient by | " + " | ".join(RANGES) + " |"]
     lines.append("| ---: | --- |" + " ---: |" * len(RANGES))
     for gamma in (0.5, 2.0):
-        for name, row in worst(gamma).items():
+        for name, row in largest_errors(gamma).items():
             lines.append(f"| {gamma:g} | {name} | " + " | ".join(map(cell, row)) + " |")
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- the figures
+# ---------------------------------------------------------------- figures of the gradient
 
 
 def factor():
-    """Draw what the focal loss multiplies cross entropy's gradient with, against the margin."""
+    """Draw the gradient of the focal loss divided by the gradient of cross entropy."""
     x = np.linspace(-6, 12, 400)
-    figure, panel = _style.figure(height=2.8)
-    for gamma, colour in _style.GAMMAS.items():
-        ratio = truth(x, gamma) / truth(x, 0)
-        style = "--" if gamma == 0 else "-"
-        panel.plot(x, ratio, style, color=colour, label=rf"$\gamma$ = {gamma:g}")
+    figure, panel = style.figure(height=2.8)
+    for gamma, colour in style.GAMMAS.items():
+        ratio = exact_gradient(x, gamma) / exact_gradient(x, 0)
+        line = "--" if gamma == 0 else "-"
+        panel.plot(x, ratio, line, color=colour, label=rf"$\gamma$ = {gamma:g}")
     panel.set(yscale="log", ylim=(1e-6, 4), xlabel="margin $x$", xlim=(-6, 12))
-    panel.set_title("gradient over that of cross entropy")
+    panel.set_title("gradient divided by the gradient of cross entropy")
     panel.legend()
     return figure
 
 
 def one_minus_p():
-    """Draw how many digits of q survive when it is computed as 1 - p."""
+    """Draw the relative error of q, computed as 1 - p and computed directly."""
     x = np.float32(np.linspace(0, 24, 500))
     e = np.exp(-x.astype(np.float64))
-    true = e / (1 + e)
-    figure, panel = _style.figure(height=2.8)
+    exact = e / (1 + e)
+    figure, panel = style.figure(height=2.8)
     for name, q, colour in (
-        ("1 - sigmoid(x)", 1 - jax.nn.sigmoid(x), _style.VERMILION),
-        ("exp(-x) / (1 + exp(-x))", jnp.exp(-x) / (1 + jnp.exp(-x)), _style.BLUE),
+        ("1 - sigmoid(x)", 1 - jax.nn.sigmoid(x), style.VERMILION),
+        ("exp(-x) / (1 + exp(-x))", jnp.exp(-x) / (1 + jnp.exp(-x)), style.BLUE),
     ):
-        panel.plot(x, np.maximum(np.abs(q - true) / true, 1e-9), color=colour, label=name)
+        panel.plot(x, np.maximum(np.abs(q - exact) / exact, 1e-9), color=colour, label=name)
     panel.set(yscale="log", ylim=(1e-9, 10), xlim=(0, 24), xlabel="margin $x$")
     panel.set_title("relative error of $q = 1 - p$ in float32")
     panel.legend(loc="lower right", bbox_to_anchor=(1, 0.2))
     return figure
 
 
-_PEERS = {
-    "focal_jax": _style.BLUE,
-    "textbook": _style.VERMILION,
-    "torchvision's steps": _style.PURPLE,
-    "Keras's clipping, 1e-7": _style.GREEN,
-    "pytorch-retinanet's clipping, 1e-4": _style.INK,
+_COLOURS = {
+    "focal_jax": style.BLUE,
+    "textbook": style.VERMILION,
+    "torchvision's steps": style.PURPLE,
+    "Keras's clipping, 1e-7": style.GREEN,
+    "pytorch-retinanet's clipping, 1e-4": style.INK,
 }
 
 
 def margins():
-    """Draw the error of every implementation's gradient against the margin."""
+    """Draw the relative error of the gradient against the margin; crosses mark NaN."""
     x = np.linspace(-100, 40, 1401)
-    figure, panels = _style.figure(1, 2, height=3.5, sharey=True)
+    figure, panels = style.figure(1, 2, height=3.5, sharey=True)
     for panel, gamma in zip(panels, (2.0, 0.5)):
         found = errors(x, gamma)
-        for name, colour in _PEERS.items():
-            # The worst of every two units of the margin: a point for each would be a band.
+        for name, colour in _COLOURS.items():
+            # One point for 20 margins, their largest error. All points would fill a band.
             blocks = found[name][:-1].reshape(-1, 20)
             with np.errstate(all="ignore"):
                 top = np.where(np.isnan(blocks).all(1), np.nan, np.max(np.nan_to_num(blocks), 1))
             panel.plot(x[10:-1:20], np.clip(top, 1e-8, 10), color=colour, label=name)
-            lost = np.isnan(blocks).any(1)
-            panel.plot(x[10:-1:20][lost], np.full(lost.sum(), 30), "x", color=colour, markersize=4)
+            nan = np.isnan(blocks).any(1)
+            panel.plot(x[10:-1:20][nan], np.full(nan.sum(), 30), "x", color=colour, markersize=4)
         panel.set(yscale="log", ylim=(1e-8, 80), xlabel="margin $x$")
         panel.set_title(rf"$\gamma$ = {gamma:g}")
     panels[0].set_ylabel("relative error of the gradient")
@@ -180,14 +182,14 @@ def margins():
     return figure
 
 
-# ---------------------------------------------------------------- the family
+# ---------------------------------------------------------------- figures of the losses
 
 
-def member(entry: _catalogue.Loss):
-    """Draw one member of the family: its loss and its gradient against a logit."""
+def loss_figure(loss: Loss):
+    """Draw one loss and its gradient against a logit."""
     x = np.linspace(-8, 8, 161)
-    figure, (left, right) = _style.figure(1, 2, height=2.5)
-    for curve in _curves.curves(entry, x):
+    figure, (left, right) = style.figure(1, 2, height=2.5)
+    for curve in curves.curves(loss, x):
         left.plot(x, curve.losses, label=curve.name)
         right.plot(x, curve.gradients, label=curve.name)
     left.set_title("loss")
@@ -199,20 +201,20 @@ def member(entry: _catalogue.Loss):
 
 
 FIGURE_OF: dict[str, Callable] = {
-    "loss": _curves.gammas_figure,
+    "loss": curves.gammas_figure,
     "factor": factor,
     "one_minus_p": one_minus_p,
     "margins": margins,
-    **{entry.name: lambda entry=entry: member(entry) for entry in _catalogue.LOSSES},
+    **{name: lambda loss=loss: loss_figure(loss) for name, loss in LOSSES.items()},
 }
 
 
-@_style.applied()
+@style.applied()
 def main(argv: list[str] | None = None) -> None:
-    """Write the figures, or print the numbers."""
+    """Write the figures, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder (default: %(default)s)")
-    parser.add_argument("--numbers", action="store_true", help="print the table, draw nothing")
+    parser.add_argument("--numbers", action="store_true", help="print the table, write no figures")
     parser.add_argument("--only", nargs="*", choices=FIGURE_OF, default=list(FIGURE_OF))
     args = parser.parse_args(argv)
     if args.numbers:

@@ -1,12 +1,12 @@
-"""What the site has besides the pages of this folder: mathematics, the API, pages from elsewhere.
+"""MkDocs hooks: mathematics, the API reference, the table of losses, pages from other folders.
 
-Everything is made here, when the site is built: TeX becomes MathML, which browsers draw
-without a script, in a font that is shipped with it.
+TeX becomes MathML at build time, so that a browser needs no script. The font for it is part of the
+site.
 """
 
-import ast
 import html
 import importlib.util
+import inspect
 import io
 import os
 import re
@@ -14,9 +14,12 @@ import textwrap
 from pathlib import Path
 
 import griffe
+import loss_table  # MkDocs puts this folder on the path while it loads this file
 import math_core
 from fontTools import subset
 from mkdocs.structure.files import File
+
+import focal_jax
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,16 +30,17 @@ _MATHEMATICS = re.compile(r'(class="arithmatex">)(?:\\\((.*?)\\\)|\\\[(.*?)\\\])
 
 
 def _mathml(found: re.Match) -> str:
-    inline = found[2] is not None
-    tex = html.unescape(found[2] if inline else found[3]).strip()
-    return found[1] + _TEX.convert_with_local_state(tex, displaystyle=not inline)
+    is_inline = found[2] is not None
+    tex = html.unescape(found[2] if is_inline else found[3]).strip()
+    return found[1] + _TEX.convert_with_local_state(tex, displaystyle=not is_inline)
 
 
-# Headings and short code, where a long name may break after an underscore and not within a word.
+# Headings and inline code. Blocks of code match first and are left alone.
 _NAMES = re.compile(r"<pre>.*?</pre>|<(h[1-4])\b.*?</\1>|<code>[^<]*</code>", re.DOTALL)
 
 
 def _breakable(found: re.Match) -> str:
+    """Let a long name break after punctuation, so that it fits a narrow screen."""
     if found[0].startswith("<pre>"):
         return found[0]
     tags_and_texts = re.split(r"(<[^>]*>)", found[0])
@@ -46,79 +50,76 @@ def _breakable(found: re.Match) -> str:
     return "".join(tags_and_texts)
 
 
+def on_page_markdown(markdown: str, **_) -> str:
+    """Insert the table of losses where a page has the markers of `loss_table`."""
+    return loss_table.with_table(markdown, loss_table.section)
+
+
 def on_page_content(content: str, **_) -> str:
-    """Turn TeX into MathML, and let long names break; TeX that cannot be read stops the build."""
+    """Convert TeX to MathML and let long names break. Invalid TeX stops the build."""
     return _NAMES.sub(_breakable, _MATHEMATICS.sub(_mathml, content))
 
 
 def _font() -> bytes:
-    """Return the part of STIX Two Math that formulas need, as a web font."""
+    """Return the glyphs of STIX Two Math that formulas need, as a web font."""
     package = importlib.util.find_spec("ziamath")
     (path,) = Path(package.submodule_search_locations[0]).rglob("STIXTwoMath-Regular.ttf")
     options = subset.Options(flavor="woff", layout_features=["kern", "ssty", "dtls", "flac"])
     font = subset.load_font(str(path), options)
-    cutter = subset.Subsetter(options)
-    letters = [*range(0x20, 0x180), *range(0x391, 0x3FF), *range(0x1D400, 0x1D468)]
-    letters += [*range(0x1D6A8, 0x1D71C), *range(0x2010, 0x2040), *range(0x2100, 0x2150)]
-    cutter.populate(unicodes=[*letters, *range(0x2190, 0x2300), *range(0x27E8, 0x27EC)])
-    cutter.subset(font)
+    subsetter = subset.Subsetter(options)
+    codepoints = [*range(0x20, 0x180), *range(0x391, 0x3FF), *range(0x1D400, 0x1D468)]
+    codepoints += [*range(0x1D6A8, 0x1D71C), *range(0x2010, 0x2040), *range(0x2100, 0x2150)]
+    codepoints += [*range(0x2190, 0x2300), *range(0x27E8, 0x27EC)]
+    subsetter.populate(unicodes=codepoints)
+    subsetter.subset(font)
     buffer = io.BytesIO()
     font.save(buffer)
     return buffer.getvalue()
 
 
-# ---------------------------------------------------------------- the API
+# ---------------------------------------------------------------- the API reference
 
-# A page each: its title, and the modules whose public names it describes.
+# Each page: its title, and the modules whose public names it documents.
 API = {
     "losses": ("Losses and reduction", ["focal_jax"]),
     "modules": ("Flax modules", ["focal_jax.nnx", "focal_jax.linen"]),
+    "engine": ("Engine and catalogue", ["focal_jax.engine", "focal_jax.catalogue"]),
     "training": ("Training", ["focal_jax.training"]),
     "detection": ("Detection", ["focal_jax.detection"]),
     "compat": (
-        "Drop-ins for other systems",
+        "Compatibility",
         ["focal_jax.compat", "focal_jax.compat.caffe", "focal_jax.compat.mindspore",
          "focal_jax.compat.pytorch_retinanet"],
     ),
-    "reference": ("The plain formulas", ["focal_jax.reference"]),
+    "reference": (
+        "Reference formulas and measurements",
+        ["focal_jax.reference", "focal_jax.measure"],
+    ),
 }  # fmt: skip
 
 
-def _module(name: str) -> ast.Module:
-    path = ROOT.joinpath(*name.split("."))
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def _is_module(name: str) -> bool:
-    path = ROOT.joinpath(*name.split("."))
-    return path.is_dir() or path.with_suffix(".py").is_file()
-
-
-def public_names(module: str) -> list[str]:
-    """Return the full names of what a module calls public, its modules left out."""
-    for node in _module(module).body:
-        if isinstance(node, ast.Assign) and [ast.unparse(x) for x in node.targets] == ["__all__"]:
-            names = [f"{module}.{name}" for name in ast.literal_eval(node.value)]
-            return [name for name in names if not _is_module(name)]
-    raise ValueError(f"{module}: no __all__")
-
-
 def api_page(title: str, modules: list[str]) -> str:
-    """Return a page of the API, in mkdocstrings' words."""
+    """Return the Markdown of an API page, with one mkdocstrings directive per public name."""
     parts = [f"# {title}"]
-    for module in modules:
-        about = ast.get_docstring(_module(module)) or ""
-        parts += [f"## `{module}`" if len(modules) > 1 else f"`{module}`", about]
-        for name in public_names(module):
-            # A constant has no docstring; of everything else, what has none is not shown.
-            options = f"      show_if_no_docstring: {name.rpartition('.')[2].isupper()}".lower()
+    for name in modules:
+        module = importlib.import_module(name)
+        heading = f"## `{name}`" if len(modules) > 1 else f"`{name}`"
+        parts += [heading, inspect.getdoc(module) or ""]
+        for public in module.__all__:
+            value = getattr(module, public)
+            if inspect.ismodule(value):
+                continue
+            # Constants and type aliases are shown although they have no docstring.
+            has_docstring = inspect.isclass(value) or inspect.isroutine(value)
+            options = f"      show_if_no_docstring: {str(not has_docstring).lower()}"
             level = 3 if len(modules) > 1 else 2
-            parts.append(f"::: {name}\n    options:\n{options}\n      heading_level: {level}")
+            parts.append(
+                f"::: {name}.{public}\n    options:\n{options}\n      heading_level: {level}"
+            )
     return "\n\n".join(parts) + "\n"
 
 
-# A heading of the house's docstrings, the text beside it, and the lines that are indented below.
+# A section that Google's style does not have: its heading, the text beside it, indented lines.
 _SECTION = re.compile(r"^(Differentiation|References):[ ]*(.*\n?)((?:[ ]+.*\n?|\n(?=[ ]))*)", re.M)
 
 
@@ -128,18 +129,34 @@ def _paragraph(found: re.Match) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Let the parser of Google's style read the sections that it does not know."""
+    """Correct the docstrings and signatures that griffe reads from the source."""
+
+    def on_function_instance(self, *, func: griffe.Function, **_) -> None:
+        """Give a decorated function of `focal_jax.reference` its signature and docstring."""
+        if func.path.startswith("focal_jax.reference.") and func.name in focal_jax.catalogue.LOSSES:
+            function = getattr(focal_jax.reference, func.name)
+            func.docstring = griffe.Docstring(function.__doc__, parent=func)
+            func.parameters = griffe.Parameters(
+                *(
+                    griffe.Parameter(
+                        x.name,
+                        kind=griffe.ParameterKind(x.kind.description),
+                        default=None if x.default is x.empty else repr(x.default),
+                    )
+                    for x in inspect.signature(function).parameters.values()
+                )
+            )
 
     def on_instance(self, *, obj: griffe.Object, **_) -> None:
-        """Rewrite the docstring of one object."""
+        """Rewrite docstring sections that griffe's parser of Google style does not know."""
         if obj.docstring is not None:
             text = re.sub("^Example:", "Examples:", obj.docstring.value, flags=re.MULTILINE)
             obj.docstring.value = _SECTION.sub(_paragraph, text)
 
 
-# ---------------------------------------------------------------- pages from elsewhere
+# ---------------------------------------------------------------- pages from other folders
 
-# Files of the project that are pages of the site too.
+# Files outside this folder, and the pages of the site that are made from them.
 ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -149,60 +166,63 @@ ELSEWHERE = {
 _LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
-def _from_root(path: str, link: str) -> str:
-    """Return where a link leads that a file of the project holds, from the project's root."""
-    return os.path.normpath(os.path.join(os.path.dirname(path), link))
-
-
-class _Gathered:
-    """The pages and pictures from elsewhere, as the pages link to them."""
+class _ExtraFiles:
+    """Files that are added to the site: generated pages, and files that pages link to."""
 
     def __init__(self, config):
         self.config = config
         self.files: dict[str, File] = {}
 
-    def add(self, place: str, **source) -> None:
-        self.files.setdefault(place, File.generated(self.config, place, **source))
+    def add(self, uri: str, **source) -> None:
+        """Add a file once."""
+        self.files.setdefault(uri, File.generated(self.config, uri, **source))
 
-    def page(self, path: str, place: str) -> None:
+    def add_page(self, path: str, uri: str) -> None:
+        """Add a file of the repository as a page of the site."""
         text = (ROOT / path).read_text(encoding="utf-8")
-        self.add(place, content=self.relinked(text, path, place))
+        self.add(uri, content=self.with_links_to_copies(text, path, uri))
 
-    def relinked(self, text: str, path: str, place: str) -> str:
-        """Return a page's text with links that lead to the site's own copies of files."""
+    def with_links_to_copies(self, text: str, path: str, uri: str) -> str:
+        """Return the text of a page whose links lead to the site's copies of files.
+
+        Args:
+          text: the Markdown of the page.
+          path: the page's file, from the root of the repository.
+          uri: the page on the site.
+        """
 
         def relink(found: re.Match) -> str:
-            target = _from_root(path, found[2])
+            target = os.path.normpath(os.path.join(os.path.dirname(path), found[2]))
             if target.startswith("docs/"):
-                there = target.removeprefix("docs/")
+                copy = target.removeprefix("docs/")
             elif target in ELSEWHERE:
-                there = ELSEWHERE[target]
-            elif (ROOT / target).is_dir() or not (ROOT / target).exists():
-                return found[0]  # for the build to complain about
+                copy = ELSEWHERE[target]
+            elif not (ROOT / target).is_file():
+                return found[0]  # the strict build reports it
             elif target.endswith((".py", ".sh", ".yml", ".toml")):
-                there = f"source/{target}.md"
+                copy = f"source/{target}.md"
                 code = (ROOT / target).read_text(encoding="utf-8")
-                self.add(there, content=f"# `{target}`\n\n````python\n{code}\n````\n")
+                self.add(copy, content=f"# `{target}`\n\n````python\n{code}\n````\n")
             else:
-                there = f"source/{target}"
-                self.add(there, abs_src_path=str(ROOT / target))
-            link = os.path.relpath(there, os.path.dirname(place) or ".")
+                copy = f"source/{target}"
+                self.add(copy, abs_src_path=str(ROOT / target))
+            link = os.path.relpath(copy, os.path.dirname(uri) or ".")
             return f"{found[1]}{link}{found[3] or ''})"
 
         return _LINK.sub(relink, text)
 
 
 def on_files(files, config):
-    """Add what is not in this folder."""
-    gathered = _Gathered(config)
-    gathered.add("assets/math.woff", content=_font())
+    """Add the generated pages, the font, and the files that pages link to."""
+    extra = _ExtraFiles(config)
+    extra.add("assets/math.woff", content=_font())
     for page, (title, modules) in API.items():
-        gathered.add(f"api/{page}.md", content=api_page(title, modules))
-    for path, place in ELSEWHERE.items():
-        gathered.page(path, place)
+        extra.add(f"api/{page}.md", content=api_page(title, modules))
+    for path, uri in ELSEWHERE.items():
+        extra.add_page(path, uri)
     for file in files.documentation_pages():
         path = f"docs/{file.src_uri}"
-        file.content_string = gathered.relinked(file.content_string, path, file.src_uri)
-    for file in gathered.files.values():
+        file.content_string = extra.with_links_to_copies(file.content_string, path, file.src_uri)
+    for file in extra.files.values():
         files.append(file)
     return files

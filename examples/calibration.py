@@ -1,11 +1,17 @@
-"""How sure is a network that was trained past zero error? Four losses, ten seeds at once.
+"""Measure the calibration of overfitted networks, for four losses and ten seeds.
 
-A few hundred of scikit-learn's digits, with noise on them, are learnt by heart, and the rest are
-asked: does what is predicted with 90 % come true 9 times of 10? Cross entropy, label smoothing,
-focal loss with a fixed gamma, and with the gamma of each sample that Mukhoti et al. 2020 choose
-by its probability (`sample_dependent_gamma`); the labels are smoothed by 0.05, as theirs. Then
-each network's temperature is fitted on validation images, and it is asked again. All seeds train
-in one program, under `vmap` and `scan`.
+Each network is trained on a few hundred noisy digits of scikit-learn until it classifies all of
+them correctly. The expected calibration error compares its confidence with its accuracy on test
+digits. The losses are
+
+    cross entropy
+    smoothed labels      cross entropy with label smoothing 0.05
+    focal, gamma 3
+    focal, by sample     gamma depends on the probability of the true class, as in Mukhoti et al.
+                         2020 (`focal_jax.training.sample_dependent_gamma`)
+
+The measures are given before and after temperature scaling. The temperature is fitted on
+validation digits. `vmap` trains all seeds in one program.
 
     python -m examples.calibration --out out/calibration
 """
@@ -27,15 +33,16 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from focal_jax import _style, softmax_focal_loss_with_integer_labels as focal_loss
+from focal_jax import softmax_focal_loss_with_integer_labels as focal_loss
+from focal_jax.measure import style
 from focal_jax.training import sample_dependent_gamma
 
 CLASSES, BINS = 10, 15
 TEMPERATURES = np.geomspace(0.1, 10, 201, dtype=np.float32)
 
 
-def flsd(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the focal losses whose gamma is chosen sample by sample."""
+def sample_dependent_focal_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return focal losses whose gamma depends on the probability of the true class."""
     p_t = jnp.take_along_axis(nnx.softmax(logits), labels[:, None], 1)[:, 0]
     return focal_loss(logits, labels, gamma=sample_dependent_gamma(p_t))
 
@@ -44,15 +51,15 @@ LOSSES: dict[str, Callable] = {
     "cross entropy": partial(focal_loss, gamma=0),
     "smoothed labels": partial(focal_loss, gamma=0, label_smoothing=0.05),
     "focal, gamma 3": partial(focal_loss, gamma=3),
-    "focal, by sample": flsd,
+    "focal, by sample": sample_dependent_focal_loss,
 }
 
 
-# ------------------------------------------------------------------- data and training
+# ---------------------------------------------------------------- data and training
 
 
 def noisy_digits(seed: int, train: int, noise: float) -> list[np.ndarray]:
-    """Return images and labels to train on, 400 to validate on, and the rest to test on."""
+    """Return images and labels of the training set, of 400 validation digits, of the test set."""
     data = load_digits()
     random = np.random.default_rng(seed)
     images = data.data / 16 + random.normal(0, noise, data.data.shape)
@@ -68,7 +75,7 @@ def noisy_digits(seed: int, train: int, noise: float) -> list[np.ndarray]:
 
 
 class Network(nnx.Module):
-    """Three dense layers."""
+    """A multilayer perceptron with three layers."""
 
     def __init__(self, rngs: nnx.Rngs, width: int = 128):
         """Initialize the layers from `rngs`."""
@@ -85,8 +92,8 @@ class Network(nnx.Module):
 
 
 @partial(jax.jit, static_argnames=("loss", "steps", "batch"))
-def train(loss: Callable, key, images, labels, asked, *, steps: int, batch: int, rate: float):
-    """Return the logits of each array in `asked`, after training from `key`."""
+def train(loss: Callable, key, images, labels, inputs, *, steps: int, batch: int, rate: float):
+    """Train a network that is initialized from `key`; return its logits for each of `inputs`."""
     graph, start = nnx.split(Network(nnx.Rngs(params=key)))
     adam = optax.adam(rate)
 
@@ -102,10 +109,10 @@ def train(loss: Callable, key, images, labels, asked, *, steps: int, batch: int,
 
     keys = jax.random.split(jax.random.fold_in(key, 1), steps)
     (parameters, _), _ = jax.lax.scan(step, (start, adam.init(start)), keys)
-    return [nnx.merge(graph, parameters)(x) for x in asked]
+    return [nnx.merge(graph, parameters)(x) for x in inputs]
 
 
-# ---------------------------------------------------------------------------- measures
+# ---------------------------------------------------------------- measures
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -115,21 +122,21 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def negative_log_likelihood(labels: np.ndarray, logits: np.ndarray) -> float:
-    """Return the mean cross entropy, in nats."""
+    """Return the mean cross entropy in nats."""
     losses = focal_loss(logits, labels, gamma=0)
     return float(losses.mean())
 
 
 def reliability(labels: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return for each bin of confidence the share of predictions, their confidence, accuracy."""
+    """Return the share of predictions, the mean confidence and the accuracy of each bin."""
     predicted = probabilities(logits)
     confidence, correct = predicted.max(-1), predicted.argmax(-1) == labels
     index = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    number, confident, right = (
+    counts, confidence_sums, correct_counts = (
         np.bincount(index, weights, BINS) for weights in (None, confidence, correct)
     )
-    filled = np.maximum(number, 1)
-    return number / labels.size, confident / filled, right / filled
+    denominators = np.maximum(counts, 1)
+    return counts / labels.size, confidence_sums / denominators, correct_counts / denominators
 
 
 def calibration_error(labels: np.ndarray, logits: np.ndarray) -> float:
@@ -139,14 +146,17 @@ def calibration_error(labels: np.ndarray, logits: np.ndarray) -> float:
 
 
 def fitted_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
-    """Return the temperature that the logits are best divided by, of `TEMPERATURES`."""
+    """Return the temperature of `TEMPERATURES` with the smallest negative log-likelihood."""
     scaled = jnp.asarray(logits)[None] / TEMPERATURES[:, None, None]
     likelihoods = focal_loss(scaled, np.broadcast_to(labels, scaled.shape[:2]), gamma=0).mean(1)
     return float(TEMPERATURES[int(likelihoods.argmin())])
 
 
 def measure(labels: dict[str, np.ndarray], logits: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return what one network is worth; `labels` and `logits` are those of the three sets."""
+    """Return the measures of one network.
+
+    `labels` and `logits` have the keys `"train"`, `"validation"` and `"test"`.
+    """
     temperature = fitted_temperature(labels["validation"], logits["validation"])
     result = {
         f"{name} error": float((logits[name].argmax(-1) != labels[name]).mean())
@@ -159,45 +169,45 @@ def measure(labels: dict[str, np.ndarray], logits: dict[str, np.ndarray]) -> dic
     return result | {"temperature": temperature}
 
 
-# ------------------------------------------------------------------------------ report
+# ---------------------------------------------------------------- report
 
 
 def show(results: dict[str, dict[str, np.ndarray]], console: Console) -> None:
-    """Print the table: a row for each measure, a column for each loss."""
+    """Print the table: one row per measure, one column per loss."""
     seeds = len(next(iter(results.values()))["ECE"])
     table = Table(
         "",
         *results,
-        title="Networks that know their training digits by heart",
+        title="Calibration of overfitted networks",
         caption=f"Mean ± standard deviation, seeds: {seeds}. ECE: expected calibration error. "
-        'NLL: negative log-likelihood. "Scaled": after the temperature that validation '
-        "images chose; above 1 the network was too sure, below 1 not sure enough.",
+        'NLL: negative log-likelihood. "scaled": after temperature scaling, fitted on validation '
+        "digits. A temperature above 1 means that the network was overconfident.",
     )
     for name in next(iter(results.values())):
         percent = "NLL" not in name and name != "temperature"
         scale, digits = (100, 1) if percent else (1, 2)
         cells = []
         for values in (scale * result[name] for result in results.values()):
-            spread = values.std(ddof=min(1, values.size - 1))
-            cells.append(f"{values.mean():.{digits}f} ± {spread:.{digits}f}")
+            deviation = values.std(ddof=min(1, values.size - 1))
+            cells.append(f"{values.mean():.{digits}f} ± {deviation:.{digits}f}")
         table.add_row(name + (", %" if percent else ""), *cells)
     console.print(table)
 
 
-@_style.applied()
+@style.applied()
 def plot(logits: dict[str, tuple], labels: np.ndarray, path: Path) -> None:
-    """Draw accuracy against confidence; the wider a bar, the more predictions it stands for."""
-    figure, panels = _style.figure(2, len(logits), height=4.6, sharex=True, sharey=True)
-    colors = (_style.INK, _style.PURPLE, _style.VERMILION, _style.BLUE)
+    """Draw accuracy against confidence. The width of a bar grows with its share of predictions."""
+    figure, panels = style.figure(2, len(logits), height=4.6, sharex=True, sharey=True)
+    colors = (style.INK, style.PURPLE, style.VERMILION, style.BLUE)
     for column, (name, both), color in zip(panels.T, logits.items(), colors):
-        for panel, asked in zip(column, both):
-            share, confidence, accuracy = reliability(labels, asked)
+        for panel, predictions in zip(column, both):
+            share, confidence, accuracy = reliability(labels, predictions)
             width = np.sqrt(share / share.max()) / BINS
             middle = (np.arange(BINS) + 0.5) / BINS
             panel.bar(middle, accuracy, width, color=color)
-            panel.plot([0, 1], [0, 1], color=_style.INK, linestyle="--", linewidth=1)
-            gap = np.sum(share * np.abs(accuracy - confidence))
-            panel.text(0.04, 0.9, f"ECE {100 * gap:.1f} %", transform=panel.transAxes)
+            panel.plot([0, 1], [0, 1], color=style.INK, linestyle="--", linewidth=1)
+            error = np.sum(share * np.abs(accuracy - confidence))
+            panel.text(0.04, 0.9, f"ECE {100 * error:.1f} %", transform=panel.transAxes)
             panel.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         column[0].set_title(name)
         column[1].set_xlabel("confidence")
@@ -211,8 +221,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--images", type=int, default=300, help="to learn by heart")
-    parser.add_argument("--noise", type=float, default=0.3, help="on pixels from 0 to 1")
+    parser.add_argument("--images", type=int, default=300, help="size of the training set")
+    parser.add_argument("--noise", type=float, default=0.3, help="of pixels in [0, 1]")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -221,7 +231,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, np.ndarray]]:
-    """Return every measure of each loss, seed by seed."""
+    """Return the measures of each loss, as arrays with one entry per seed."""
     args = parse(argv)
     sets = [noisy_digits(seed, args.images, args.noise) for seed in range(args.seeds)]
     images, targets = [
@@ -230,24 +240,25 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, np.ndarray]]:
     ]
     keys = jax.random.split(jax.random.key(0), args.seeds)
     options = {"steps": args.steps, "batch": args.batch, "rate": args.learning_rate}
-    console, results, drawn = Console(), {}, {}
+    console, results, predictions = Console(), {}, {}
     with Progress(console=console) as progress:
-        task = progress.add_task(f"{args.seeds} networks with each loss", total=len(LOSSES))
+        task = progress.add_task(f"{args.seeds} networks per loss", total=len(LOSSES))
         for name, loss in LOSSES.items():
             train_all = jax.vmap(partial(train, loss, **options))
-            answers = train_all(keys, images["train"], targets["train"], list(images.values()))
-            logits = dict(zip(images, map(np.asarray, answers)))
-            measured = [
+            outputs = train_all(keys, images["train"], targets["train"], list(images.values()))
+            logits = dict(zip(images, map(np.asarray, outputs)))
+            measures = [
                 measure(*(jax.tree.map(itemgetter(seed), sets) for sets in (targets, logits)))
                 for seed in range(args.seeds)
             ]
-            results[name] = {key: np.array([m[key] for m in measured]) for key in measured[0]}
-            warm = np.float32(results[name]["temperature"])[:, None, None]
-            drawn[name] = [x.reshape(-1, CLASSES) for x in (logits["test"], logits["test"] / warm)]
+            results[name] = {key: np.array([m[key] for m in measures]) for key in measures[0]}
+            scale = np.float32(results[name]["temperature"])[:, None, None]
+            test_logits = logits["test"], logits["test"] / scale
+            predictions[name] = [x.reshape(-1, CLASSES) for x in test_logits]
             progress.advance(task)
 
     show(results, console)
-    plot(drawn, targets["test"].ravel(), args.out / "reliability.png")
+    plot(predictions, targets["test"].ravel(), args.out / "reliability.png")
     console.print(f"Figure: {args.out / 'reliability.png'}", soft_wrap=True)
     return results
 

@@ -1,14 +1,12 @@
-"""Train one small network on imbalanced digits with four losses, and compare them.
+"""Compare four losses on a long-tailed training set of digits.
 
-scikit-learn's digits are made long-tailed: the training set has many zeros and few nines,
-the test set is balanced. Cross entropy, class-balanced cross entropy and focal loss with
-and without class weights are the same `SoftmaxFocalLoss` with other options. Every loss
-sees the same splits, initial weights and batches, seed by seed; all seeds train at once
-under `vmap`.
+The training set has many zeros and few nines. The test set is balanced. The four losses are
+`SoftmaxFocalLoss` with different options: gamma 0 or 2, with and without class-balanced weights.
+All losses use the same splits, initial weights and batches. `vmap` trains all seeds at once.
 
-Expect no miracle of focal loss here: with a few hundred images the class weights lift the
-rare digits more than the modulation does, and the best calibration depends on how long one
-trains. The table says how sure that is.
+On a few hundred images the class weights improve the recall of rare digits more than the focal
+loss does, and the calibration depends on the number of steps. The table gives the standard
+deviation over the seeds.
 
     python examples/imbalanced_digits.py --seeds 10 --out out/imbalanced_digits
 """
@@ -28,38 +26,38 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import f1_score, recall_score
 from sklearn.model_selection import train_test_split
 
-from focal_jax import _style
+from focal_jax.measure import style
 from focal_jax.nnx import SoftmaxFocalLoss
 from focal_jax.training import class_balanced_alpha
 
 CLASSES = 10
-COLORS = (_style.INK, _style.BLUE, _style.VERMILION, _style.PURPLE)
+COLORS = (style.INK, style.BLUE, style.VERMILION, style.PURPLE)
 
 
-# ------------------------------------------------------------------------------ data
+# ---------------------------------------------------------------- data
 
 
 def long_tail(most: int, ratio: float) -> np.ndarray:
-    """Return the training count of each digit, from `most` zeros down to `most/ratio` nines."""
+    """Return the number of training images per digit: `most` zeros to `most / ratio` nines."""
     return np.maximum(1, most * ratio ** -np.linspace(0, 1, CLASSES)).astype(int)
 
 
 def imbalanced_digits(seed: int, counts: np.ndarray):
-    """Return train and test (images, labels): a long tail against a balanced half."""
+    """Return images and labels of the long-tailed training set and of the balanced test set."""
     digits = load_digits()
     images = (digits.data / 16).astype(np.float32)
     train_x, test_x, train_y, test_y = train_test_split(
         images, digits.target, test_size=0.5, stratify=digits.target, random_state=seed
     )
-    kept = np.concatenate([np.flatnonzero(train_y == c)[:n] for c, n in enumerate(counts)])
-    return (train_x[kept], train_y[kept]), (test_x, test_y)
+    chosen = np.concatenate([np.flatnonzero(train_y == c)[:n] for c, n in enumerate(counts)])
+    return (train_x[chosen], train_y[chosen]), (test_x, test_y)
 
 
-# -------------------------------------------------------------------------- training
+# ---------------------------------------------------------------- training
 
 
 class Network(nnx.Module):
-    """Two dense layers."""
+    """A multilayer perceptron with two layers."""
 
     def __init__(self, rngs: nnx.Rngs, pixels: int = 64, width: int = 64):
         """Initialize the layers from `rngs`."""
@@ -72,7 +70,7 @@ class Network(nnx.Module):
 
 
 def start(args: argparse.Namespace):
-    """Return a network and its optimizer, both with a leading axis of seeds."""
+    """Return a network and its optimizer, stacked over the seeds."""
 
     @nnx.jit
     @nnx.vmap
@@ -80,19 +78,19 @@ def start(args: argparse.Namespace):
         model = Network(nnx.Rngs(params=key))
         return model, nnx.Optimizer(model, optax.adam(args.learning_rate), wrt=nnx.Param)
 
-    # XLA compiles the default generator for many seconds, this one for one.
+    # XLA compiles the default generator in many seconds, this one in one second.
     return create(jax.random.split(jax.random.key(0, impl="unsafe_rbg"), args.seeds))
 
 
 @nnx.jit
 @nnx.vmap
 def predict(model, images):
-    """Return each seed's probabilities."""
+    """Return the probabilities for each seed."""
     return nnx.softmax(model(images))
 
 
-def train(loss: SoftmaxFocalLoss, model, optimizer, train_set, test_set, args, tick):
-    """Train the network of each seed; return curves and probabilities on the test set."""
+def train(loss: SoftmaxFocalLoss, model, optimizer, train_set, test_set, args, advance):
+    """Train the network of each seed; return the curves and the test probabilities."""
 
     @nnx.jit
     @nnx.vmap
@@ -110,19 +108,19 @@ def train(loss: SoftmaxFocalLoss, model, optimizer, train_set, test_set, args, t
         for _ in range(args.steps):
             batch = random.integers(train_set[1].shape[1], size=(args.seeds, args.batch))
             values.append(step(model, optimizer, batch, *train_set))
-            tick()
+            advance()
         probabilities = np.asarray(predict(model, test_set[0]))
         curves["step"].append(number * args.steps)
-        curves["loss"].append(np.mean(values, axis=0))  # of the round: one batch is noise
+        curves["loss"].append(np.mean(values, axis=0))  # one batch would be noisy
         curves["macro_f1"].append(per_seed(macro_f1, test_set[1], probabilities))
     return {name: np.array(curve) for name, curve in curves.items()}, probabilities
 
 
-# --------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- metrics
 
 
 def per_seed(metric, labels, probabilities) -> np.ndarray:
-    """Return `metric(labels, probabilities)` of each seed."""
+    """Return `metric(labels, probabilities)` for each seed."""
     return np.array([metric(y, p) for y, p in zip(labels, probabilities)])
 
 
@@ -135,15 +133,15 @@ def macro_f1(labels, probabilities):
 
 
 def reliability(labels, probabilities, bins: int = 10):
-    """Return the share of predictions in each bin of confidence, their confidence and accuracy."""
+    """Return the share of predictions, the mean confidence and the accuracy of each bin."""
     confidence = probabilities.max(-1)
     correct = probabilities.argmax(-1) == labels
     index = np.minimum((confidence * bins).astype(int), bins - 1)
-    number, confident, right = (
+    counts, confidence_sums, correct_counts = (
         np.bincount(index, weights, bins) for weights in (None, confidence, correct)
     )
-    filled = np.maximum(number, 1)
-    return number / labels.size, confident / filled, right / filled
+    denominators = np.maximum(counts, 1)
+    return counts / labels.size, confidence_sums / denominators, correct_counts / denominators
 
 
 def calibration_error(labels, probabilities):
@@ -152,7 +150,7 @@ def calibration_error(labels, probabilities):
     return np.sum(share * np.abs(accuracy - confidence))
 
 
-# ---------------------------------------------------------------------------- report
+# ---------------------------------------------------------------- report
 
 
 def percent(x: np.ndarray) -> str:
@@ -160,7 +158,7 @@ def percent(x: np.ndarray) -> str:
 
 
 def show(results: dict, counts: np.ndarray, console: Console) -> None:
-    """Print the table: a row for each measure, a column for each loss."""
+    """Print the table: one row per measure, one column per loss."""
     rows = {
         f"recall {c} ({n})": [r["recall"][:, c] for r in results.values()]
         for c, n in enumerate(counts)
@@ -170,8 +168,8 @@ def show(results: dict, counts: np.ndarray, console: Console) -> None:
     seeds = len(rows["ECE"][0])
     table = Table(
         title="Balanced test set, in percent",
-        caption=f"Mean ± standard deviation, seeds: {seeds}; bold is the best mean, "
-        "significant or not. In brackets: the digit's count in training. ECE: expected "
+        caption=f"Mean ± standard deviation, seeds: {seeds}. Bold: the best mean, without a test "
+        "of significance. In brackets: number of training images of the digit. ECE: expected "
         "calibration error, lower is better.",
     )
     table.add_column("")
@@ -185,26 +183,26 @@ def show(results: dict, counts: np.ndarray, console: Console) -> None:
     console.print(table)
 
 
-@_style.applied()
+@style.applied()
 def plot_curves(results: dict, path: Path) -> None:
-    """Draw the training loss and the macro F1 against the steps."""
-    figure, (left, right) = _style.figure(1, 2)
+    """Draw the training loss and the macro F1 score against the step."""
+    figure, (left, right) = style.figure(1, 2)
     for (name, r), color in zip(results.items(), COLORS):
         for axes, curve in ((left, "loss"), (right, "macro_f1")):
             step, y = r["curves"]["step"], r["curves"][curve]
             low, high = np.quantile(y, (0.1, 0.9), axis=1)
             axes.plot(step, y.mean(1), color=color, label=name)
             axes.fill_between(step, low, high, color=color, alpha=0.12, linewidth=0)
-    left.set(yscale="log", ylabel="training loss (each its own scale)", xlabel="step")
-    right.set(ylabel="macro F1 on the balanced test set", xlabel="step")
-    right.legend(loc="lower right", title="mean, 10 % to 90 % of seeds")
+    left.set(yscale="log", ylabel="training loss (not comparable)", xlabel="step")
+    right.set(ylabel="macro F1, balanced test set", xlabel="step")
+    right.legend(loc="lower right", title="mean, 10 to 90 % quantile")
     figure.savefig(path)
 
 
-@_style.applied()
+@style.applied()
 def plot_reliability(results: dict, labels: np.ndarray, path: Path) -> None:
-    """Draw accuracy against confidence, and below how many predictions each bin has."""
-    figure, panels = _style.figure(
+    """Draw the accuracy and the share of predictions of each bin of confidence."""
+    figure, panels = style.figure(
         2, len(results), height=3.6, sharex=True, sharey="row", height_ratios=(3, 1)
     )
     for (top, bottom), (name, r), color in zip(panels.T, results.items(), COLORS):
@@ -213,26 +211,26 @@ def plot_reliability(results: dict, labels: np.ndarray, path: Path) -> None:
         edges = np.arange(share.size) / share.size
         bars = {"width": 1 / share.size, "align": "edge", "color": color, "edgecolor": "white"}
         top.bar(edges, accuracy, **bars)
-        top.plot([0, 1], [0, 1], color=_style.INK, linestyle="--", linewidth=1)
+        top.plot([0, 1], [0, 1], color=style.INK, linestyle="--", linewidth=1)
         top.set(xlim=(0, 1), ylim=(0, 1))
         top.set_title(name.replace("balanced ", "balanced\n"), fontsize="small")
         top.text(0.04, 0.9, f"ECE {percent(r['ece'])} %", fontsize=7)
         bottom.bar(edges, share, **bars)
         bottom.set(xlabel="confidence", yscale="log", ylim=(3e-5, 1))
     panels[0, 0].set_ylabel("accuracy")
-    panels[1, 0].set_ylabel("predictions")
+    panels[1, 0].set_ylabel("share")
     figure.savefig(path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=25, help="of training, then evaluation")
-    parser.add_argument("--steps", type=int, default=20, help="in each round")
+    parser.add_argument("--rounds", type=int, default=25, help="each ends with an evaluation")
+    parser.add_argument("--steps", type=int, default=20, help="per round")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--most", type=int, default=88, help="zeros in the training set")
-    parser.add_argument("--ratio", type=float, default=30.0, help="of zeros to nines in training")
+    parser.add_argument("--ratio", type=float, default=30.0, help="zeros per nine")
     parser.add_argument("--gamma", type=float, default=2.0)
     parser.add_argument("--beta", type=float, default=0.999, help="of class_balanced_alpha")
     parser.add_argument("--out", type=Path, default=Path("out/imbalanced_digits"))
@@ -252,13 +250,14 @@ def main(argv: list[str] | None = None) -> dict:
         "balanced focal loss": SoftmaxFocalLoss(gamma=args.gamma, alpha=alpha),
     }
 
-    fresh = start(args)
+    initial = start(args)
     console, results = Console(), {}
     with Progress(console=console) as progress:
         for name, loss in losses.items():
             task = progress.add_task(f"{name:22}", total=args.rounds * args.steps)
-            tick = partial(progress.advance, task)
-            curves, probabilities = train(loss, *nnx.clone(fresh), train_set, test_set, args, tick)
+            advance = partial(progress.advance, task)
+            state = nnx.clone(initial)
+            curves, probabilities = train(loss, *state, train_set, test_set, args, advance)
             results[name] = {
                 "curves": curves,
                 "probabilities": probabilities,

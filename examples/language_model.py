@@ -1,16 +1,21 @@
-"""Train a small language model over 32,768 tokens, with cross entropy and with focal losses.
+"""Train a small language model with a vocabulary of 32,768 tokens and three losses.
 
-The text is what ships with Python: the docstrings of its library and of some packages, and the
-language reference. A token is a word, blanks or marks; what is not in the vocabulary is spelled
-in bytes. The head is tied to the embedding, and its logits, 64 MiB for a batch of 512 tokens, are
-never held: `linear_softmax_focal_loss_with_integer_labels`.
+The text is the documentation that is installed with Python: the docstrings of the standard library
+and of some packages, and the language reference. A token is a word, white space or punctuation.
+Text outside the vocabulary is encoded in bytes. The kernel of the head is the embedding, and
+`linear_softmax_focal_loss_with_integer_labels` computes the loss without holding the logits, 64 MiB
+for a batch of 512 tokens, in memory.
 
-Half of the steps are cross entropy's. From there it goes on, and beside it the focal loss, which
-attends to what is not yet right (while everything is wrong, it is cross entropy: hence the common
-start), and dynamic fine-tuning, cross entropy weighted by the probability itself, which attends to
-what is right already (and while everything is wrong learns nothing).
+The first half of the steps is the same for all losses and uses cross entropy. The second half uses
 
-`--devices 8` trains the same on eight devices, those of the machine or of its CPU.
+    cross entropy
+    focal loss             gamma 2
+    dynamic fine-tuning    cross entropy, weighted by the probability of the true token
+
+The losses differ only in the second half because, as long as all predictions are wrong, the focal
+loss equals cross entropy, and the weights of dynamic fine-tuning are almost 0.
+
+`--devices 8` trains on eight devices of the machine or of its CPU.
 """
 
 import argparse
@@ -34,31 +39,32 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from focal_jax import _style, linear_softmax_focal_loss_with_integer_labels, reduce_loss
+from focal_jax import linear_softmax_focal_loss_with_integer_labels, reduce_loss
+from focal_jax.measure import style
 
 SOURCES = "python", "numpy", "flax", "optax", "sklearn"
-START = "half-way"  # what all the losses start from
-LOSSES = {  # and their options
+START = "half-way"  # the start of the second half
+LOSSES = {
     "cross entropy": {"gamma": 0},
     "focal loss": {"gamma": 2},
-    "dynamic fine-tuning": {"gamma": 0, "believed": True},
+    "dynamic fine-tuning": {"gamma": 0, "weight_by_probability": True},
 }
 TITLES = "Perplexity of held-out text", "Calibration error on held-out text, %"
 LENGTH, WIDTH, HEADS, LAYERS = 64, 128, 4, 2
-EDGES = 0, 10, 100, 1_000, 10_000  # how often tokens are in the training text, in groups
+EDGES = 0, 10, 100, 1_000, 10_000  # token groups, by the count in the training text
 
 
 def files(source: str) -> list[Path]:
-    """Return the Python files of a package, or of Python's own library, without the tests."""
+    """Return the Python files of a package, or of the standard library, without tests."""
     package = None if source == "python" else importlib.util.find_spec(source)
     root = Path(package.submodule_search_locations[0] if package else sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "test", "tests", "idle_test"}
-    return [x for x in sorted(root.rglob("*.py")) if not left_out & set(x.relative_to(root).parts)]
+    excluded = {"site-packages", "test", "tests", "idle_test"}
+    return [x for x in sorted(root.rglob("*.py")) if not excluded & set(x.relative_to(root).parts)]
 
 
 def documentation(path: Path) -> str:
-    """Return the docstrings of a file, and the long texts of Python's language reference."""
-    with warnings.catch_warnings(action="ignore"):  # of old escapes
+    """Return the docstrings of a file, and the strings of the language reference."""
+    with warnings.catch_warnings(action="ignore"):  # about invalid escapes
         tree = ast.parse(path.read_bytes())
     documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
@@ -68,12 +74,15 @@ def documentation(path: Path) -> str:
 
 
 def corpus(args: argparse.Namespace, progress: Progress) -> list[np.ndarray]:
-    """Return the tokens to train on, and those of every twentieth document, held out."""
+    """Return the training tokens, and the tokens of every 20th document, which is held out."""
     paths = [path for source in args.sources for path in files(source)]
     texts = [documentation(path) for path in progress.track(paths, description="reading")]
-    cut = [re.findall(r" ?\w+|\s+|[^\w\s]+", text) for text in texts if text]
-    parts = [[cut[i] for i in range(len(cut)) if (i % 20 == 19) == held] for held in (False, True)]
-    # The bytes, and after them the most frequent pieces that are there more than once.
+    pieces = [re.findall(r" ?\w+|\s+|[^\w\s]+", text) for text in texts if text]
+    parts = [
+        [pieces[i] for i in range(len(pieces)) if (i % 20 == 19) == held_out]
+        for held_out in (False, True)
+    ]
+    # The vocabulary is the bytes, then the most frequent pieces that occur more than once.
     counts = Counter(chain(*parts[0])).most_common(args.vocabulary - 256)
     token = {piece: [256 + i] for i, (piece, n) in enumerate(counts) if n > 1}
     tokens = ((token.get(x) or x.encode(errors="replace") for x in chain(*part)) for part in parts)
@@ -81,12 +90,12 @@ def corpus(args: argparse.Namespace, progress: Progress) -> list[np.ndarray]:
 
 
 def windows(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return stretches of `LENGTH` tokens, and the one that follows: `[N, LENGTH + 1]`."""
+    """Return sequences of `LENGTH` tokens and the next token, `[N, LENGTH + 1]`."""
     return tokens[starts[:, None] + np.arange(LENGTH + 1)]
 
 
 class Block(nnx.Module):
-    """Attention to earlier tokens, then a layer for each token by itself."""
+    """A transformer block: causal attention and a multilayer perceptron."""
 
     def __init__(self, rngs: nnx.Rngs):
         """Initialize the layers from `rngs`."""
@@ -96,13 +105,13 @@ class Block(nnx.Module):
         self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
 
     def __call__(self, x, mask):
-        """Return `x`, `[B, T, WIDTH]`, with what the layers add to it."""
+        """Return `x`, `[B, T, WIDTH]`, plus the outputs of the layers."""
         x += self.attention(self.norms[0](x), mask=mask)
         return x + self.down(jax.nn.gelu(self.up(self.norms[1](x))))
 
 
 class LanguageModel(nnx.Module):
-    """A transformer that gives features; the embedding is also the head's kernel."""
+    """A transformer that returns features. The head is tied to the embedding."""
 
     def __init__(self, vocabulary: int, rngs: nnx.Rngs):
         """Initialize the layers from `rngs`."""
@@ -112,7 +121,7 @@ class LanguageModel(nnx.Module):
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
 
     def __call__(self, tokens):
-        """Return the features `[B, T, WIDTH]` that the next tokens are told from."""
+        """Return the features `[B, T, WIDTH]` of the head."""
         x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[1]))
         mask = nnx.make_causal_mask(tokens)
         for block in self.blocks:
@@ -121,36 +130,36 @@ class LanguageModel(nnx.Module):
 
     @property
     def kernel(self):
-        """Return the kernel of the head, `[WIDTH, vocabulary]`: no copy, only a view."""
-        return self.embedding.embedding[...].T
+        """Return the transposed kernel of the head, `[vocabulary, WIDTH]`."""
+        return self.embedding.embedding[...]
 
 
-def mean_loss(model: LanguageModel, windows, *, gamma: float, believed: bool = False):
-    """Return this device's share of the mean loss: the mean over the devices is that of all."""
+def mean_loss(model: LanguageModel, windows, *, gamma: float, weight_by_probability: bool = False):
+    """Return the contribution of this device, whose mean over the devices is the mean loss."""
     losses = linear_softmax_focal_loss_with_integer_labels(
-        model(windows[:, :-1]), model.kernel, windows[:, 1:], gamma=gamma
+        model(windows[:, :-1]), model.kernel, windows[:, 1:], gamma=gamma, transpose_kernel=True
     )
-    # Cross entropy is -log p. As a weight the probability is not differentiated.
-    weights = lax.stop_gradient(jnp.exp(-losses)) if believed else None
+    # The loss with gamma 0 is -log p.
+    weights = lax.stop_gradient(jnp.exp(-losses)) if weight_by_probability else None
     return reduce_loss(losses, weights=weights, normalization="mean", axis_name="data")
 
 
 def training_step(mesh: Mesh, **options):
-    """Return a step that is taken on all the devices of a mesh, each with a part of the batch."""
+    """Return a training step on all devices of a mesh, each with a shard of the batch."""
 
-    def whole_loss(model, windows):
+    def global_loss(model, windows):
         structure, parameters = nnx.split(model)
 
-        def share(parameters, windows):
+        def device_loss(parameters, windows):
             model = nnx.merge(structure, parameters)
             return lax.pmean(mean_loss(model, windows, **options), "data")
 
         specs = {"in_specs": (P(), P("data")), "out_specs": P()}
-        return jax.shard_map(share, mesh=mesh, **specs)(parameters, windows)
+        return jax.shard_map(device_loss, mesh=mesh, **specs)(parameters, windows)
 
     @nnx.jit
     def step(model, optimizer, windows):
-        value, gradients = nnx.value_and_grad(whole_loss)(model, windows)
+        value, gradients = nnx.value_and_grad(global_loss)(model, windows)
         optimizer.update(model, gradients)
         return value
 
@@ -159,40 +168,40 @@ def training_step(mesh: Mesh, **options):
 
 @nnx.jit
 def predict(model: LanguageModel, windows, members):
-    """Return of each next token -log p, the greatest p, whether it has that, and each group's p."""
-    log_p = jax.nn.log_softmax(model(windows[:, :-1]) @ model.kernel)
+    """Return -log p, the confidence, whether the prediction is correct, and p of each group."""
+    log_p = jax.nn.log_softmax(model(windows[:, :-1]) @ model.kernel.T)
     p, labels = jnp.exp(log_p), windows[:, 1:]
-    surprise = -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
-    return surprise, p.max(-1), p.argmax(-1) == labels, p @ members
+    losses = -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    return losses, p.max(-1), p.argmax(-1) == labels, p @ members
 
 
-def calibration_error(confidence: np.ndarray, happened: np.ndarray, bins: int = 15) -> float:
-    """Return the expected calibration error, in bins of equally many predictions."""
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    """Return the expected calibration error, with the same number of predictions per bin."""
     order = np.argsort(confidence, axis=None)
-    parts = np.array_split((confidence - happened).ravel()[order], bins)
+    parts = np.array_split((confidence - correct).ravel()[order], bins)
     return float(sum(abs(part.sum()) for part in parts)) / order.size
 
 
-def measures(found, groups: np.ndarray) -> np.ndarray:
-    """Return perplexity and calibration error, %: of all the tokens, then of each group's.
+def measures(predictions, groups: np.ndarray) -> np.ndarray:
+    """Return the perplexities and the calibration errors in percent: of all tokens, of each group.
 
-    A group's error is that of the probability that the next token is one of the group. (Of the
-    tokens that turned out to be rare, any honest forecast of a token is too sure.)
+    The calibration error of a group is that of the event that the next token belongs to the group.
+    (The confidence in a token would be biased after a selection by that token.)
     """
-    surprise, confidence, right, likely = (np.concatenate(x) for x in zip(*found))
-    rows = [(surprise.mean(), calibration_error(confidence, right))]
-    for group in range(likely.shape[-1]):
-        own = groups == group
-        mean = surprise[own].mean() if own.any() else np.nan
-        rows.append((mean, calibration_error(likely[..., group], own)))
-    surprise, error = np.array(rows).T
-    return np.stack([np.exp(surprise), 100 * error])
+    losses, confidence, correct, group_p = (np.concatenate(x) for x in zip(*predictions))
+    rows = [(losses.mean(), calibration_error(confidence, correct))]
+    for group in range(group_p.shape[-1]):
+        in_group = groups == group
+        mean = losses[in_group].mean() if in_group.any() else np.nan
+        rows.append((mean, calibration_error(group_p[..., group], in_group)))
+    means, errors = np.array(rows).T
+    return np.stack([np.exp(means), 100 * errors])
 
 
 def show(names: list[str], shares: np.ndarray, results: dict[str, np.ndarray], console: Console):
     """Print a table of the perplexities and one of the calibration errors."""
     for which, title in enumerate(TITLES):
-        table = Table("seen in training", "share, %", *results, title=title)
+        table = Table("count in training", "share, %", *results, title=title)
         for row, (name, share) in enumerate(zip(names, shares)):
             cells = (f"{result[which, row]:,.{1 + which}f}" for result in results.values())
             table.add_row(name, f"{share:.1f}", *cells)
@@ -201,10 +210,10 @@ def show(names: list[str], shares: np.ndarray, results: dict[str, np.ndarray], c
         console.print(table)
 
 
-@_style.applied()
+@style.applied()
 def plot(names: list[str], results: dict[str, np.ndarray], path: Path) -> None:
-    """Draw both measures of each group of tokens."""
-    figure, axes = _style.figure(1, 2, width=13, height=4)
+    """Draw both measures for each group of tokens."""
+    figure, axes = style.figure(1, 2, width=13, height=4)
     for axis, title in zip(axes, TITLES):
         axis.set(title=title, yscale="log")
         axis.set_xticks(range(len(names)), names, fontsize=8)
@@ -219,13 +228,15 @@ def plot(names: list[str], results: dict[str, np.ndarray], path: Path) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="of each loss, half of them shared")
+    parser.add_argument("--steps", type=int, default=400, help="half of them with cross entropy")
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=8, help="a multiple of the devices")
+    parser.add_argument("--batch", type=int, default=8, help="a multiple of --devices")
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--losses", nargs="+", default=[*LOSSES], choices=LOSSES)
-    parser.add_argument("--held-out", type=int, default=32, help="batches to measure on")
-    parser.add_argument("--sources", nargs="+", default=SOURCES, help="python, or packages")
+    parser.add_argument("--held-out", type=int, default=32, help="number of test batches")
+    parser.add_argument(
+        "--sources", nargs="+", default=SOURCES, help="python, or names of packages"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/language_model"))
     args = parser.parse_args(argv)
@@ -237,10 +248,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> tuple[dict, dict[str, np.ndarray]]:
-    """Return each loss's values, step by step, and its measures."""
+    """Return the training losses and the measures, by the name of the loss."""
     args, console = parse(argv), Console()
     mesh = Mesh(np.array(jax.devices()[: args.devices]), ("data",))
-    split = NamedSharding(mesh, P("data"))
+    sharding = NamedSharding(mesh, P("data"))
     step = {name: training_step(mesh, **options) for name, options in LOSSES.items()}
     step[START] = step["cross entropy"]
 
@@ -255,27 +266,27 @@ def main(argv: list[str] | None = None) -> tuple[dict, dict[str, np.ndarray]]:
         groups = group_of[test[:, 1:]]
 
         rate = optax.cosine_decay_schedule(3e-3, args.steps)
-        # XLA compiles the default generator for many seconds, this one for one.
+        # XLA compiles the default generator in many seconds, this one in one second.
         key = jax.random.key(args.seed, impl="unsafe_rbg")
         model = LanguageModel(args.vocabulary, nnx.Rngs(key))
         optimizer = nnx.Optimizer(model, optax.adam(rate), wrt=nnx.Param)
 
         def train(name, steps):
-            """Train a copy of what is there so far, on the same batches whatever the loss."""
+            """Train a copy of the model. The batches do not depend on the loss."""
             state, values = nnx.clone((model, optimizer)), []
             task = progress.add_task(f"{name}: compiling", total=len(steps))
             for i in steps:
                 random = np.random.default_rng((args.seed, i))
                 at = random.integers(len(training) - LENGTH, size=args.batch)
-                batch = jax.device_put(windows(training, at), split)
+                batch = jax.device_put(windows(training, at), sharding)
                 values.append(float(step[name](*state, batch)))
                 progress.update(task, advance=1, description=f"{name}: {values[-1]:.3f}")
             return *state, values
 
         def evaluate(name, model):
             parts = progress.track(test.reshape(-1, args.batch, LENGTH + 1), description=name)
-            found = (predict(model, jax.device_put(x, split), members) for x in parts)
-            return measures(found, groups)
+            predictions = (predict(model, jax.device_put(x, sharding), members) for x in parts)
+            return measures(predictions, groups)
 
         curves, results, half = {}, {}, args.steps // 2
         model, optimizer, curves[START] = train(START, range(half))
@@ -283,11 +294,11 @@ def main(argv: list[str] | None = None) -> tuple[dict, dict[str, np.ndarray]]:
         for name in args.losses:
             trained, _, curves[name] = train(name, range(half, args.steps))
             results[name] = evaluate(f"{name}: held-out text", trained)
-    names = ["all", *(f"{a:,} to {b - 1:,}" for a, b in pairwise(EDGES)), f"{EDGES[-1]:,} up"]
+    names = ["all", *(f"{a:,} to {b - 1:,}" for a, b in pairwise(EDGES)), f"{EDGES[-1]:,} or more"]
     shares = [100, *(100 * np.mean(groups == group) for group in range(len(EDGES)))]
     show(names, shares, results, console)
     plot(names, results, args.out / "language_model.png")
-    console.print(f"Picture: {args.out / 'language_model.png'}", soft_wrap=True)
+    console.print(f"Figure: {args.out / 'language_model.png'}", soft_wrap=True)
     return curves, results
 
 

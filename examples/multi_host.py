@@ -1,13 +1,13 @@
-"""Train the same steps on one device, on eight, and on two processes, and compare the losses.
+"""Train the same steps on one device, on eight devices and in two processes; compare the losses.
 
-A small Flax classifier learns scikit-learn's digits, many of which have lost their label, and
-more of them in the first half of each batch than in the second: the devices count unevenly,
-and still every layout has the loss of one device. Each layout is a run of this program's
-`train` in processes of its own, which talk over the loopback as hosts do over a network:
+A small Flax classifier is trained on the digits of scikit-learn. Some labels are missing, and more
+are missing in the first half of a batch than in the second, so the devices have different numbers
+of valid labels. The loss is still that of one device. Each layout runs `train` of this program in
+its own processes, which communicate over the loopback interface as hosts do over a network:
 
     python examples/multi_host.py --steps 20
 
-On machines of your own, start it once on each, with the address of the first:
+On several machines, start the program once per machine with the address of the first one:
 
     python examples/multi_host.py --join 10.0.0.1:9000 PROCESSES RANK
 """
@@ -36,18 +36,18 @@ from sklearn.datasets import load_digits
 
 from focal_jax.nnx import SoftmaxFocalLoss
 
-LAYOUTS = {  # processes, and devices of each
+LAYOUTS = {  # number of processes, devices per process
     "1 device": (1, 1),
     "8 devices": (1, 8),
     "2 processes of 2 devices": (2, 2),
 }
 
 
-# -------------------------------------------------------------------- one process
+# ---------------------------------------------------------------- one process
 
 
 def batches(steps: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield images and labels; the earlier in its batch, the likelier a label is -1."""
+    """Yield images and labels. A label is -1 with a probability that falls along the batch."""
     digits = load_digits()
     images = (digits.data / 16).astype(np.float32)
     random = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def batches(steps: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def create():
     """Return a classifier and its optimizer."""
-    # XLA compiles the default generator for many seconds, this one for one.
+    # XLA compiles the default generator in many seconds, this one in one second.
     rngs = nnx.Rngs(jax.random.key(0, impl="unsafe_rbg"))
     model = nnx.Sequential(nnx.Linear(64, 32, rngs=rngs), nnx.relu, nnx.Linear(32, 10, rngs=rngs))
     return model, nnx.Optimizer(model, optax.sgd(0.5, momentum=0.9), wrt=nnx.Param)
@@ -67,7 +67,7 @@ def create():
 
 @nnx.jit
 def step(model, optimizer, images, labels):
-    """Take a step of gradient descent; nothing in here knows of devices or processes."""
+    """Take a step of gradient descent. The code is the same for one device and for many."""
     focal = SoftmaxFocalLoss(gamma=2.0, ignore_label=-1)
     loss, gradients = nnx.value_and_grad(lambda model: focal(model(images), labels))(model)
     optimizer.update(model, gradients)
@@ -75,27 +75,27 @@ def step(model, optimizer, images, labels):
 
 
 def train(address: str, processes: int, rank: int, steps: int, size: int) -> None:
-    """Train as one of the processes; print the loss of each step as a line of JSON."""
+    """Train as one of the processes; print the loss of each step as one line of JSON."""
     jax.distributed.initialize(address, processes, rank, cluster_detection_method="deactivate")
     mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
-    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
+    sharded, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
 
-    # Made where it is to be: on every device of every process, the same since the key is.
-    model, optimizer = nnx.jit(create, out_shardings=whole)()
+    # Every device of every process computes the same parameters from the same key.
+    model, optimizer = nnx.jit(create, out_shardings=replicated)()
     for batch in batches(steps, size):
-        # A process hands in its own rows: on real hosts it would load no others.
+        # Each process passes its own rows. On real hosts it would load only those.
         rows = [
-            jax.make_array_from_process_local_data(split, np.split(x, processes)[rank])
+            jax.make_array_from_process_local_data(sharded, np.split(x, processes)[rank])
             for x in batch
         ]
         print(json.dumps({"loss": float(step(model, optimizer, *rows))}), flush=True)
 
 
-# ------------------------------------------------------------------ all processes
+# ---------------------------------------------------------------- all processes
 
 
 def free_address() -> str:
-    """Return a loopback address with a port that is free."""
+    """Return a loopback address with a free port."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return "{}:{}".format(*server.getsockname())
@@ -104,24 +104,27 @@ def free_address() -> str:
 def launch(
     command: Sequence[str], processes: int, devices: int, timeout: float, **env: str
 ) -> list[list[dict[str, Any]]]:
-    """Run a command in several processes at once, each with CPU devices of its own.
+    """Run a command in several processes, each with its own CPU devices.
+
+    All processes have ended when this function returns or raises.
 
     Args:
-      command: what to run, as an argument list; the coordinator's address, the number of
-        processes and the process's rank are appended to it.
-      processes: how many.
-      devices: the CPU devices of each.
-      timeout: seconds after which to give up.
-      **env: more environment variables.
+      command: the argument list. The address of the coordinator, the number of processes and
+        the rank of the process are appended.
+      processes: the number of processes.
+      devices: the number of CPU devices per process.
+      timeout: in seconds, for all processes together.
+      **env: additional environment variables.
 
     Returns:
-      For each process the lines of JSON objects that it printed.
+      For each process, the JSON objects that it printed.
 
     Raises:
-      RuntimeError: a process failed, or all together took too long; with what they wrote
-        to stderr. None is left running, whether this returns or raises.
+      RuntimeError: if a process fails or the time is over. The message holds the stderr of the
+        processes.
     """
-    # A proxy has no part in the loopback; a process finds what this one finds.
+    # The processes connect over the loopback interface without a proxy and import from the same
+    # paths as this one.
     own = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     own |= {"PYTHONPATH": os.pathsep.join(sys.path)}
     own |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
@@ -140,41 +143,41 @@ def launch(
             stack.callback(process.kill)
             running[rank] = process
 
-        def complain(ranks: Sequence[int], what: str):
-            said = (f"process {i}:\n{(folder / f'{i}.err').read_text()}" for i in ranks)
-            raise RuntimeError("\n".join([f"process {ranks} of {processes} {what}", *said]))
+        def fail(ranks: Sequence[int], what: str):
+            errors = (f"process {i}:\n{(folder / f'{i}.err').read_text()}" for i in ranks)
+            raise RuntimeError("\n".join([f"process {ranks} of {processes} {what}", *errors]))
 
         while running:
             codes = {rank: process.poll() for rank, process in running.items()}
             if failed := [rank for rank, code in codes.items() if code]:
-                complain(failed, f"failed with code {[codes[rank] for rank in failed]}")
+                fail(failed, f"failed with code {[codes[rank] for rank in failed]}")
             running = {rank: running[rank] for rank, code in codes.items() if code is None}
             if running and time.monotonic() > end:
-                complain(list(running), f"had not ended after {timeout} s")
+                fail(list(running), f"had not ended after {timeout} s")
             time.sleep(0.05)
-        # The collectives' library prints to stdout as well.
+        # The library of the collectives prints other lines to stdout.
         outputs = [(folder / f"{rank}.out").read_text() for rank in range(processes)]
         lines = [[x for x in text.splitlines() if x.startswith("{")] for text in outputs]
         return [[json.loads(x) for x in process] for process in lines]
 
 
 def compare(losses: dict[str, np.ndarray]) -> np.ndarray:
-    """Return each step's greatest relative difference from the first layout.
+    """Return the largest relative difference to the first layout, for each step.
 
-    `losses` has an array `[processes, steps]` for each layout.
+    `losses` holds an array `[processes, steps]` per layout.
     """
     (first,), *_ = losses.values()
     return np.max([np.abs(x / first - 1).max(0) for x in losses.values()], 0)
 
 
 def show(losses: dict[str, np.ndarray], differences: np.ndarray, console: Console) -> None:
-    """Print the table: a row for each step, a column for each layout."""
+    """Print the table: one row per step, one column per layout."""
     table = Table(
         "step",
         *losses,
         "difference",
         title="Focal loss of each training step",
-        caption="Difference: the greatest of all processes from the first column, relative.",
+        caption="Difference: the largest relative difference to the first column.",
     )
     for column in table.columns:
         column.justify = "right"
@@ -188,13 +191,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64, help="a multiple of 8")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="relative, on each loss")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for each layout")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="relative, for each loss")
+    parser.add_argument("--timeout", type=float, default=120, help="in seconds, per layout")
     parser.add_argument(
         "--join",
         nargs=3,
         metavar=("ADDRESS", "PROCESSES", "RANK"),
-        help="be one process of a run, and only print its losses",
+        help="run as one process and only print its losses",
     )
     return parser.parse_args(argv)
 
@@ -214,7 +217,7 @@ def main(argv: list[str] | None = None) -> dict[str, np.ndarray] | None:
     differences = compare(losses)
     show(losses, differences, console)
     summary = f"greatest difference {differences.max():.1e}, tolerance {args.tolerance:.0e}"
-    if not differences.max() <= args.tolerance:  # NaN is no agreement
+    if not differences.max() <= args.tolerance:  # also true for NaN
         sys.exit(f"The layouts disagree: {summary}")
     console.print(f"The layouts agree: {summary}")
     return losses

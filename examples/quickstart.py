@@ -1,4 +1,4 @@
-"""From data to a trained network with one focal loss: copy this, and put in your own.
+"""Train a classifier with the focal loss: a minimal script to copy.
 
 python examples/quickstart.py
 """
@@ -23,7 +23,7 @@ model = nnx.Sequential(
     nnx.Linear(128, 10, rngs=nnx.Rngs(1)),
 )
 optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
-focal = focal_jax.nnx.SoftmaxFocalLoss(gamma=2.0)  # the mean over the labels of the batch
+focal = focal_jax.nnx.SoftmaxFocalLoss(gamma=2.0)  # returns the mean over the batch
 
 
 @nnx.jit
@@ -41,4 +41,4 @@ for step in range(300):
         print(f"step {step}: loss {loss:.3f}")
 
 accuracy = float((jax.jit(model)(test_images).argmax(-1) == test_labels).mean())
-print(f"{100 * accuracy:.1f} % of digits never trained on are told rightly")
+print(f"test accuracy: {100 * accuracy:.1f} %")

@@ -1,9 +1,9 @@
-"""Label every pixel of canvases of digits, with cross entropy and with focal losses.
+"""Train a segmentation network on canvases of digits with cross entropy and focal losses.
 
-Most pixels are background. The ink of a digit has the digit's class; its soft edge is void,
-and so is not labelled: `ignore_label` takes it out of the loss. The network gives one plane a
-class, `[B, C, H, W]`, so `axis` is 1. Class-balanced weights come from the training pixels.
-Each loss has the same seeds: of the scenes, the weights and the batches.
+Most pixels are background. The pixels of a digit have the class of the digit. The blurred edge of
+a digit is not labelled: its label is 255, which is the `ignore_label`. The network returns one
+plane of logits per class, `[B, C, H, W]`, so the class axis is 1. Class-balanced weights are
+computed from the training pixels. All losses use the same scenes, initial weights and batches.
 
     python -m examples.segmentation --out out/segmentation
 """
@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from examples.retinanet_digits.data import digits, draw, enlarged, find_room
+from examples.retinanet_digits.data import crop_and_scale, digits, draw, find_room
 from examples.retinanet_digits.pretrain import fast_rngs
-from focal_jax import _style
+from focal_jax.measure import style
 from focal_jax.nnx import SoftmaxFocalLoss
 from focal_jax.training import class_balanced_alpha
 
-CLASSES = 11  # the background, and ten digits
+CLASSES = 11  # background and ten digits
 VOID = 255
 SIZE = 64
 
@@ -41,7 +41,7 @@ def scene(part: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarra
     picture = random.uniform(0, 0.4, (SIZE, SIZE)).astype(np.float32)
     classes, free = np.zeros((SIZE, SIZE), np.uint8), np.ones((SIZE, SIZE), bool)
     for chosen in random.integers(len(images), size=random.integers(2, 9)):
-        patch = enlarged(images[chosen], random.uniform(14, 30))
+        patch = crop_and_scale(images[chosen], random.uniform(14, 30))
         if corner := find_room(patch, free, random):
             place = draw(picture, patch, *corner, random.uniform(0.6, 1))
             classes[place][patch > 0.2] = VOID
@@ -50,7 +50,7 @@ def scene(part: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarra
 
 
 def scenes(part: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return `count` images and their classes."""
+    """Return `count` images and the classes of their pixels."""
     random = np.random.default_rng((seed, part == "test"))
     images, classes = zip(*(scene(part, random) for _ in range(count)))
     return np.stack(images), np.stack(classes)
@@ -60,7 +60,7 @@ _conv = partial(nnx.Conv, kernel_size=(3, 3), use_bias=False)
 
 
 class Stage(nnx.Module):
-    """Halve the resolution."""
+    """Two convolutions that halve the resolution."""
 
     def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
         """Initialize the layers from `rngs`."""
@@ -69,14 +69,14 @@ class Stage(nnx.Module):
         self.norms = nnx.List([nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs) for _ in range(2)])
 
     def __call__(self, x):
-        """Return features of half the height and width."""
+        """Return features of half the height and half the width."""
         for layer, norm in zip((self.down, self.mix), self.norms):
             x = nnx.relu(norm(layer(x)))
         return x
 
 
 class Segmenter(nnx.Module):
-    """A plane of logits for each class, from features at three resolutions."""
+    """A network with one plane of logits per class and features at three resolutions."""
 
     def __init__(self, rngs: nnx.Rngs, width: int = 24):
         """Initialize the layers from `rngs`."""
@@ -101,7 +101,7 @@ class Segmenter(nnx.Module):
 
 
 def make_step(loss: SoftmaxFocalLoss):
-    """Return a jitted step of training, which serves all seeds."""
+    """Return a jitted training step, which all seeds share."""
 
     @nnx.jit
     def step(model, optimizer, images, classes):
@@ -112,16 +112,16 @@ def make_step(loss: SoftmaxFocalLoss):
     return step
 
 
-def train(step, data, optimization, seed: int, args: argparse.Namespace, tick):
-    """Return a trained network and its losses."""
+def train(step, data, transformation, seed: int, args: argparse.Namespace, advance):
+    """Return a trained network and the loss of each step."""
     model = Segmenter(fast_rngs(seed))
-    optimizer = nnx.Optimizer(model, optimization, wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
     random, losses = np.random.default_rng(seed), []
     for _ in range(args.steps):
         batch = random.integers(args.scenes, size=args.batch)
         losses.append(float(step(model, optimizer, *(x[batch] for x in data))))
-        tick()
-    model.eval()  # from here on, normalize by the statistics of training
+        advance()
+    model.eval()  # batch norm uses the running statistics from here on
     return model, losses
 
 
@@ -132,31 +132,32 @@ def predict(model: Segmenter, images):
 
 
 def mean_iou(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Return the mean over the classes of intersection over union, void pixels left out."""
-    known = truth != VOID
-    pairs = CLASSES * truth[known].astype(int) + predicted[known]
+    """Return the intersection over union, averaged over the classes, without void pixels."""
+    labelled = truth != VOID
+    pairs = CLASSES * truth[labelled].astype(int) + predicted[labelled]
     confusion = np.bincount(pairs, minlength=CLASSES**2).reshape(CLASSES, CLASSES)
-    both = np.diag(confusion)
-    return float(np.mean(both / np.maximum(confusion.sum(0) + confusion.sum(1) - both, 1)))
+    intersection = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - intersection
+    return float(np.mean(intersection / np.maximum(union, 1)))
 
 
-@_style.applied()
+@style.applied()
 def plot(images, truth, predictions: dict[str, np.ndarray], path: Path, rows: int = 4) -> None:
-    """Draw a few images, the truth with void in grey, and each network's answer."""
+    """Draw a few images, their labels, and the predictions of each network."""
     palette = np.zeros((256, 3))
     palette[1:CLASSES] = matplotlib.colormaps["tab20"](np.r_[0:14:2, 16:22:2])[:, :3]
     palette[VOID] = 0.5
-    columns = {"image": np.repeat(images / 255, 3, -1), "truth": palette[truth]}
+    columns = {"image": np.repeat(images / 255, 3, -1), "labels": palette[truth]}
     columns |= {name: palette[predicted] for name, predicted in predictions.items()}
-    figure, axes = _style.figure(rows, len(columns), height=1.2 * rows + 0.7)
+    figure, axes = style.figure(rows, len(columns), height=1.2 * rows + 0.7)
     for panels, (name, pictures) in zip(axes.T, columns.items()):
         panels[0].set_title(name.replace("balanced ", "balanced\n"), fontsize="small")
         for panel, picture in zip(panels, pictures):
             panel.imshow(picture)
             panel.set_axis_off()
-    names = ["background", *map(str, range(CLASSES - 1)), "void: not labelled"]
+    names = ["background", *map(str, range(CLASSES - 1)), "void"]
     patches = [
-        Patch(facecolor=palette[i], edgecolor=_style.INK, label=name)
+        Patch(facecolor=palette[i], edgecolor=style.INK, label=name)
         for i, name in zip([*range(CLASSES), VOID], names)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(names), columnspacing=0.9,
@@ -181,7 +182,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return of each loss function the training losses `[seeds, steps]` and the mean IoUs."""
+    """Return the training losses `[seeds, steps]` and the mean IoUs `[seeds]` of each loss."""
     args = parse(argv)
     seeds = range(args.seeds)
     data, tests = (
@@ -197,12 +198,12 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[np.ndarray, np.ndarra
         "focal loss": SoftmaxFocalLoss(gamma=args.gamma, **pixels),
         "balanced focal loss": SoftmaxFocalLoss(gamma=args.gamma, alpha=alpha, **pixels),
     }
-    optimization = optax.adam(optax.cosine_decay_schedule(args.learning_rate, args.steps))
+    transformation = optax.adam(optax.cosine_decay_schedule(args.learning_rate, args.steps))
     console, results, predictions, several = Console(), {}, {}, args.seeds > 1
     table = Table(
         "",
         "mean IoU, %",
-        title=f"{args.test_scenes} scenes of digits never trained on",
+        title=f"Segmentation of {args.test_scenes} test scenes",
         caption=f"Mean ± standard deviation of {args.seeds} seeds." if several else "One seed.",
     )
     with Progress(console=console) as progress:
@@ -210,18 +211,18 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[np.ndarray, np.ndarra
             task = progress.add_task(f"{name:22}", total=args.seeds * args.steps)
             step, curves, scores = make_step(function), [], []
             for seed in seeds:
-                tick = partial(progress.advance, task)
-                model, losses = train(step, data[seed], optimization, seed, args, tick)
+                advance = partial(progress.advance, task)
+                model, losses = train(step, data[seed], transformation, seed, args, advance)
                 predicted = np.asarray(predict(model, tests[seed][0]))
-                predictions.setdefault(name, predicted)  # the first seed's are drawn
+                predictions.setdefault(name, predicted)  # the figure shows the first seed
                 curves.append(losses)
                 scores.append(mean_iou(tests[seed][1], predicted))
             results[name] = np.array(curves), np.array(scores)
-            spread = f" ± {100 * np.std(scores, ddof=1):.1f}" if several else ""
-            table.add_row(name, f"{100 * np.mean(scores):.1f}{spread}")
+            deviation = f" ± {100 * np.std(scores, ddof=1):.1f}" if several else ""
+            table.add_row(name, f"{100 * np.mean(scores):.1f}{deviation}")
     console.print(table)
     plot(*tests[0], predictions, args.out / "segmentation.png")
-    console.print(f"Picture: {args.out / 'segmentation.png'}", soft_wrap=True)
+    console.print(f"Figure: {args.out / 'segmentation.png'}", soft_wrap=True)
     return results
 
 

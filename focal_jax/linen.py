@@ -1,8 +1,9 @@
 """Losses followed by `focal_jax.reduce_loss`, as Flax linen modules without parameters.
 
 `normalization` and `axis_name` are arguments of `reduce_loss`; `loss_weight` multiplies the result.
-The other arguments are options of the loss. They are static fields, unless they are traced.
-A constructor raises `InputError` if an argument is invalid for every input.
+The other arguments are options of the loss. They are static fields, unless they are traced. A
+mask and an `ignore_label` apply to the losses and to the denominator. A constructor raises
+`InputError` if an argument is invalid for every input.
 """
 
 from collections.abc import Callable

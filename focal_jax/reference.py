@@ -14,6 +14,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -63,12 +64,15 @@ def plain(formula: Callable[..., Any]) -> Callable[..., Any]:
 def from_formula(declaration: Loss, formula: Callable[..., Any]) -> Callable[..., Any]:
     """Return a plain JAX loss with the signature of the declared loss."""
     signature = inspect.signature(declaration.function)
+    declared = dict(declaration.options)
+    if declaration.has_class_axis and declaration.kind != "region":
+        declared.pop("alpha", None)  # the class weight, which is not an argument of the formula
 
     def loss(*args, **keywords):
         bound = signature.bind(*args, **keywords)
         bound.apply_defaults()
         by_kind = _BY_KIND[declaration.kind]
-        return by_kind(formula, declaration.options, **bound.arguments)
+        return by_kind(formula, declared, SimpleNamespace(**bound.arguments))
 
     loss.__name__ = loss.__qualname__ = declaration.name
     loss.__doc__ = (
@@ -235,18 +239,15 @@ def _real(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> Array:
     return jnp.where(where, jnp.broadcast_to(x, where.shape).astype(dtype), 1)
 
 
-def _options(
-    declared: Mapping[str, Option], given: Mapping[str, Any], where: Array, dtype: jnp.dtype
-) -> dict[str, Any]:
+def _options(declared: Mapping[str, Option], a: Any, where: Array, dtype: Any) -> dict[str, Any]:
     """Return the options at every position; Python exponents and flags as they are."""
     out = {}
     for name, option in declared.items():
-        x = given[name]
-        option.check(name, x)
-        if option.kind == "mask":
-            out[name] = None if x is None else _mask(x, where.shape, name)
-        elif x is None or option.kind == "flag":
+        x = option.check(name, getattr(a, name))
+        if x is None or option.kind == "flag":
             out[name] = x
+        elif option.kind == "mask":
+            out[name] = _mask(x, where.shape, name)
         elif option.kind == "exponent" and isinstance(x, numbers.Real):
             out[name] = float(x)
         else:
@@ -255,8 +256,7 @@ def _options(
 
 
 def _class_weights(alpha: ArrayLike | None, dtype: jnp.dtype, num_classes: int) -> Array | None:
-    CLASS_WEIGHTS.check("alpha", alpha)
-    if alpha is None:
+    if CLASS_WEIGHTS.check("alpha", alpha) is None:
         return None
     return arguments.class_weights(alpha, num_classes, dtype).astype(dtype)
 
@@ -265,37 +265,36 @@ def _weighted(alpha: Array | None, loss: Array) -> Array:
     return loss if alpha is None else alpha * loss
 
 
-def _without_alpha(declared: Mapping[str, Option]) -> dict[str, Option]:
-    return {name: option for name, option in declared.items() if name != "alpha"}
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
 
 
 # ---------------------------------------------------------------- from a formula to a loss
+# Each function takes the formula, the declaration, and the arguments of the call as attributes.
 
 
-def _elementwise(formula, declared, *, logits, labels, where, **options) -> Array:
-    z = _float("logits", logits)
-    where = _mask(where, z.shape)
-    y = _real("labels", labels, where, z.dtype)
+def _elementwise(formula, declared, a) -> Array:
+    z = _float("logits", a.logits)
+    where = _mask(a.where, z.shape)
+    y = _real("labels", a.labels, where, z.dtype)
     z = jnp.where(where, z, 0)
-    losses = formula(_JAX, z, y, **_options(declared, options, where, z.dtype))
+    losses = formula(_JAX, z, y, **_options(declared, a, where, z.dtype))
     losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
     return jnp.where(where, losses, 0)
 
 
-def _distribution(formula, declared, *, logits, labels, alpha, axis, where, **options) -> Array:
-    z = _float("logits", logits)
-    axis = arguments.static_axis(axis, z.ndim)
-    y = arguments.real_array("labels", labels)
+def _distribution(formula, declared, a) -> Array:
+    z, y = _float("logits", a.logits), arguments.real_array("labels", a.labels)
+    axis = arguments.static_axis(a.axis, z.ndim)
     arguments.check_shape("labels", y, z.shape, "a distribution over the classes, as the logits")
-    where = _mask(where, z.shape[:axis] + z.shape[axis + 1 :])
+    where = _mask(a.where, _without(z.shape, axis))
     inside = jnp.broadcast_to(jnp.expand_dims(where, axis), z.shape)
     z, y = jnp.where(inside, z, 0), jnp.where(inside, y.astype(z.dtype), 0)
-    options = _over_classes(_options(_without_alpha(declared), options, where, z.dtype), z, axis)
-    alpha = _class_weights(alpha, z.dtype, z.shape[axis])
+    options = _over_classes(_options(declared, a, where, z.dtype), z, axis)
+    alpha = _class_weights(a.alpha, z.dtype, z.shape[axis])
     if alpha is not None:
         alpha = lax.broadcast_in_dim(alpha, z.shape, (axis,) if alpha.ndim else ())
         alpha = jnp.where(inside, alpha, 1)
-
     log_p = jax.nn.log_softmax(z, axis)
     # A class with weight 0 contributes 0, also where log p is -inf.
     weightless = (y == 0) | (alpha == 0) if alpha is not None else y == 0
@@ -313,65 +312,50 @@ def _over_classes(options: Mapping[str, Any], z: Array, axis: int) -> dict[str, 
     }
 
 
-def _integer(
-    formula,
-    declared,
-    *,
-    logits,
-    labels,
-    alpha,
-    axis,
-    ignore_label,
-    where,
-    class_axis_name,
-    return_logsumexp,
-    label_smoothing=0.0,
-    **options,
-) -> Any:
-    z = _float("logits", logits)
-    axis = arguments.static_axis(axis, z.ndim)
-    smoothing = arguments.static_label_smoothing(label_smoothing)
-    shards = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
-    num_classes = shards * z.shape[axis]
-    losses = z.shape[:axis] + z.shape[axis + 1 :]
-    labels = arguments.integer_labels(labels, (*losses[:axis], num_classes, *losses[axis:]), axis)
-    where = _not_ignored(labels, ignore_label, _mask(where, losses))
+def _integer(formula, declared, a) -> Any:
+    z, name = _float("logits", a.logits), a.class_axis_name
+    axis = arguments.static_axis(a.axis, z.ndim)
+    smoothing = arguments.static_label_smoothing(getattr(a, "label_smoothing", 0.0))
+    local, losses = z.shape[axis], _without(z.shape, axis)
+    num_classes = local if name is None else local * lax.axis_size(name)
+    labels = arguments.integer_labels(a.labels, (*losses[:axis], num_classes, *losses[axis:]), axis)
+    where = _not_ignored(labels, a.ignore_label, _mask(a.where, losses))
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
-    options = _options(_without_alpha(declared), options, where, z.dtype)
+    options = _options(declared, a, where, z.dtype)
     valid = (labels >= 0) & (labels < num_classes)
     index = jnp.expand_dims(jnp.where(valid & where, labels, 0), axis)
-    alpha = _class_weights(alpha, z.dtype, num_classes)
+    alpha = _class_weights(a.alpha, z.dtype, num_classes)
 
-    total = _logsumexp(z, axis, class_axis_name)
-    log_p = _pick(z, index, axis, class_axis_name) - total
+    total = _logsumexp(z, axis, name)
+    log_p = _pick(z, index, axis, name) - total
     weight = alpha
     if alpha is not None:
         weight = jnp.where(where, alpha[index.squeeze(axis)] if alpha.ndim else alpha, 1)
     row = {}
     if "log_probabilities" in inspect.signature(formula).parameters:
-        whole = z if class_axis_name is None else _gather_shards(z, axis, class_axis_name)
+        whole = z if name is None else _gather_shards(z, axis, name)
         row = {"log_probabilities": jnp.moveaxis(whole - total, axis, -1)}
-    losses = _weighted(weight, formula(_JAX, log_p.squeeze(axis), **options, **row))
+    result = _weighted(weight, formula(_JAX, log_p.squeeze(axis), **options, **row))
     if smoothing:
-        of_all = _sum_over_classes(formula, z - total, alpha, options, axis, class_axis_name)
-        losses = (1 - smoothing) * losses + smoothing / num_classes * of_all
-    losses = jnp.where(where, jnp.where(valid, losses, jnp.nan), 0)
-    return (losses, jnp.where(where, total.squeeze(axis), 0)) if return_logsumexp else losses
+        of_all = _sum_over_classes(formula, z - total, alpha, options, axis, name)
+        result = (1 - smoothing) * result + smoothing / num_classes * of_all
+    result = jnp.where(where, jnp.where(valid, result, jnp.nan), 0)
+    return (result, jnp.where(where, total.squeeze(axis), 0)) if a.return_logsumexp else result
 
 
 def _sum_over_classes(
     formula, log_p: Array, alpha: Array | None, options, axis: int, name
 ) -> Array:
     """Return the sum over the classes of the loss with that class as the label."""
-    options = _over_classes(options, log_p, axis)
     if alpha is not None:
         if alpha.ndim and name is not None:
             local = log_p.shape[axis]
             alpha = lax.dynamic_slice_in_dim(alpha, local * lax.axis_index(name), local)
         alpha = lax.broadcast_in_dim(alpha, log_p.shape, (axis,) if alpha.ndim else ())
         log_p = jnp.where((alpha == 0) & (log_p == -jnp.inf), 0, log_p)
-    losses = jnp.sum(_weighted(alpha, formula(_JAX, log_p, **options)), axis)
-    return losses if name is None else lax.psum(losses, name)
+    losses = formula(_JAX, log_p, **_over_classes(options, log_p, axis))
+    total = jnp.sum(_weighted(alpha, losses), axis)
+    return total if name is None else lax.psum(total, name)
 
 
 def _gather_shards(z: Array, axis: int, name: str | tuple[str, ...]) -> Array:
@@ -398,60 +382,35 @@ def _pick(z: Array, index: Array, axis: int, name: str | tuple[str, ...] | None)
     return lax.psum(jnp.sum(jnp.where(own == index, z, 0), axis, keepdims=True), name)
 
 
-def _linear(
-    formula,
-    declared,
-    *,
-    features,
-    kernel,
-    labels,
-    bias,
-    logit_softcap,
-    where,
-    ignore_label,
-    transpose_kernel,
-    chunk_size,
-    **options,
-) -> Any:
-    del chunk_size  # all logits are computed at once
-    features, kernel = _float("features", features), _float("kernel", kernel)
-    kernel = kernel.T if arguments.static_bool("transpose_kernel", transpose_kernel) else kernel
+def _linear(formula, declared, a) -> Any:
+    """Return the losses of all logits at once, whatever the chunk size."""
+    features, kernel = _float("features", a.features), _float("kernel", a.kernel)
+    kernel = kernel.T if arguments.static_bool("transpose_kernel", a.transpose_kernel) else kernel
     wanted = (*features.shape[-1:], *kernel.shape[-1:])
     arguments.check_shape("kernel", kernel, wanted, "(D, C), with D the last axis of the features")
-    name = options["class_axis_name"]
-    shards = 1 if name is None else lax.axis_size(name)
+    shards = 1 if a.class_axis_name is None else lax.axis_size(a.class_axis_name)
     positions = features.shape[:-1]
-    labels = arguments.integer_labels(
-        labels, (*positions, shards * kernel.shape[1]), len(positions)
-    )
-    where = _not_ignored(labels, ignore_label, _mask(where, positions))
+    shape = (*positions, shards * kernel.shape[1])
+    labels = arguments.integer_labels(a.labels, shape, len(positions))
+    where = _not_ignored(labels, a.ignore_label, _mask(a.where, positions))
     logits = jnp.where(where[..., None], features, 0) @ kernel
-    if bias is not None:
-        bias = _float("bias", bias)
+    if a.bias is not None:
+        bias = _float("bias", a.bias)
         arguments.check_shape("bias", bias, kernel.shape[1:], "one number per class")
         logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
-    cap = arguments.static_logit_softcap(logit_softcap)
+    cap = arguments.static_logit_softcap(a.logit_softcap)
     if cap is not None:  # a logit of -inf stays -inf
         logits = jnp.where(logits == -jnp.inf, logits, cap * jnp.tanh(logits / cap))
-    return _integer(
-        formula,
-        declared,
-        logits=logits,
-        labels=labels,
-        axis=-1,
-        ignore_label=None,
-        where=where,
-        **options,
-    )
+    given = {"logits": logits, "labels": labels, "where": where, "axis": -1, "ignore_label": None}
+    return _integer(formula, declared, SimpleNamespace(**vars(a) | given))
 
 
-def _interval(formula, declared, *, logits, labels, axis, where) -> Array:
+def _interval(formula, declared, a) -> Array:
     del declared
-    z = _float("logits", logits)
-    axis = arguments.static_axis(axis, z.ndim)
-    labels = arguments.real_array("labels", labels)
+    z, labels = _float("logits", a.logits), arguments.real_array("labels", a.labels)
+    axis = arguments.static_axis(a.axis, z.ndim)
     arguments.check_label_shape(labels, z.shape, axis)
-    where = _mask(where, labels.shape)
+    where = _mask(a.where, labels.shape)
     y = jnp.where(where, _real("labels", labels, where, z.dtype), 0)
     z, last = jnp.where(jnp.expand_dims(where, axis), z, 0), z.shape[axis] - 1
     left = jnp.clip(jnp.floor(y), 0, max(last - 1, 0))
@@ -466,20 +425,19 @@ def _interval(formula, declared, *, logits, labels, axis, where) -> Array:
     return jnp.where(where, losses, 0)
 
 
-def _region(formula, declared, *, logits, labels, axis, where, axis_name, **options) -> Array:
-    z = _float("logits", logits)
-    axis = arguments.static_axis(axis, z.ndim)
-    y = arguments.real_array("labels", labels)
+def _region(formula, declared, a) -> Array:
+    z, y = _float("logits", a.logits), arguments.real_array("labels", a.labels)
+    axis = arguments.static_axis(a.axis, z.ndim)
     arguments.check_shape("labels", y, z.shape, "one-hot, or a distribution over the classes")
-    where = jnp.expand_dims(_mask(where, z.shape[:axis] + z.shape[axis + 1 :]), axis)
+    where = jnp.expand_dims(_mask(a.where, _without(z.shape, axis)), axis)
     where = jnp.broadcast_to(where, z.shape)
     z, y = jnp.where(where, z, 0), jnp.where(where, y.astype(z.dtype), 0)
     p = jnp.where(where, jax.nn.softmax(z, axis), 0)
     y = jnp.where((y < 0) | (y > 1), jnp.nan, y)
     positions = tuple(i for i in range(z.ndim) if i != axis)
     counts = [x.sum(positions) for x in (y * p, y * (1 - p), (1 - y) * p)]
-    tp, fn, fp = counts if axis_name is None else lax.psum(counts, axis_name)
-    options = _options(declared, options, jnp.ones(z.shape[axis], bool), z.dtype)
+    tp, fn, fp = counts if a.axis_name is None else lax.psum(counts, a.axis_name)
+    options = _options(declared, a, jnp.ones(z.shape[axis], bool), z.dtype)
     # A class that is absent and not predicted has loss 0.
     tp = jnp.where(tp + fn + fp + options["smooth"] == 0, 1, tp)
     return formula(_JAX, tp, fn, fp, **options)
@@ -493,6 +451,8 @@ _BY_KIND = {
     "interval": _interval,
     "region": _region,
 }
+
+__all__ = [*FORMULAS, "reduce_loss"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 # ---------------------------------------------------------------- the reduction

@@ -1,7 +1,7 @@
 import gc
 import os
 
-# Before JAX starts its backend: eight devices, so that sharding is tested in every run.
+# Set before JAX starts its backend: eight devices, so that every run tests sharding.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import hypothesis
@@ -9,19 +9,19 @@ import jax
 import matplotlib
 import pytest
 
-from focal_jax import _cpu
+from focal_jax.engine import cpu
 
-_ONE_DEVICE = _cpu._ONE_DEVICE
+_SINGLE_DEVICE = cpu.single_device_primitive
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 matplotlib.use("agg")
-# What the tests hold on to are programs, by the hundred thousand objects: looking through them
-# again and again for what could be freed takes a tenth of the time.
+# The tests keep compiled programs, which are hundreds of thousands of Python objects. With the
+# default thresholds the garbage collector takes a tenth of the time.
 gc.set_threshold(100_000, 20, 100)
 
 hypothesis.settings.register_profile(
-    # Every new shape compiles: no deadline, and no minutes of shrinking.
+    # Every new shape compiles a program, so there is no deadline and no shrinking.
     "focal_jax",
     deadline=None,
     max_examples=30,
@@ -33,20 +33,20 @@ hypothesis.settings.load_profile("focal_jax")
 
 @pytest.fixture(autouse=True)
 def _compilation(request):
-    """Spare a test that is marked `quick` what makes a program fast and long to compile.
+    """Compile the programs of tests that are marked `quick` without optimizations.
 
-    These are most of XLA's optimizations, and `_cpu.py`. They change no formula: they are there
-    where the losses and their gradients are held to 60 digits, and in all that is said of the
-    compiled programs, so that both are tested as they are run. But with them a program takes four
-    times as long to compile, or more, and derivatives of a higher order have many.
+    This turns off most optimizations of XLA and `focal_jax.engine.cpu`. They do not change the
+    formulas. The tests of values and gradients against 60 digits and the tests of compiled programs
+    are not marked `quick`, so that they test the programs that users run. With the optimizations a
+    program takes at least four times as long to compile.
     """
-    import helpers  # here: it reads the catalogue, to which a plugin may add a loss first
+    import helpers  # imported late: it reads the catalogue, to which a pytest plugin may add losses
 
     marker = request.node.get_closest_marker("quick")
     helpers.quick = marker is not None and (not marker.args or marker.args[0])
-    wanted = None if helpers.quick else _ONE_DEVICE
-    if _cpu._ONE_DEVICE is not wanted:
-        _cpu._ONE_DEVICE = wanted
+    wanted = None if helpers.quick else _SINGLE_DEVICE
+    if cpu.single_device_primitive is not wanted:
+        cpu.single_device_primitive = wanted
         jax.clear_caches()
 
 
@@ -57,5 +57,5 @@ def x64():
 
 
 def pytest_collection_modifyitems(items):
-    """Leave the runs of whole programs to the end: what is quick to know is known first."""
+    """Run the tests that are marked `slow` last."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

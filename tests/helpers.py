@@ -1,7 +1,8 @@
-"""The registry of losses: every property is tested over every row, and drawn from the catalogue.
+"""The registry of losses for the tests, and functions to call, compile and compare them.
 
-A row is a loss of the catalogue with one kind of labels. All arguments go by their names, so
-that a test need not know whether a loss takes logits, or features and a kernel.
+A row of the registry is a loss of the catalogue with one kind of labels. Tests of a property are
+parametrized over the rows. All arguments are passed by name, so that a test works for losses of
+logits and for losses of features and a kernel.
 """
 
 import contextlib
@@ -14,20 +15,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import toy
 
-import focal_jax
-from focal_jax import _catalogue
+from focal_jax import catalogue, reference
+from focal_jax.engine import Option
 
-# What an exponent is tested at: whole numbers, halves of them, and others.
+# The exponents that are tested: integers, multiples of 1/2, and others.
 EXPONENTS = (0, 0.5, 1, 1.3, 2.0, 3, 5)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # a row is itself alone, and so a key
+def range_of(option: Option) -> tuple[float, float]:
+    """Return the finite range of an option from which tests take its values."""
+    low = max(option.low, 0.0)
+    high = min(option.high, low + 4)
+    return low + 0.5 * option.above_low, high
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Row:
     """A loss with one kind of labels."""
 
-    loss: _catalogue.Loss
+    loss: catalogue.Loss
     labels: str
+    formula: Callable[..., Any]  # of the reference
 
     def __str__(self):
         return f"{self.name}-{self.labels}"
@@ -37,64 +47,89 @@ class Row:
         return self.loss.name
 
     @property
-    def options(self) -> Mapping[str, _catalogue.Option]:
+    def kind(self) -> str:
+        return self.loss.kind
+
+    @property
+    def options(self) -> Mapping[str, Option]:
+        """All options but `where`."""
         return self.loss.options
+
+    @property
+    def numbers(self) -> Mapping[str, Option]:
+        """The options that the loss is differentiable in."""
+        return self.loss.numbers
+
+    @property
+    def exponents(self) -> list[str]:
+        return [name for name, option in self.options.items() if option.kind == "exponent"]
 
     @property
     def softmax(self) -> bool:
         """Whether the loss has a class axis."""
-        return self.loss.softmax
+        return self.loss.has_class_axis
 
     @property
     def linear(self) -> bool:
-        return self.loss.kind == "linear"
+        return self.kind == "linear"
+
+    @property
+    def region(self) -> bool:
+        """Whether the loss has one value per class and not one per position."""
+        return self.kind == "region"
 
     @property
     def integer(self) -> bool:
         return self.labels == "integer"
 
     @property
+    def hard(self) -> bool:
+        """Whether floating labels are at the ends of their range."""
+        return self.labels in ("hard", "one-hot")
+
+    @property
     def soft(self) -> bool:
-        """Whether labels lie between the ends of their range, so that they can be moved."""
-        return self.labels in ("soft", "distribution")
+        """Whether labels lie inside their range, so that they can be moved in both directions."""
+        return self.labels in ("soft", "distribution", "real")
 
     @property
     def first(self) -> str:
-        """The argument that has the positions, in which the loss is first of all derived."""
+        """The name of the first argument."""
         return "features" if self.linear else "logits"
 
     @property
-    def exponents(self) -> list[str]:
-        return [name for name, option in self.options.items() if option.exponent]
+    def variants(self) -> "list[Row]":
+        """The rows of the same loss, one for each kind of labels."""
+        return [row for row in LOSSES if row.loss is self.loss]
 
     # ------------------------------------------------------------ calls
 
     def eager(self, **arguments):
-        """Call the public function; a linear head takes several steps where it can."""
-        return self._call(focal_jax, arguments)
-
-    def reference(self, **arguments):
-        return self._call(focal_jax.reference, arguments)
-
-    def _call(self, module, arguments):
+        """Call the public function. A linear head computes two classes per chunk."""
         static = {"chunk_size": 2} if self.linear else {}
-        return getattr(module, self.name)(**static | arguments)
+        return self.loss.function(**static | arguments)
 
-    def ours(self, **arguments):
-        """Call the public function compiled, once for all equal structures."""
+    @functools.cached_property
+    def reference(self) -> Callable[..., Any]:
+        """The function of the reference."""
+        if self.name in reference.FORMULAS:
+            return getattr(reference, self.name)
+        return reference.from_formula(self.loss, self.formula)
+
+    def compiled(self, **arguments):
+        """Call the compiled public function. Calls with equal static arguments share a program."""
         return _jitted(self, "eager")(**arguments)
 
-    def plain(self, **arguments):
-        """Call the reference compiled."""
+    def reference_compiled(self, **arguments):
+        """Call the compiled function of the reference."""
         return _jitted(self, "reference")(**arguments)
 
     def split(self, arguments, *, movable=False):
-        """Return what the loss is differentiable in, and the rest.
+        """Return the arguments that the loss is differentiable in, and the other arguments.
 
-        Labels that are to be `movable` are differentiated only where they have room: not at
-        the ends of their range.
+        With `movable`, labels at the ends of their range are among the other arguments.
         """
-        names = {self.first, "kernel", "bias", *self.options}
+        names = {self.first, "kernel", "bias", *self.numbers}
         names |= {"labels"} if self.soft or not (self.integer or movable) else set()
         floating = {
             name
@@ -109,23 +144,29 @@ class Row:
     # ------------------------------------------------------------ shapes
 
     def positions(self, shape, axis=-1):
+        """Return the shape of a mask, for logits of the given shape."""
         return tuple(np.delete(shape, axis)) if self.softmax else tuple(shape)
 
+    def losses_shape(self, shape, axis=-1):
+        """Return the shape of the losses, for logits of the given shape."""
+        return (shape[axis],) if self.region else self.positions(shape, axis)
+
     def axes(self, rank):
-        """Return the class axes that the loss can have; a loss without has the last."""
+        """Return the axes that the class axis may be. Without a class axis, the last axis."""
         return range(rank) if self.softmax and not self.linear else [rank - 1]
 
     def axis(self, axis):
+        """Return the keyword argument for the class axis."""
         return {"axis": axis} if self.softmax and not self.linear else {}
 
-    def along(self, where, axis=-1):
+    def expand_mask(self, where, axis=-1):
         """Return a mask of the positions with the rank of the first argument."""
         return np.expand_dims(where, axis) if self.softmax else where
 
-    # ------------------------------------------------------------ inputs
+    # ------------------------------------------------------------ arguments
 
     def arguments(self, seed, shape, axis=-1, *, scale=3.0, dtype=np.float32):
-        """Return random arguments by name, all but the options; `shape` is the logits'."""
+        """Return random arguments by name, without options. `shape` is the shape of the logits."""
         rng = np.random.default_rng(seed)
         arrays = {self.first: scale * rng.normal(size=shape)}
         if self.linear:
@@ -138,29 +179,30 @@ class Row:
             for name, x in arrays.items()
         } | self.axis(axis)
 
-    def drawn(self, seed, shape, axis=-1, *, names=None, dtype=np.float32):
-        """Return random options, well inside their ranges, one entry a position or class."""
+    def random_options(self, seed, shape, axis=-1, *, dtype=np.float32):
+        """Return random numbers inside their ranges, one per position or per class."""
         rng = np.random.default_rng(seed + 1)
         out = {}
-        for name, option in self.options.items():
-            low, high = option.low, min(option.high, option.low + 4)
+        for name, option in self.numbers.items():
+            low, high = range_of(option)
             entries = (shape[axis],) if option.per_class else self.positions(shape, axis)
-            out[name] = rng.uniform(low + 0.1 * (high - low), low + 0.9 * (high - low), entries)
-        return {k: jnp.asarray(v.astype(dtype)) for k, v in out.items() if not names or k in names}
+            numbers = rng.uniform(low + 0.1 * (high - low), low + 0.9 * (high - low), entries)
+            out[name] = jnp.asarray(numbers.astype(dtype))
+        return out
 
     def scalars(self, dtype=np.float32):
-        """Return one number for each option, as arrays."""
-        return {k: jnp.asarray(v.ravel()[0]) for k, v in self.drawn(0, (3, 3), dtype=dtype).items()}
+        """Return one random number for each option, as arrays without axes."""
+        options = self.random_options(0, (3, 3), dtype=dtype)
+        return {name: jnp.asarray(x.ravel()[0]) for name, x in options.items()}
 
     def all(self, seed, shape, axis=-1, **keywords):
         """Return random arguments and options."""
         dtype = keywords.get("dtype", np.float32)
-        return self.arguments(seed, shape, axis, **keywords) | self.drawn(
-            seed, shape, axis, dtype=dtype
-        )
+        options = self.random_options(seed, shape, axis, dtype=dtype)
+        return self.arguments(seed, shape, axis, **keywords) | options
 
-    def at(self, margins, classes=3, dtype=np.float32):
-        """Return arguments with the given margins of the true class, one a position."""
+    def with_margins(self, margins, classes=3, dtype=np.float32):
+        """Return arguments whose true class has the given margins, one per position."""
         margins = np.asarray(margins, dtype)
         if not self.softmax:
             sign = np.where(np.arange(margins.size) % 2, -1, 1).astype(dtype)
@@ -168,14 +210,25 @@ class Row:
                 "logits": jnp.asarray(sign * margins),
                 "labels": jnp.asarray((sign > 0).astype(dtype)),
             }
-        true = np.arange(margins.size) % classes
+        index = np.arange(margins.size) % classes
         logits = np.zeros((margins.size, classes), dtype)
-        logits[np.arange(margins.size), true] = margins
-        labels = true.astype(np.int32) if self.integer else np.eye(classes, dtype=dtype)[true]
-        return self.of_logits(jnp.asarray(logits), jnp.asarray(labels))
+        logits[np.arange(margins.size), index] = margins
+        return self.of_logits(
+            jnp.asarray(logits), jnp.asarray(self.labels_of(index, classes, dtype))
+        )
+
+    def labels_of(self, index, classes, dtype=np.float32):
+        """Return labels that are the given class indices."""
+        if self.integer:
+            return np.asarray(index, np.int32)
+        return (
+            np.asarray(index, dtype)
+            if self.labels == "real"
+            else np.eye(classes, dtype=dtype)[index]
+        )
 
     def of_logits(self, logits, labels):
-        """Return arguments with these logits; a linear head has them for features."""
+        """Return arguments with these logits. For a linear head the logits are the features."""
         if not self.linear:
             return {"logits": logits, "labels": labels}
         classes = logits.shape[-1]
@@ -188,11 +241,10 @@ class Row:
 
 @functools.cache
 def _jitted(row, which):
-    # What is not an array, a number apart, is structure: the axis, `ignore_label`, an
-    # exponent that is a Python number.
+    # Arguments that are not arrays are static: the axis, `ignore_label`, Python exponents.
     @functools.cache
     def compiled(static, quick):
-        del quick  # `jit` reads it
+        del quick  # part of the cache's key, because `jit` reads it
         return jit(functools.partial(getattr(row, which), **dict(static)))
 
     def call(**arguments):
@@ -203,9 +255,11 @@ def _jitted(row, which):
     return call
 
 
-# Whether programs are to be compiled quickly, not to be fast: as the test at hand is marked.
+# ---------------------------------------------------------------- compilation
+
+# Whether the current test is marked `quick`: its programs compile fast and run slowly.
 quick = False
-# No optimization by LLVM, fusions by the emitter that is quicker itself, and all in one piece.
+# No optimization by LLVM, the fusion emitter that compiles faster, and one LLVM module per program.
 _QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
@@ -215,7 +269,7 @@ _QUICK = {
 
 @functools.cache
 def quick_options() -> dict[str, Any]:
-    """Return what of that this XLA knows: such options come and go."""
+    """Return the compiler options for `quick` that this version of XLA has."""
     known = {}
     for name, value in _QUICK.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -225,7 +279,10 @@ def quick_options() -> dict[str, Any]:
 
 
 def jit(function: Callable, **options: Any) -> Any:
-    """Return the function compiled, as the test's mark has it; not for use within another."""
+    """Return `jax.jit(function)`, compiled as the mark of the test says.
+
+    JAX does not accept compiler options for a function that is called inside another `jax.jit`.
+    """
     return jax.jit(function, compiler_options=quick_options() if quick else None, **options)
 
 
@@ -241,6 +298,9 @@ def total(function: Callable, cotangent: Any = 1.0, **fixed):
 def gradients(function: Callable, cotangent: Any = 1.0, **fixed):
     """Return the compiled value and gradients of the weighted sum of the losses."""
     return jit(jax.value_and_grad(total(function, cotangent, **fixed)))
+
+
+# ---------------------------------------------------------------- rows
 
 
 def _integer(rng, shape, axis):
@@ -262,45 +322,57 @@ _LABELS: dict[str, Callable] = {
     "one-hot": _one_hot,
     "distribution": _distribution,
     "integer": _integer,
+    "real": lambda rng, shape, axis: rng.uniform(0, shape[axis] - 1, np.delete(shape, axis)),
 }
 
-# The losses of one element or position, whose labels are of it alone. The others are put
-# together from these, and have their own tests.
-_OF_A_POSITION = [loss for loss in _catalogue.LOSSES if loss.kind not in ("interval", "region")]
-LOSSES = [Row(loss, labels) for loss in _OF_A_POSITION for labels in loss.labels]
-# One row a loss, with the labels that it can be differentiated in most freely: for what does
-# not depend on the labels' values.
-PROGRAMS = [Row(loss, loss.labels[-1]) for loss in _OF_A_POSITION]
+# The losses of the package, and losses that are written as a user would write them.
+_ALL = [(loss, reference.FORMULAS[name]) for name, loss in catalogue.LOSSES.items()] + toy.LOSSES
+
+LOSSES = [Row(loss, labels, formula) for loss, formula in _ALL for labels in loss.labels]
+# One row per loss, with the labels that are the most differentiable: for properties that do not
+# depend on the values of the labels.
+PROGRAMS = [Row(loss, loss.labels[-1], formula) for loss, formula in _ALL]
+# One row per kind of loss: for properties of the engine that do not depend on the formula.
+KINDS = [
+    row
+    for row in PROGRAMS
+    if row.name
+    in (
+        "sigmoid_focal_loss",
+        "softmax_focal_loss",
+        "softmax_focal_loss_with_integer_labels",
+        "linear_softmax_focal_loss_with_integer_labels",
+        "distribution_focal_loss",
+        "focal_tversky_loss",
+    )
+]
 
 
-# One row a kind of loss: for what its engine does, whatever the formula.
-KINDS = list({row.loss.kind: row for row in reversed(PROGRAMS)}.values())
-
-
-# Losses that a soft label has an edge in, where the score meets it: as close to it as the
-# label's own rounding, an exponent below 1 multiplies the error without bound.
-_EDGES = {"quality_focal_loss"}
+# Losses whose derivatives have a singularity where the score equals a soft label. At a distance of
+# one rounding error of the label, an exponent below 1 multiplies that error without bound.
+_SINGULAR_AT_LABEL = {"quality_focal_loss"}
 
 
 def near_labels(row, arguments, dtype):
-    """Return labels that are wrong in the last digits of `dtype`, where the loss has an edge.
+    """Return the labels moved by a few roundings of `dtype`, for losses that are singular there.
 
-    Either way, by a part of what they lack to the nearer end of their range. How far something
-    moves with them is how far it may be off: nowhere else is there any such label.
+    The change of a value with the label is the error that the value may have. Labels next to 0 and
+    1 are moved by less, so that they stay in their range. Other losses have no such labels.
     """
-    if not (row.soft and row.name in _EDGES):
+    if not (row.soft and row.name in _SINGULAR_AT_LABEL):
         return []
     y = np.asarray(arguments["labels"], np.float64)
-    room = 8 * np.finfo(dtype).eps * np.minimum(y, 1 - y)
-    return [y + room, y - room]
+    shift = 8 * np.finfo(dtype).eps * np.minimum(y, 1 - y)
+    return [y + shift, y - shift]
 
 
-OUTSIDE: set[str] = set()  # the losses that have a figure from outside
+# Names of the losses that are tested against values that this project did not compute.
+WITH_PUBLISHED_VALUES: set[str] = set()
 
 
-def figure_of(*names):
-    """Mark a test that holds losses against figures that this project did not make."""
-    OUTSIDE.update(names)
+def published_values_of(*names):
+    """Mark a test that compares losses with published values or another implementation."""
+    WITH_PUBLISHED_VALUES.update(names)
     return lambda test: test
 
 

@@ -1,4 +1,4 @@
-"""The Python that the project's pages show."""
+"""Extract and run the Python code of Markdown pages."""
 
 import doctest
 import re
@@ -6,33 +6,38 @@ from pathlib import Path
 
 import jax
 
-_FENCE = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_CODE_BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def code_blocks(text: str) -> list[str]:
     """Return the Python blocks of a page, in order."""
-    return [code for language, code in _FENCE.findall(text) if language == "python"]
+    return [code for language, code in _CODE_BLOCK.findall(text) if language == "python"]
 
 
 def run(page: Path) -> dict:
-    """Run a page's Python and its sessions as one program, and return what it defines.
+    """Run the Python blocks and interactive sessions of a page as one program.
 
-    What a session is said to print is what it prints. As a reader runs them: without the
-    suite's strict promotion.
+    Raises if a session prints something else than the page shows. The test suite's strict type
+    and rank promotion is off, because readers run the code with JAX's defaults.
+
+    Returns:
+      The names that the page defines.
     """
     text, names = page.read_text(encoding="utf-8"), {}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for found in _FENCE.finditer(text):
+        for found in _CODE_BLOCK.finditer(text):
+            language, code = found.groups()
             line = text.count("\n", 0, found.start()) + 1
-            if found[1] == "python":
-                exec(compile("\n" * line + found[2], str(page), "exec"), names)
+            if language == "python":
+                # The newlines give tracebacks the line numbers of the page.
+                exec(compile("\n" * line + code, str(page), "exec"), names)
             else:
                 session = doctest.DocTestParser().get_doctest(
-                    found[2], names, f"{page.name}:{line}", str(page), line
+                    code, names, f"{page.name}:{line}", str(page), line
                 )
-                said: list[str] = []
-                failed = runner.run(session, out=said.append, clear_globs=False).failed
+                report: list[str] = []
+                failed = runner.run(session, out=report.append, clear_globs=False).failed
                 names.update(session.globs)
-                assert not failed, "".join(said)
+                assert not failed, "".join(report)
     return names

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, and its report can be made again from its JSON."""
+"""Tests of the benchmarks: what is measured, and the report from results.json."""
 
 import dataclasses
 import json
@@ -14,20 +14,24 @@ from helpers import assert_close
 
 import focal_jax
 from benchmarks import peers, report
-from benchmarks.workloads import FAMILY, WORKLOADS, Workload
-from focal_jax import _catalogue
+from benchmarks.measure import GRADIENT, MODES
+from benchmarks.peers import FOCAL_JAX, LINEAR, OTHER_VERSION, PLAIN_JAX
+from benchmarks.workloads import FAMILY, SIGMOID, WORKLOADS, Workload
+from focal_jax.catalogue import LOSSES
 
 ROOT = Path(__file__).parents[1]
-COST = ("temporary_share", "bytes_accessed", "compile_seconds", "speedup", "bandwidth")
-JAX = {
-    "sigmoid": {"focal_jax", "before", "plain", "optax"},
-    "anchors": {"focal_jax", "before", "plain", "one-hot"},
-    "soft": {"focal_jax", "before", "plain", "one-hot"},
+STATISTICS = ("temporary_share", "bytes_accessed", "compile_seconds", "speedup", "bandwidth")
+# The implementations in JAX of the workloads that the test runs.
+IMPLEMENTATIONS = {
+    "sigmoid": {FOCAL_JAX, OTHER_VERSION, PLAIN_JAX, "optax"},
+    "anchors": {FOCAL_JAX, OTHER_VERSION, PLAIN_JAX, "one-hot"},
+    "soft": {FOCAL_JAX, OTHER_VERSION, PLAIN_JAX, "one-hot"},
 }
+FAMILY_MEMBER = next(name for name, workload in FAMILY.items() if workload.kind == "elementwise")
 
 
 def _run(module, *arguments):
-    """Run a module in a process of its own: optax does not take the tests' strict promotion."""
+    """Run a module in a new process, because optax does not support strict dtype promotion."""
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=ROOT,
@@ -40,127 +44,128 @@ def _run(module, *arguments):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
+    """Return the results and the output of a quick run."""
     out = tmp_path_factory.mktemp("benchmarks")
     options = "--quick --dtype float32 --no-figures --rounds 2 --sections losses family linear"
-    names = "--workloads", *JAX, "quality-focal-loss"
+    names = "--workloads", *IMPLEMENTATIONS, FAMILY_MEMBER
     text = _run("benchmarks", *options.split(), *names, "--against", ROOT, "--out", out)
     return json.loads((out / "results.json").read_text()), text
 
 
-def _losses(quick, **wanted):
-    rows = [row for row in quick[0]["rows"] if row["section"] == "losses"]
-    return [row for row in rows if wanted.items() <= row.items()]
+def _rows(quick, section, **fields):
+    return report.select(quick[0]["rows"], section=section, **fields)
 
 
-def test_measures_every_implementation_in_both_modes(quick):
-    for workload, names in JAX.items():
-        for mode in ("value", "value and gradient"):
-            rows = _losses(quick, workload=workload, mode=mode)
+def test_every_implementation_is_measured_in_both_modes(quick):
+    for workload, names in IMPLEMENTATIONS.items():
+        for mode in MODES:
+            rows = _rows(quick, "losses", workload=workload, mode=mode)
             found = {row["implementation"] for row in rows}
             assert names <= found <= names | {"torch", "torch.compile"}
             assert len(rows) == len(found)
 
 
-def test_numbers_are_finite_and_in_order(quick):
-    for row in _losses(quick):
-        spread = list(row["seconds"].values())
-        assert spread == sorted(spread)
-        assert spread[0] > 0
+def test_statistics_are_finite_and_quantiles_are_sorted(quick):
+    for row in _rows(quick, "losses"):
+        quantiles = list(row["seconds"].values())
+        assert quantiles == sorted(quantiles)
+        assert quantiles[0] > 0
         if not row["implementation"].startswith("torch"):
-            assert all(math.isfinite(row[key]) and row[key] > 0 for key in COST)
-        if row["implementation"] == "plain":
+            assert all(math.isfinite(row[key]) and row[key] > 0 for key in STATISTICS)
+        if row["implementation"] == PLAIN_JAX:
             assert row["speedup"] == 1
 
 
-def test_counts_ops(quick):
-    for row in _losses(quick, implementation="focal_jax"):
+def test_operations_are_counted(quick):
+    for row in _rows(quick, "losses", implementation=FOCAL_JAX):
         assert not any(row["ops"][op] for op in ("scatter", "power", "transpose", "all-gather"))
         assert row["ops"]["fusion"] > 0
-    (plain,) = _losses(quick, workload="anchors", implementation="plain", mode="value and gradient")
-    assert plain["ops"]["scatter"] == 1  # that the count counts
+    fields = {"workload": "anchors", "implementation": PLAIN_JAX, "mode": GRADIENT}
+    (plain,) = _rows(quick, "losses", **fields)
+    assert plain["ops"]["scatter"] == 1
 
 
-def test_the_family_stands_beside_its_formulas(quick):
-    rows = [row for row in quick[0]["rows"] if row["section"] == "family"]
-    assert {row["workload"] for row in rows} == {"quality-focal-loss"}
-    assert [row["implementation"] for row in rows] == ["focal_jax", "plain", "before"]
+def test_family_section_has_the_plain_formula(quick):
+    rows = _rows(quick, "family")
+    assert {row["workload"] for row in rows} == {FAMILY_MEMBER}
+    assert [row["implementation"] for row in rows] == [FOCAL_JAX, PLAIN_JAX, OTHER_VERSION]
 
 
-def test_another_version_is_measured_in_turns_with_ours(quick):
+def test_against_measures_the_other_version(quick):
     against = report.against(quick[0])
-    assert len(against) == 2 * len(JAX) + 1 + 2  # and the family's, and the linear head's
+    # Both modes of the workloads, one row of the family section, both modes of the linear head.
+    assert len(against) == 2 * len(IMPLEMENTATIONS) + 1 + 2
     for row, speedup in against:
-        assert row["implementation"] in ("focal_jax", "focal_jax linear")
+        assert row["implementation"] in (FOCAL_JAX, LINEAR)
         assert 1e-3 < speedup < 1e3
 
 
-def test_another_version_is_another(tmp_path):
+def test_import_version_keeps_the_current_package(tmp_path):
     package = tmp_path / "focal_jax"
     package.mkdir()
-    (package / "__init__.py").write_text("from focal_jax.inner import twice as sigmoid_focal_loss")
+    (package / "__init__.py").write_text(f"from focal_jax.inner import twice as {SIGMOID}")
     (package / "inner.py").write_text("def twice(logits, labels):\n    return 2 * logits")
-    ours = focal_jax.sigmoid_focal_loss
-    other = peers.version_in(tmp_path)
-    assert other.sigmoid_focal_loss(3, None) == 6
-    assert sys.modules["focal_jax"].sigmoid_focal_loss is ours
+    current = getattr(focal_jax, SIGMOID)
+    other = peers.import_version(tmp_path)
+    assert getattr(other, SIGMOID)(3, None) == 6
+    assert getattr(sys.modules["focal_jax"], SIGMOID) is current
     assert "focal_jax.inner" not in sys.modules
-    found = peers.losses(Workload("x", "sigmoid_focal_loss", (2,)), other)
-    assert found["before"](3, None) == 6
-    assert "before" not in peers.losses(Workload("x", "quality_focal_loss", (2,)), other)
+    found = peers.losses(Workload("x", SIGMOID, (2,)), other)
+    assert found[OTHER_VERSION](3, None) == 6
+    assert OTHER_VERSION not in peers.losses(FAMILY[FAMILY_MEMBER], other)
 
 
-def test_a_folder_without_the_package_is_refused(tmp_path):
+def test_import_version_raises_without_the_package(tmp_path):
     with pytest.raises(FileNotFoundError, match="got a folder without focal_jax"):
-        peers.version_in(tmp_path)
+        peers.import_version(tmp_path)
     assert sys.modules["focal_jax"] is focal_jax
 
 
 def test_every_loss_of_the_catalogue_is_measured():
     measured = {workload.loss for workload in (*WORKLOADS.values(), *FAMILY.values())}
-    linear = {loss.name for loss in _catalogue.LOSSES if loss.kind == "linear"}
-    assert measured | linear == {loss.name for loss in _catalogue.LOSSES}
+    linear = {loss.name for loss in LOSSES.values() if loss.kind == "linear"}
+    assert measured | linear == set(LOSSES)
 
 
 @pytest.mark.parametrize("workload", FAMILY.values(), ids=list(FAMILY))
-def test_the_familys_formulas_are_the_losses(workload):
+def test_family_formulas_equal_the_losses(workload):
     small = dataclasses.replace(workload, shape=tuple(min(n, 7) for n in workload.shape))
     found = peers.losses(small)
     arguments = small.inputs("float32")
-    ours, plain = (np.asarray(found[name](*arguments)) for name in ("focal_jax", "plain"))
-    shapes = [np.shape(x) for x in arguments]
-    assert shapes == [x.shape for x in small.shapes("float32")]
-    assert_close(ours, plain, 1e-5)
+    got, want = (np.asarray(found[label](*arguments)) for label in (FOCAL_JAX, PLAIN_JAX))
+    assert [np.shape(x) for x in arguments] == [x.shape for x in small.shapes("float32")]
+    assert_close(got, want, 1e-5)
 
 
-def test_linear_head_stands_beside_the_plain_one(quick):
-    rows = [row for row in quick[0]["rows"] if row["section"] == "linear"]
-    assert {"focal_jax", "plain"} <= {row["implementation"] for row in rows}
+def test_linear_section_has_the_head_with_logits(quick):
+    rows = _rows(quick, "linear")
+    assert {FOCAL_JAX, PLAIN_JAX} <= {row["implementation"] for row in rows}
     assert all(row["temporary_share"] > 0 for row in rows)
 
 
-def test_report_is_made_again_from_the_json(quick, tmp_path):
+def test_report_from_the_json_file(quick, tmp_path):
     results, text = quick
-    assert "focal_jax" in text
-    assert "Goals" not in text  # tiny sizes say nothing of them
+    assert FOCAL_JAX in text
+    assert "Goals" not in text  # goals do not apply to quick runs
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results | {"quick": False}))
     markdown = _run("benchmarks.report", path, "--markdown", "--figures", tmp_path)
-    (sigmoid,) = _losses(
-        quick, workload="sigmoid", implementation="focal_jax", mode="value and gradient"
-    )
-    mark = "met" if sigmoid["speedup"] >= 3 else "MISSED"
-    goal = f"| sigmoid: speed-up over plain | {sigmoid['speedup']:.2f} | \u2265 3 | {mark} |"
+    fields = {"workload": "sigmoid", "implementation": FOCAL_JAX, "mode": GRADIENT}
+    (sigmoid,) = _rows(quick, "losses", **fields)
+    speedup = sigmoid["speedup"]
+    verdict = "met" if speedup >= 3 else "missed"
+    goal = f"| sigmoid: speed-up over {PLAIN_JAX} | {speedup:.2f} | \u2265 3 | {verdict} |"
     assert goal in markdown
     for name in ("speedup", "memory"):
         assert plt.imread(tmp_path / f"{name}.png").shape[1] > 800
 
 
-def test_scaling_gathers_nothing():
+def test_scaling_has_no_all_gather():
     rows = json.loads(_run("benchmarks.scaling", 2, 16, 1))
     assert {(row["kind"], row["implementation"]) for row in rows} == {
-        (kind, name) for kind in ("strong", "weak") for name in ("focal_jax", "plain")
+        (kind, label) for kind in ("strong", "weak") for label in (FOCAL_JAX, PLAIN_JAX)
     }
     for row in rows:
         assert row["seconds"]["median"] > 0
-        if row["implementation"] == "focal_jax":
+        if row["implementation"] == FOCAL_JAX:
             assert row["ops"]["all-gather"] == 0

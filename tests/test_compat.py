@@ -1,4 +1,4 @@
-"""The drop-ins give the numbers of the systems they stand in for."""
+"""The compat modules return the values of the systems that they replace."""
 
 import json
 import subprocess
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.quick
 
 
 def golden(system):
+    """Return the recorded inputs, losses and gradients of a system."""
     return json.loads((Path(__file__).parent / "golden" / f"{system}.json").read_text())
 
 
@@ -28,7 +29,7 @@ def golden(system):
 
 
 @pytest.mark.parametrize("case", golden("caffe"))
-def test_caffe_golden(case):
+def test_caffe_matches_recorded_values(case):
     layer = FocalLossLayer(
         alpha=case["alpha"],
         gamma=case["gamma"],
@@ -48,7 +49,7 @@ def test_caffe_golden(case):
 
 
 def caffe_loops(layer, logits, labels):
-    """Return the layer's loss and gradient, as Caffe's loops over outer and inner have them."""
+    """Return the layer's loss and gradient, with Caffe's loops over outer and inner axes."""
     axis = layer.axis % logits.ndim
     outer, classes = int(np.prod(logits.shape[:axis])), logits.shape[axis]
     z = logits.reshape(outer, classes, -1)
@@ -83,7 +84,7 @@ layers = st.builds(
 @pytest.mark.usefixtures("x64")
 @given(layers, st.integers(0, 2**32 - 1))
 @settings(max_examples=12)
-def test_caffe_any_options(layer, seed):
+def test_caffe_matches_loops_for_any_options(layer, seed):
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 3, (2, 3, 4, 2))
     positions = np.delete(logits.shape, layer.axis % 4)
@@ -108,7 +109,7 @@ def scores():
 
 @pytest.mark.parametrize("shape", [(2, 1, 2, 4), (2, 2, 4), (2, 8), (16,)])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32])
-def test_caffe_labels_of_any_shape_and_dtype(scores, shape, dtype):
+def test_caffe_accepts_labels_of_any_shape_and_dtype(scores, shape, dtype):
     logits, labels = scores
     layer = FocalLossLayer(ignore_label=255)
     np.testing.assert_array_equal(
@@ -116,24 +117,24 @@ def test_caffe_labels_of_any_shape_and_dtype(scores, shape, dtype):
     )
 
 
-def test_caffe_floating_labels_are_truncated(scores):
+def test_caffe_truncates_floating_labels(scores):
     logits, labels = scores
     layer = FocalLossLayer(ignore_label=255)
     np.testing.assert_array_equal(layer(logits, labels + np.float32(0.75)), layer(logits, labels))
 
 
-@pytest.mark.parametrize("wrong", [-1, 3, np.nan, np.inf, -np.inf, 1e20])
-def test_caffe_a_label_that_does_not_exist(scores, wrong):
+@pytest.mark.parametrize("label", [-1, 3, np.nan, np.inf, -np.inf, 1e20])
+def test_caffe_invalid_label_gives_nan(scores, label):
     logits, labels = scores
     labels = labels.astype(np.float32)
-    labels[0, 1, 3] = wrong
+    labels[0, 1, 3] = label
     loss, gradient = jax.value_and_grad(FocalLossLayer(ignore_label=255))(logits, labels)
     assert jnp.isnan(loss)
     assert jnp.all(jnp.isnan(gradient[0, :, 1, 3]))
     assert jnp.isnan(gradient).sum() == 3
 
 
-def test_caffe_nothing_valid(scores):
+def test_caffe_loss_is_zero_if_all_labels_are_ignored(scores):
     logits, labels = scores
     step = jax.value_and_grad(FocalLossLayer(ignore_label=7))
     loss, gradient = step(logits, np.full_like(labels, 7))
@@ -142,7 +143,7 @@ def test_caffe_nothing_valid(scores):
     assert FocalLossLayer()(logits[:0], labels[:0]) == 0
 
 
-def test_caffe_prob_is_a_top_without_a_gradient(scores):
+def test_caffe_returns_probabilities_without_gradient(scores):
     logits, labels = scores
     layer = FocalLossLayer(return_prob=True, ignore_label=255)
     loss, prob = layer(logits, labels)
@@ -152,7 +153,7 @@ def test_caffe_prob_is_a_top_without_a_gradient(scores):
     np.testing.assert_array_equal(gradient, 0)
 
 
-def test_caffe_batch_size_is_of_all_axes_before_the_classes():
+def test_caffe_batch_size_is_the_product_of_the_axes_before_the_class_axis():
     logits, labels = jnp.zeros((2, 3, 5)), np.zeros((2, 3), int)
     losses = softmax_focal_loss_with_integer_labels(logits, labels, alpha=0.25)
     layer = FocalLossLayer(axis=-1, normalization="batch_size")
@@ -170,7 +171,7 @@ def test_caffe_batch_size_is_of_all_axes_before_the_classes():
         (r"\bgamma: got", {"gamma": -1.0}, (jnp.zeros((2, 3)), np.zeros(2, int))),
     ],
 )
-def test_caffe_bad_input(message, layer, inputs):
+def test_caffe_errors_name_the_argument(message, layer, inputs):
     with pytest.raises(ValueError, match=message):
         FocalLossLayer(**layer)(*inputs)
 
@@ -181,19 +182,19 @@ def test_caffe_bad_input(message, layer, inputs):
     + [("gamma", -1.0), ("gamma", None), ("alpha", "0.25"), ("axis", 1.0), ("ignore_label", "x")]
     + [("loss_weight", None)],
 )
-def test_caffe_refuses_a_bad_option_when_made(option, value):
+def test_caffe_rejects_invalid_options_at_construction(option, value):
     with pytest.raises(ValueError, match=rf"\b{option}: got"):
         FocalLossLayer(**{option: value})
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.float64, np.float16])
-def test_caffe_labels_of_64_bits_are_no_other_class(scores, dtype):
+def test_caffe_64_bit_labels_do_not_wrap(scores, dtype):
     logits, labels = scores
     wide = labels.astype(dtype)
     layer = FocalLossLayer(ignore_label=255)
     np.testing.assert_array_equal(layer(logits, wide), layer(logits, labels))
     if wide.dtype.itemsize == 8:
-        wide[0, 0, 0] = 2**32 + 1  # 1, where it is cut to 32 bits
+        wide[0, 0, 0] = 2**32 + 1  # wraps to the valid class 1 in int32
         assert jnp.isnan(layer(logits, wide))
 
 
@@ -240,7 +241,7 @@ def focal(body, name="loss", tops='top: "loss"'):
     return f'layer {{ name: "{name}" type: "FocalLoss" {tops} {body} }}'
 
 
-def test_prototxt_of_a_whole_net():
+def test_prototxt_of_a_net():
     assert FocalLossLayer.from_prototxt(NET) == FocalLossLayer(
         alpha=0.3,
         gamma=1.5,
@@ -262,7 +263,7 @@ def test_prototxt_of_a_whole_net():
         ("loss_param { normalization: VALID }", {"normalization": "valid"}),
         ("loss_param { normalization: BATCH_SIZE }", {"normalization": "batch_size"}),
         ("loss_param { normalization: NONE }", {"normalization": "none"}),
-        # The legacy option counts only where the other is absent.
+        # The legacy option has an effect only if `normalization` is absent.
         ("loss_param { normalize: true }", {"normalization": "valid"}),
         ("loss_param { normalize: false }", {"normalization": "batch_size"}),
         ("loss_param { normalize: false normalization: VALID }", {"normalization": "valid"}),
@@ -278,15 +279,15 @@ def test_prototxt_of_a_whole_net():
         ('top: "prob"', {"return_prob": True}),
     ],
 )
-def test_prototxt_option(body, options):
+def test_prototxt_options(body, options):
     expected = FocalLossLayer(**options)
     assert FocalLossLayer.from_prototxt(focal(body)) == expected
-    # The inside of a layer's block is enough.
+    # The fields of the layer without its block are valid too.
     inside = focal(body).removeprefix("layer {").removesuffix("}")
     assert FocalLossLayer.from_prototxt(inside) == expected
 
 
-def test_prototxt_of_several_layers():
+def test_prototxt_selects_a_layer_by_name():
     text = focal("softmax_param { axis: 2 }", "a") + NET + focal("loss_weight: 3", "b")
     assert FocalLossLayer.from_prototxt(text, name="a") == FocalLossLayer(axis=2)
     assert FocalLossLayer.from_prototxt(text, "b") == FocalLossLayer(loss_weight=3.0)
@@ -311,7 +312,7 @@ def test_prototxt_of_several_layers():
         ("FULL, VALID, BATCH_SIZE, NONE", focal("loss_param { normalization: 4 }"), None),
     ],
 )
-def test_prototxt_errors_help(message, text, name):
+def test_prototxt_errors_name_the_problem(message, text, name):
     with pytest.raises(ValueError, match=message):
         FocalLossLayer.from_prototxt(text, name)
 
@@ -330,10 +331,10 @@ def test_prototxt_errors_help(message, text, name):
         ("type LINEAR, wanted ORIGIN", "focal_loss_param { type: LINEAR gamma: 2 beta: 1 }"),
     ],
 )
-def test_prototxt_unknown_fields_of_the_layer(message, body):
+def test_prototxt_rejects_unknown_fields_of_the_layer_only(message, body):
     alone = focal(body)
     inside = alone.removeprefix("layer {").removesuffix("}")
-    # Other layers before and after it may hold what they like, the same fields too.
+    # Other layers before and after may contain any fields, also the same fields.
     other = 'layer { name: "x" ' + body + ' other_param: [{ a: 1 }, { b: "{" }] }'
     listed = "layer [{ name: 'y' " + body.replace("\n", " ") + " }, {" + inside + "}]"
     for text in (alone, inside, alone + other, listed):
@@ -366,7 +367,7 @@ def test_prototxt_round_trip(layer):
 
 
 @pytest.mark.parametrize("case", golden("mindspore"))
-def test_mindspore_golden(case):
+def test_mindspore_matches_recorded_values(case):
     logits = jnp.asarray(case["logits"], jnp.float32).reshape(case["shape"])
     samples, classes, *positions = case["shape"]
     target = jnp.asarray(case["labels"]).reshape(samples, 1, *positions)
@@ -393,7 +394,7 @@ def volumes():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, bool])
-def test_mindspore_none_is_what_the_others_reduce(volumes, dtype):
+def test_mindspore_sum_and_mean_reduce_the_losses_of_none(volumes, dtype):
     logits, labels = volumes
     one_hot = jax.nn.one_hot(labels.squeeze(1), 3, axis=1, dtype=dtype)
     weight = jnp.array([0.2, 1.0, 3.0])
@@ -407,7 +408,7 @@ def test_mindspore_none_is_what_the_others_reduce(volumes, dtype):
     jax.tree.map(close, total("sum"), jax.tree.map(lambda x: 6 * x, total("mean")))
 
 
-def test_mindspore_indices_and_one_hot_agree_but_for_the_mean(volumes):
+def test_mindspore_indices_and_one_hot_differ_only_in_the_mean(volumes):
     logits, labels = volumes
     one_hot = jax.nn.one_hot(labels.squeeze(1), 3, axis=1)
     close = partial(np.testing.assert_allclose, rtol=1e-6)
@@ -418,24 +419,24 @@ def test_mindspore_indices_and_one_hot_agree_but_for_the_mean(volumes):
     close(mean(logits, labels), 3 * mean(logits, one_hot))
 
 
-def test_mindspore_floating_indices_and_impossible_ones(volumes):
+def test_mindspore_truncates_floating_indices_and_rejects_negative_ones(volumes):
     logits, labels = volumes
     loss_of = mindspore.FocalLoss(reduction="none")
     np.testing.assert_array_equal(
         loss_of(logits, labels.astype(jnp.float32)), loss_of(logits, labels)
     )
-    wrong = labels.at[1, 0, 0, 0].set(-1)
-    assert jnp.isnan(loss_of(logits, wrong)).tolist() == [False, True]
+    invalid = labels.at[1, 0, 0, 0].set(-1)
+    assert jnp.isnan(loss_of(logits, invalid)).tolist() == [False, True]
 
 
-def test_mindspore_indices_of_64_bits_are_no_other_class(volumes):
+def test_mindspore_64_bit_indices_do_not_wrap(volumes):
     logits, labels = volumes
     wide = np.asarray(labels).astype(np.int64)
     wide[1, 0, 0, 0] = 2**32
     assert jnp.isnan(mindspore.FocalLoss(reduction="none")(logits, wide)).tolist() == [False, True]
 
 
-def test_mindspore_nothing_to_reduce():
+def test_mindspore_empty_inputs():
     for reduction, shape in {"mean": (), "sum": (), "none": (0,)}.items():
         loss = mindspore.FocalLoss(reduction=reduction)(jnp.zeros((0, 3)), np.zeros((0, 1), int))
         assert loss.shape == shape
@@ -456,23 +457,24 @@ def test_mindspore_nothing_to_reduce():
         (r"\bweight: got", jnp.ones(2), (jnp.zeros((2, 3)), np.zeros((2, 1), int))),
     ],
 )
-def test_mindspore_bad_input(message, weight, inputs):
+def test_mindspore_errors_name_the_argument(message, weight, inputs):
     with pytest.raises(ValueError, match=message):
         mindspore.FocalLoss(weight)(*inputs)
 
 
-def test_mindspore_refuses_a_bad_option_when_made():
+def test_mindspore_rejects_invalid_options_at_construction():
     with pytest.raises(ValueError, match="reduction: got 'max'"):
         mindspore.FocalLoss(reduction="max")
-    with pytest.raises(ValueError, match="gamma: got -1"):
-        mindspore.FocalLoss(gamma=-1)
+    for gamma in (-1, "2"):
+        with pytest.raises(ValueError, match=f"gamma: got '?{gamma}"):
+            mindspore.FocalLoss(gamma=gamma)
 
 
 # ---------------------------------------------------------------- pytorch-retinanet
 
 
 def pytorch_losses(p, regressions, anchors, annotations):
-    """Return both losses and the gradient of each in its own input."""
+    """Return both losses, and the gradient of each with respect to its own input."""
     losses, pullback = jax.vjp(
         lambda p, r: pytorch_retinanet.FocalLoss()(p, r, anchors, annotations), p, regressions
     )
@@ -482,7 +484,7 @@ def pytorch_losses(p, regressions, anchors, annotations):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("case", golden("retinanet"))
-def test_pytorch_retinanet_golden(case):
+def test_pytorch_retinanet_matches_recorded_values(case):
     logits, regressions, anchors, annotations = (
         jnp.asarray(case[name])
         for name in ("class_logits", "box_regression", "anchors", "annotations")
@@ -497,7 +499,7 @@ def test_pytorch_retinanet_golden(case):
     close(gradient, case["box_regression_grad"])
 
 
-def test_pytorch_retinanet_clamps():
+def test_pytorch_retinanet_clamps_like_pytorch():
     low, high = np.float32(1e-4), np.float32(1 - 1e-4)
     row = [0.0, np.nextafter(low, 0), low, 0.5, high, np.nextafter(high, 2), 1.0]
     p = jnp.asarray([[row, row]], jnp.float32)
@@ -505,7 +507,7 @@ def test_pytorch_retinanet_clamps():
     annotations = jnp.array([[[0.0, 0, 8, 8, 6]]])
     losses, gradient, _ = jit(pytorch_losses)(p, jnp.zeros((1, 2, 4)), anchors, annotations)
     inside = (row >= low) & (row <= high)
-    # The whole gradient at the ends, as in PyTorch; none beyond them.
+    # At the ends of the range the gradient is not halved, as in PyTorch. Beyond them it is 0.
     np.testing.assert_array_equal(gradient != 0, np.broadcast_to(inside, (1, 2, 7)))
     clamped = np.clip(np.asarray(p, float), 1e-4, 1 - 1e-4)
     target = np.zeros((1, 2, 7))
@@ -522,8 +524,8 @@ def test_pytorch_retinanet_clamps():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_pytorch_retinanet_clamps_16_bits_as_well(dtype):
-    row = [0.0, 2e-5, 3e-4, 0.5, 0.9951171875, 1.0]  # the last but one in both dtypes
+def test_pytorch_retinanet_clamps_16_bit_probabilities(dtype):
+    row = [0.0, 2e-5, 3e-4, 0.5, 0.9951171875, 1.0]  # 0.995 rounds to less than 1 in both dtypes
     p = jnp.asarray([[row, row]], dtype)
     anchors = jnp.array([[[0.0, 0, 8, 8], [20, 20, 28, 28]]])
     annotations = jnp.array([[[0.0, 0, 8, 8, 0]]])
@@ -548,7 +550,7 @@ def test_pytorch_retinanet_clamps_16_bits_as_well(dtype):
         ("annotations", {3: jnp.zeros((2, 1, 4))}),
     ],
 )
-def test_pytorch_retinanet_bad_input(name, change):
+def test_pytorch_retinanet_errors_name_the_argument(name, change):
     inputs = [jnp.zeros(shape) for shape in [(2, 5, 3), (2, 5, 4), (1, 5, 4), (2, 1, 5)]]
     for i, bad in change.items():
         inputs[i] = bad
@@ -556,7 +558,7 @@ def test_pytorch_retinanet_bad_input(name, change):
         pytorch_retinanet.FocalLoss()(*inputs)
 
 
-# ---------------------------------------------------------------- the package
+# ---------------------------------------------------------------- imports
 
 
 def test_only_caffe_loads_protobuf():

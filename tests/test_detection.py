@@ -1,6 +1,5 @@
-"""Boxes, anchors, matching and RetinaNet's loss."""
+"""Boxes, anchors, matching and the RetinaNet loss."""
 
-import importlib
 import json
 import re
 from functools import partial
@@ -27,16 +26,16 @@ from focal_jax.detection import (
     pyramid_anchors,
     retinanet_loss,
 )
+from focal_jax.detection.loss import carry_best, gather_best
+from focal_jax.detection.matching import prepare
+from focal_jax.engine.platform import forced_form
 
-matching, loss_module = (
-    importlib.import_module(f"focal_jax.detection.{name}") for name in ("matching", "loss")
-)
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "retinanet.json").read_text())
 IMAGES, ANCHORS, ROWS, CLASSES = 3, 16, 4, 3
 
 
 def unit_vectors(loss: RetinaNetLoss):
-    """Return the cotangents that pick the first and the second of the two losses."""
+    """Return the cotangents that select the classification and the regression loss."""
     one, zero = (jax.tree.map(fill, loss) for fill in (jnp.ones_like, jnp.zeros_like))
     return (
         RetinaNetLoss(one.classification, zero.regression),
@@ -46,8 +45,8 @@ def unit_vectors(loss: RetinaNetLoss):
 
 STATIC = ("alpha", "gamma", "positive_iou", "negative_iou", "smooth_l1_beta")
 STATIC += ("empty_images", "normalization")
-# Compiled whole: one op at a time, they would take minutes to compile. And quickly: what the loss
-# is as it is run stands against the original's numbers.
+# Without jit every operation compiles alone, which takes minutes. The quick options turn off most
+# optimizations; the test against the recorded values of the original uses the default options.
 pytestmark = pytest.mark.quick
 jit = partial(jax.jit, compiler_options=quick_options())
 loss_of = jit(retinanet_loss, static_argnames=STATIC)
@@ -62,8 +61,8 @@ def _loss_and_gradients(class_logits, box_regression, anchors, annotations, **op
         class_logits,
         box_regression,
     )
-    of_classification, of_regression = map(pullback, unit_vectors(loss))
-    return loss, of_classification[0], of_regression[1]
+    classification_grads, regression_grads = map(pullback, unit_vectors(loss))
+    return loss, classification_grads[0], regression_grads[1]
 
 
 loss_and_gradients = jit(_loss_and_gradients, static_argnames=STATIC)
@@ -71,10 +70,10 @@ all_matches = jit(jax.vmap(match_anchors, in_axes=(None, 0)))
 close = partial(np.testing.assert_allclose, rtol=2e-6)
 
 
-# ---------------------------------------------------------------- the plain algorithm
+# ---------------------------------------------------------------- reference with loops
 
 
-def plain_iou(a, b):
+def loop_iou(a, b):
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     both = max(width, 0.0) * max(height, 0.0)
@@ -82,14 +81,14 @@ def plain_iou(a, b):
     return both / max(areas[0] + areas[1] - both, 1e-8)
 
 
-def plain_image(logits, offsets, anchors, annotations, empty_images):
-    """Return one image's two sums of losses and its number of positives, in loops."""
+def loop_image(logits, offsets, anchors, annotations, empty_images):
+    """Return the two sums of losses of an image, and its number of positive anchors."""
     annotations = [row for row in annotations if row[4] != -1]
     classification, regression, positives = 0.0, 0.0, 0
     if not annotations and empty_images == "skip":
         return classification, regression, positives
     for z, offset, anchor in zip(logits, offsets, anchors):
-        ious = [plain_iou(anchor, row) for row in annotations]
+        ious = [loop_iou(anchor, row) for row in annotations]
         best = max(ious, default=0.0)
         if 0.4 <= best < 0.5:
             continue
@@ -115,9 +114,9 @@ def plain_image(logits, offsets, anchors, annotations, empty_images):
     return classification, regression, positives
 
 
-def plain_loss(class_logits, box_regression, anchors, annotations, empty_images, normalization):
+def loop_loss(class_logits, box_regression, anchors, annotations, empty_images, normalization):
     images = [
-        plain_image(*image, empty_images)
+        loop_image(*image, empty_images)
         for image in zip(class_logits, box_regression, [anchors] * len(annotations), annotations)
     ]
     if normalization == "image":
@@ -131,7 +130,7 @@ def plain_loss(class_logits, box_regression, anchors, annotations, empty_images,
 
 @st.composite
 def batches(draw):
-    """Draw logits, offsets, anchors and annotations of fixed shapes: matches and padding."""
+    """Draw logits, offsets, anchors and annotations of fixed shapes, with matches and padding."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     corners = rng.uniform(0, 24, (ANCHORS, 2))
     anchors = np.concatenate([corners, corners + rng.uniform(4, 16, (ANCHORS, 2))], 1)
@@ -146,7 +145,7 @@ def batches(draw):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Return one batch whose images have 3, 0 and 1 annotations."""
+    """Return a batch of images with 3, 0 and 1 annotations."""
     rng = np.random.default_rng(0)
     anchors = np.asarray(pyramid_anchors((32, 32), levels=(3, 4), scales=(0.25, 0.5), ratios=(1,)))
     annotations = np.full((3, 4, 5), -1.0)
@@ -163,15 +162,15 @@ def batch():
 @pytest.mark.quick(False)
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("case", GOLDEN)
-def test_loss_and_gradients_of_the_original(case):
+def test_loss_and_gradients_match_recorded_values(case):
     inputs = [
         jnp.asarray(case[name])
         for name in ("class_logits", "box_regression", "anchors", "annotations")
     ]
     options = {"alpha": case["alpha"], "gamma": case["gamma"], "empty_images": "skip"}
-    as_run = jax.jit(partial(_loss_and_gradients, **options))
-    loss, class_grad, box_grad = as_run(*inputs)
-    # The original clamps probabilities to 1e-4: a few logits here are beyond that.
+    default_options = jax.jit(partial(_loss_and_gradients, **options))
+    loss, class_grad, box_grad = default_options(*inputs)
+    # The original clamps probabilities at 1e-4, which changes a few tiny gradients to 0.
     np.testing.assert_allclose(loss.classification, case["classification_loss"], rtol=1e-8)
     np.testing.assert_allclose(loss.regression, case["regression_loss"], rtol=1e-8)
     np.testing.assert_allclose(class_grad, case["class_logits_grad"], atol=1e-9)
@@ -180,7 +179,7 @@ def test_loss_and_gradients_of_the_original(case):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("case", GOLDEN)
-def test_images_of_the_original(case):
+def test_losses_of_each_image_match_recorded_values(case):
     logits, offsets, anchors, annotations = (
         jnp.asarray(case[name])
         for name in ("class_logits", "box_regression", "anchors", "annotations")
@@ -188,12 +187,12 @@ def test_images_of_the_original(case):
     matches = all_matches(anchors, annotations)
     assert jnp.sum(matches >= 0, 1).tolist() == case["num_positives"]
 
-    def of_image(logits, offsets, annotations):
+    def image_loss(logits, offsets, annotations):
         return retinanet_loss(
             logits[None], offsets[None], anchors, annotations[None], empty_images="skip"
         )
 
-    loss = jit(jax.vmap(of_image))(logits, offsets, annotations)
+    loss = jit(jax.vmap(image_loss))(logits, offsets, annotations)
     np.testing.assert_allclose(loss.classification, case["classification_loss_per_image"], 1e-8)
     np.testing.assert_allclose(loss.regression, case["regression_loss_per_image"], 1e-8)
 
@@ -202,20 +201,20 @@ def test_images_of_the_original(case):
 @pytest.mark.parametrize("normalization", ["image", "batch"])
 @pytest.mark.parametrize("empty_images", ["background", "skip"])
 @given(batches())
-def test_loss_of_the_plain_algorithm(empty_images, normalization, inputs):
+def test_loss_matches_loops(empty_images, normalization, inputs):
     loss, *_ = loss_and_gradients(
         *map(jnp.asarray, inputs), empty_images=empty_images, normalization=normalization
     )
-    np.testing.assert_allclose(loss, plain_loss(*inputs, empty_images, normalization), rtol=1e-9)
+    np.testing.assert_allclose(loss, loop_loss(*inputs, empty_images, normalization), rtol=1e-9)
 
 
 @given(batches())
 @settings(max_examples=10)
-def test_padding_and_the_order_of_annotations_change_nothing(inputs):
+def test_padding_and_order_of_annotations_have_no_effect(inputs):
     logits, offsets, anchors, annotations = (jnp.asarray(x, jnp.float32) for x in inputs)
     loss = loss_and_gradients(logits, offsets, anchors, annotations)
-    junk = jnp.full((IMAGES, 2, 5), jnp.nan).at[..., 4].set(-1)
-    shuffled = jnp.concatenate([junk, annotations[:, ::-1]], 1)
+    padding = jnp.full((IMAGES, 2, 5), jnp.nan).at[..., 4].set(-1)
+    shuffled = jnp.concatenate([padding, annotations[:, ::-1]], 1)
     jax.tree.map(close, loss, loss_and_gradients(logits, offsets, anchors, shuffled))
 
 
@@ -228,17 +227,17 @@ def test_empty_images(batch):
     assert counted.regression == 0
     assert jnp.all(box_grad == 0)
     assert jnp.all(class_grad > 0)
-    # No rows at all are the same as rows of padding.
-    none = loss_and_gradients(logits, offsets, anchors, annotations[:, :0])
-    jax.tree.map(close, none, (counted, class_grad, box_grad))
+    # Without rows the result is the same as with rows of padding.
+    no_rows = loss_and_gradients(logits, offsets, anchors, annotations[:, :0])
+    jax.tree.map(close, no_rows, (counted, class_grad, box_grad))
 
 
-def test_one_empty_image_among_others(batch):
+def test_skipped_image_counts_in_the_mean_over_images(batch):
     logits, offsets, anchors, annotations = batch
     skipped = loss_of(*batch, empty_images="skip")
     others = jnp.array([0, 2])
-    alone = loss_of(logits[others], offsets[others], anchors, annotations[others])
-    np.testing.assert_allclose(skipped, jnp.stack(alone) * 2 / 3, rtol=1e-6)
+    without = loss_of(logits[others], offsets[others], anchors, annotations[others])
+    np.testing.assert_allclose(skipped, jnp.stack(without) * 2 / 3, rtol=1e-6)
 
 
 def test_empty_batch(batch):
@@ -252,7 +251,7 @@ def test_empty_batch(batch):
     assert loss_of(batch[0][:, :0], batch[1][:, :0], anchors, batch[3]) == (0, 0)
 
 
-def test_boxes_and_anchors_without_area_are_finite(batch):
+def test_boxes_and_anchors_without_area_give_finite_results(batch):
     logits, offsets, anchors, annotations = batch
     anchors = anchors.at[:3].set(jnp.array([[5.0, 5, 5, 5], [5, 5, 9, 5], [9, 9, 5, 5]]))
     degenerate = jnp.array([[5.0, 5, 5, 5, 0], [5, 5, 5, 30, 1], [30, 30, 2, 2, 2]])
@@ -262,45 +261,45 @@ def test_boxes_and_anchors_without_area_are_finite(batch):
         for normalization in ("image", "batch")
     ]
     assert jax.tree.all(jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), results))
-    # Even where every anchor counts as positive.
+    # Also if every anchor is positive.
     results = loss_and_gradients(
         logits, offsets, anchors, annotations, positive_iou=0.0, negative_iou=0.0
     )
     assert jax.tree.all(jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), results))
 
 
-def test_what_an_anchor_without_a_match_holds_does_not_matter(batch):
+def test_predictions_of_unmatched_anchors_are_ignored(batch):
     logits, offsets, anchors, annotations = batch
     matches = all_matches(anchors, annotations)
     assert {BACKGROUND, IGNORED} < set(matches.ravel().tolist())
-    spoiled = (
+    with_nan = (
         jnp.where((matches == IGNORED)[..., None], jnp.nan, logits),
         jnp.where((matches < 0)[..., None], jnp.nan, offsets),
     )
     jax.tree.map(
         np.testing.assert_array_equal,
-        loss_and_gradients(*spoiled, anchors, annotations),
+        loss_and_gradients(*with_nan, anchors, annotations),
         loss_and_gradients(*batch),
     )
 
 
-@pytest.mark.parametrize("row", [2, 0])  # one that anchors match, and one that they do not
+@pytest.mark.parametrize("row", [2, 0])  # a row that is matched, and a row that is not
 @pytest.mark.parametrize(
-    ("place", "wrong"),
+    ("column", "value"),
     [(4, -2.0), (4, 3.0), (4, -0.5), (4, 1.7), (4, jnp.nan), (0, jnp.nan), (3, jnp.inf)],
 )
-def test_an_annotation_that_is_none_is_loud_in_its_image(batch, row, place, wrong):
+def test_invalid_annotation_makes_its_image_nan(batch, row, column, value):
     logits, offsets, anchors, annotations = batch
     far = annotations.at[2, 0].set(jnp.array([500.0, 500, 508, 508, 1]))
     loss, class_grad, box_grad = loss_and_gradients(
-        logits, offsets, anchors, far.at[2, row, place].set(wrong)
+        logits, offsets, anchors, far.at[2, row, column].set(value)
     )
-    sound, sound_class_grad, sound_box_grad = loss_and_gradients(logits, offsets, anchors, far)
-    assert all(jnp.isfinite(x) for x in sound)
+    valid, valid_class_grad, valid_box_grad = loss_and_gradients(logits, offsets, anchors, far)
+    assert all(jnp.isfinite(x) for x in valid)
     assert all(jnp.isnan(x) for x in loss)
     assert jnp.any(jnp.isnan(class_grad[2]))
-    np.testing.assert_array_equal(class_grad[:2], sound_class_grad[:2])
-    np.testing.assert_array_equal(box_grad[:2], sound_box_grad[:2])
+    np.testing.assert_array_equal(class_grad[:2], valid_class_grad[:2])
+    np.testing.assert_array_equal(box_grad[:2], valid_box_grad[:2])
 
 
 @pytest.mark.parametrize("beta", [0.05, 1.0])
@@ -327,7 +326,7 @@ def test_alpha_and_gamma(batch):
     np.testing.assert_allclose(slope, high - low, rtol=1e-5)
 
 
-def test_another_class_loss(batch):
+def test_class_loss_option(batch):
     named = partial(focal_jax.sigmoid_focal_loss, alpha=0.25, gamma=2.0)
     same = jit(partial(retinanet_loss, class_loss=named))
     np.testing.assert_array_equal(same(*batch), loss_of(*batch))
@@ -344,7 +343,7 @@ def test_another_class_loss(batch):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_sixteen_bits_are_computed_in_float32(batch, dtype):
+def test_16_bit_inputs_are_computed_in_float32(batch, dtype):
     logits, offsets, anchors, annotations = batch
     logits, offsets = logits.astype(dtype), offsets.astype(dtype)
     loss, class_grad, box_grad = loss_and_gradients(logits, offsets, anchors, annotations)
@@ -357,20 +356,20 @@ def test_sixteen_bits_are_computed_in_float32(batch, dtype):
     np.testing.assert_array_equal(class_grad, wide[1].astype(dtype))
 
 
-def test_whole_numbers_for_boxes(batch):
+def test_integer_boxes(batch):
     logits, offsets, anchors, annotations = batch
-    whole = loss_of(logits, offsets, anchors.astype(int), annotations.astype(int))
-    np.testing.assert_array_equal(whole, loss_of(logits, offsets, anchors, annotations))
+    integer = loss_of(logits, offsets, anchors.astype(int), annotations.astype(int))
+    np.testing.assert_array_equal(integer, loss_of(logits, offsets, anchors, annotations))
 
 
-# ---------------------------------------------------------------- across devices
+# ---------------------------------------------------------------- several devices
 
 DEVICES = 4
 
 
 @pytest.fixture(scope="module")
 def uneven():
-    """Return a batch for four devices that have 0, 2, 1 and 5 positives or so."""
+    """Return a batch for four devices with different numbers of positive anchors."""
     rng = np.random.default_rng(1)
     anchors = np.asarray(pyramid_anchors((32, 32), levels=(3,), scales=(0.5,), ratios=(0.5, 1)))
     annotations = np.full((2 * DEVICES, 2, 5), -1.0)
@@ -384,7 +383,7 @@ def uneven():
 
 @pytest.mark.parametrize("normalization", ["image", "batch"])
 @pytest.mark.parametrize("mapping", ["pmap", "vmap", "shard_map", "shard_map, checked"])
-def test_mean_over_devices_is_the_loss_of_one(uneven, mapping, normalization):
+def test_pmean_over_devices_equals_the_loss_on_one_device(uneven, mapping, normalization):
     logits, offsets, anchors, annotations = uneven
 
     def total(scale, logits, offsets, annotations, axis_name=None):
@@ -436,48 +435,48 @@ def test_mean_over_devices_is_the_loss_of_one(uneven, mapping, normalization):
         [1, 2, 1e30, 3],
     ],
 )
-def test_a_box_of_any_size_overlaps_itself_and_no_small_one(box):
+def test_huge_box_overlaps_itself_and_no_distant_box(box):
     iou = box_iou([box, [0, 0, 4, 4]], [box, [10, 10, 14, 14]])
     np.testing.assert_allclose(iou, [[1, 0], [0, 0]], atol=1e-9)
     assert match_anchors([box], [[*box, 1]]).tolist() == [0]
 
 
-def test_a_corner_at_infinity_has_no_area():
+def test_box_at_infinity_has_no_area():
     assert box_iou([[np.inf] * 4], [[np.inf] * 4, [0, 0, 4, 4]]).tolist() == [[0, 0]]
 
 
-slopes_of_iou = jit(jax.grad(lambda a, b: jnp.sum(box_iou(a, b)), argnums=(0, 1)))
+iou_gradients = jit(jax.grad(lambda a, b: jnp.sum(box_iou(a, b)), argnums=(0, 1)))
 coordinates = st.floats(-50, 50, width=32)
 boxes = hnp.arrays(np.float32, (5, 4), elements=coordinates)
-real_boxes = boxes.map(
+boxes_with_area = boxes.map(
     lambda x: np.concatenate([x[:, :2], x[:, :2] + 1 + np.abs(x[:, 2:])], 1).astype(np.float32)
 )
 
 
-@given(real_boxes, real_boxes)
+@given(boxes_with_area, boxes_with_area)
 def test_iou_is_symmetric_and_at_most_one(a, b):
     iou = iou_of(a, b)
     np.testing.assert_array_equal(iou, iou_of(b, a).T)
     assert jnp.all((iou >= 0) & (iou <= 1))
     np.testing.assert_array_equal(jnp.diagonal(iou_of(a, a)), 1)
-    expected = [[plain_iou(x, y) for y in b.astype(float)] for x in a.astype(float)]
+    expected = [[loop_iou(x, y) for y in b.astype(float)] for x in a.astype(float)]
     np.testing.assert_allclose(iou, expected, rtol=1e-4, atol=1e-6)
 
 
 @given(boxes, boxes)
-def test_iou_of_any_boxes_is_finite_with_its_gradient(a, b):
+def test_iou_and_its_gradient_are_finite_for_any_boxes(a, b):
     assert jnp.all((iou_of(a, b) >= 0) & (iou_of(a, b) <= 1))
-    assert all(jnp.all(jnp.isfinite(x)) for x in slopes_of_iou(a, b))
+    assert all(jnp.all(jnp.isfinite(x)) for x in iou_gradients(a, b))
 
 
-@given(real_boxes, real_boxes)
-def test_decoding_undoes_encoding(boxes, anchors):
+@given(boxes_with_area, boxes_with_area)
+def test_decode_inverts_encode(boxes, anchors):
     offsets = encode(boxes, anchors)
     np.testing.assert_allclose(decode(offsets, anchors), boxes, rtol=1e-4, atol=1e-3)
 
 
 @given(boxes, boxes)
-def test_any_boxes_have_finite_encodings(boxes, anchors):
+def test_encodings_are_finite_for_any_boxes(boxes, anchors):
     assert jnp.all(jnp.isfinite(encode(boxes, anchors)))
 
 
@@ -495,7 +494,7 @@ def test_weights_of_the_box_coder():
         )
 
 
-def test_sides_shorter_than_one_count_as_one():
+def test_sides_below_min_side_are_replaced():
     anchors = [[0, 0, 1, 1]] * 2
     offsets = encode_boxes([[0.0, 0.0, 0.5, 1.0], [0.5, 0.5, 0.5, 0.5]], anchors)
     np.testing.assert_allclose(offsets, [[-2.5, 0, 0, 0], [0, 0, 0, 0]], atol=1e-6)
@@ -504,7 +503,7 @@ def test_sides_shorter_than_one_count_as_one():
 
 
 @pytest.mark.usefixtures("x64")
-def test_boxes_are_of_the_widest_dtype():
+def test_results_have_the_widest_dtype():
     narrow, wide = np.ones((2, 4), np.float16), np.ones((2, 4), np.float64)
     for function in (box_iou, encode_boxes, decode_boxes):
         assert function(narrow, narrow).dtype == np.float32
@@ -514,31 +513,31 @@ def test_boxes_are_of_the_widest_dtype():
 # ---------------------------------------------------------------- anchors
 
 
-def test_the_papers_anchors():
+def test_anchors_of_the_paper():
     anchors = pyramid_anchors((224, 256))
     cells = 28 * 32 + 14 * 16 + 7 * 8 + 4 * 4 + 2 * 2
     assert anchors.shape == (9 * cells, 4)
     centers = (anchors[:, :2] + anchors[:, 2:]) / 2
     sides = anchors[:, 2:] - anchors[:, :2]
-    # The first cell's nine: three ratios, height over width, of three scales an octave.
+    # The nine anchors of the first cell: three ratios times three scales.
     np.testing.assert_allclose(centers[:9], np.full((9, 2), 4), atol=1e-5)
     areas = np.tile(32**2 * np.array([1, 2 ** (2 / 3), 2 ** (4 / 3)]), 3)
     np.testing.assert_allclose(jnp.prod(sides[:9], 1), areas, rtol=1e-5)
     np.testing.assert_allclose(sides[:9, 1] / sides[:9, 0], np.repeat([0.5, 1, 2], 3), rtol=1e-5)
-    # Cells run along x first; levels from the finest.
+    # The order of cells is row-major, and levels start with the finest.
     np.testing.assert_allclose(centers[9], [12, 4], atol=1e-5)
     np.testing.assert_allclose(centers[9 * 32], [4, 12], atol=1e-5)
     np.testing.assert_allclose(centers[-9:], np.full((9, 2), 192), atol=1e-4)
 
 
-def test_anchors_of_the_golden_data():
+def test_anchors_match_recorded_values():
     golden = np.asarray(GOLDEN[0]["anchors"])
     anchors = pyramid_anchors((48, 48), levels=(3, 4), scales=(0.25, 0.375), ratios=(1,))
     np.testing.assert_allclose(anchors, golden[: len(anchors)], atol=1e-6)
     assert len(anchors) == 2 * (36 + 9)
 
 
-def test_a_cell_for_every_stride_begun():
+def test_last_cell_can_extend_beyond_the_image():
     assert len(pyramid_anchors((17, 16), levels=(4,), scales=(1,), ratios=(1,))) == 2
     assert pyramid_anchors((17, 16), levels=()).shape == (0, 4)
 
@@ -546,8 +545,8 @@ def test_a_cell_for_every_stride_begun():
 # ---------------------------------------------------------------- matching
 
 
-def plain_matches(iou, positive, negative, force):
-    """Return torchvision's matches of `iou` [A, M], in loops."""
+def loop_matches(iou, positive, negative, force):
+    """Return torchvision's matches of `iou` [A, M], with loops."""
     matches = []
     for row in iou:
         best = int(np.argmax(row))
@@ -562,7 +561,7 @@ def plain_matches(iou, positive, negative, force):
 
 
 @given(batches(), st.sampled_from([(0.5, 0.4), (0.7, 0.3), (0.6, 0.6)]), st.booleans())
-def test_matches_of_the_plain_algorithm(inputs, thresholds, force):
+def test_matches_agree_with_loops(inputs, thresholds, force):
     _, _, anchors, annotations = inputs
     anchors, annotations = anchors.astype(np.float32), annotations[0].astype(np.float32)
     positive, negative = thresholds
@@ -570,67 +569,81 @@ def test_matches_of_the_plain_algorithm(inputs, thresholds, force):
         anchors, annotations, positive_iou=positive, negative_iou=negative, force_match=force
     )
     assert matches.dtype == jnp.int32
-    real = np.flatnonzero(annotations[:, 4] != -1)
-    if not len(real):
+    valid = np.flatnonzero(annotations[:, 4] != -1)
+    if not len(valid):
         assert jnp.all(matches == BACKGROUND)
         return
-    expected = plain_matches(
-        np.asarray(iou_of(anchors, annotations[:, :4]))[:, real], positive, negative, force
+    expected = loop_matches(
+        np.asarray(iou_of(anchors, annotations[:, :4]))[:, valid], positive, negative, force
     )
-    assert matches.tolist() == [real[m] if m >= 0 else m for m in expected]
+    assert matches.tolist() == [valid[m] if m >= 0 else m for m in expected]
 
 
-def test_the_thresholds_are_inclusive_above_only():
-    # IoUs of exactly 1/2 and 2/5 with the one annotation.
+def test_positive_threshold_is_inclusive_and_negative_is_exclusive():
+    # The first two IoUs are exactly 1/2 and 2/5.
     anchors = [[0, 0, 10, 5], [0, 0, 10, 4], [0, 0, 10, 3]]
     annotations = [[0, 0, 10, 10, 0]]
     assert match_anchors(anchors, annotations).tolist() == [0, IGNORED, BACKGROUND]
 
 
-def test_every_touched_annotation_is_matched_when_forced():
+def test_force_match_matches_every_annotation_that_overlaps_an_anchor():
     anchors = [[0, 0, 8, 8], [8, 0, 16, 8], [40, 40, 48, 48]]
     annotations = [[6, 0, 10, 4, 0], [90, 90, 99, 99, 1], [-1] * 5]
     assert match_anchors(anchors, annotations).tolist() == [BACKGROUND] * 3
-    # Both anchors overlap the first by as much; none touches the second.
+    # Two anchors have the same IoU with the first annotation. No anchor overlaps the second.
     forced = match_anchors(anchors, annotations, force_match=True)
     assert forced.tolist() == [0, 0, BACKGROUND]
 
 
-def test_the_searches_agree_bit_for_bit():
+def test_forms_of_the_matching_agree_bit_for_bit():
     rng = np.random.default_rng(2)
     anchors = jnp.asarray(pyramid_anchors((64, 80), levels=(3, 4), scales=(1, 1.3)))
     annotations = np.full((7, 5), -1, np.float32)
     annotations[[0, 2, 3, 5], :4] = anchors[rng.integers(len(anchors), size=4)]
-    annotations[3] = annotations[0]  # a tie: the first is taken
+    annotations[3] = annotations[0]  # the same IoU: the first annotation is matched
     annotations[[0, 2, 3, 5], 4] = rng.integers(3, size=4)
     annotations[1, :4] = np.nan  # padding
-    anchors, annotations = matching.comparable(anchors, jnp.asarray(annotations))
-    results = {}
-    for name in ("_by_turns", "_by_reduction"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(matching, "_by_turns", getattr(matching, name))
-            for found in (loss_module._looked_up, loss_module._carried_along):
-                results[name, found] = jit(lambda *args, f=found: f(*args))(anchors, annotations)
-    first, *others = results.values()
+    anchors, annotations = prepare(anchors, jnp.asarray(annotations))
+    results = []
+    for form in ("cpu", "accelerator"):
+        with forced_form(form):
+            results += [
+                jit(lambda *args, f=best: f(*args))(anchors, annotations)
+                for best in (gather_best, carry_best)
+            ]
+    first, *others = results
     iou, *_ = first
-    touched = iou > 0
-    assert 0 < jnp.sum(touched) < len(iou)
+    overlaps = iou > 0
+    assert 0 < jnp.sum(overlaps) < len(iou)
     for other in others:
         for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other)):
-            np.testing.assert_array_equal(jnp.where(touched, x, 0), jnp.where(touched, y, 0))
+            np.testing.assert_array_equal(jnp.where(overlaps, x, 0), jnp.where(overlaps, y, 0))
         np.testing.assert_array_equal(iou, other[0])
     matches = match_anchors(anchors, annotations)
     assert not jnp.any(matches == 3)
     assert jnp.any(matches == 0)
 
 
-def test_matching_nothing():
+def test_forms_of_the_matching_are_different_programs():
+    anchors, annotations = jnp.zeros((4, 4)), jnp.zeros((2, 5))
+    programs = []
+    for form in ("cpu", "accelerator", "tpu"):
+        with forced_form(form):
+            loss = partial(retinanet_loss, jnp.zeros((1, 4, 2)), jnp.zeros((1, 4, 4)))
+            programs.append(str(jax.make_jaxpr(loss)(anchors, annotations[None])))
+    _, accelerator, tpu = programs
+    assert ["scan[" in program for program in programs] == [True, False, False]
+    assert "gather[" in accelerator
+    assert "gather[" not in tpu
+
+
+def test_matching_without_annotations_or_anchors():
     assert match_anchors([[0, 0, 8, 8]], np.zeros((0, 5))).tolist() == [BACKGROUND]
     empty = match_anchors(np.zeros((0, 4)), [[0, 0, 8, 8, 1]], force_match=True)
     assert empty.shape == (0,)
 
 
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- errors
 
 
 def shapes(logits=(2, 5, 3), regression=(2, 5, 4), anchors=(5, 4), annotations=(2, 1, 5)):
@@ -681,20 +694,20 @@ def test_errors_of_the_loss_name_the_argument(name, inputs, options):
 
 
 @pytest.mark.parametrize("name", ["positive_iou", "negative_iou", "smooth_l1_beta"])
-def test_a_traced_option_is_refused_by_name(name):
-    def of(x):
+def test_traced_values_of_static_options_are_errors(name):
+    def traced(x):
         return retinanet_loss(*shapes(), **{name: x})
 
     with pytest.raises(ValueError, match=rf"\b{name}: got"):
-        jit(of)(0.5)
+        jit(traced)(0.5)
 
 
 @pytest.mark.parametrize("option", [{"gamma": -1.0}, {"alpha": jnp.zeros(7)}])
-def test_options_are_checked_before_any_work(option, monkeypatch):
-    def search(*_):
+def test_options_are_checked_before_the_matching(option, monkeypatch):
+    def matching(*_):
         raise AssertionError("anchors were matched")
 
-    monkeypatch.setattr(loss_module, "nearest", search)
+    monkeypatch.setattr("focal_jax.detection.loss.find_best", matching)
     with pytest.raises(ValueError, match=f"{next(iter(option))}: got"):
         retinanet_loss(*shapes(), **option)
 
@@ -716,7 +729,7 @@ def test_options_are_checked_before_any_work(option, monkeypatch):
         ("ratios: got", lambda: pyramid_anchors((8, 8), ratios=(0,))),
     ],
 )
-def test_errors_of_the_parts_name_the_argument(message, call):
+def test_errors_of_box_functions_name_the_argument(message, call):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -725,12 +738,14 @@ def test_errors_of_the_parts_name_the_argument(message, call):
     "function",
     [box_iou, encode_boxes, decode_boxes, pyramid_anchors, match_anchors, retinanet_loss],
 )
-def test_docstrings_have_every_section_in_order(function):
-    sections = ["Args:", "Returns:", "Raises:", "Differentiation:", "Example:", "References:"]
-    found = re.findall(rf"^ *({'|'.join(sections)})", function.__doc__, re.MULTILINE)
-    assert found == sections
+def test_docstrings_have_sections_in_order(function):
+    required = ["Example:", "Args:", "Returns:"]
+    sections = [*required, "Raises:", "References:"]
+    found = re.findall(r"^ *([A-Z]\w+:)$", function.__doc__, re.MULTILINE)
+    assert found == [section for section in sections if section in found]
+    assert set(required) <= set(found)
 
 
-def test_an_axis_name_that_is_not_bound(batch):
+def test_unbound_axis_name_is_an_error(batch):
     with pytest.raises(NameError):
         jax.eval_shape(partial(retinanet_loss, normalization="batch", axis_name="nowhere"), *batch)

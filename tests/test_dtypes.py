@@ -1,48 +1,54 @@
-"""What comes in decides what comes out."""
+"""The dtypes of arguments, losses and gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import LOSSES, PROGRAMS, assert_close, gradients, jit, total
+from helpers import KINDS, PROGRAMS, assert_close, gradients, jit, range_of, total
 
 import focal_jax
 
 pytestmark = pytest.mark.quick
 
-SIXTEEN = [jnp.bfloat16, jnp.float16]
+SIXTEEN_BITS = [jnp.bfloat16, jnp.float16]
 INTEGER = [row for row in PROGRAMS if row.integer]
+# The labels are checked by the engine, which losses of one kind share.
+INTEGER_KINDS = [row for row in KINDS if row.integer]
 
 
-@pytest.mark.parametrize("row", [row for row in LOSSES if not row.linear], ids=str)
-def test_sixteen_bits_are_the_float32_result_rounded(row):
-    arguments = row.arguments(0, (8, 5)) | row.scalars()
-    logits = arguments.pop("logits")
+# The products of a linear head are computed in the dtype of the features.
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if not row.linear], ids=str)
+def test_sixteen_bits_give_the_rounded_result_of_float32(row):
+    options, static = row.scalars(), row.axis(-1)
 
-    @jax.jit  # as XLA optimizes them the two programs are equal to the bit
-    def both(logits):
+    @jax.jit  # with XLA's optimizations, both programs are equal to the last bit
+    def losses_and_gradients(logits, labels):
         out = []
-        for exponents in ({}, dict.fromkeys(row.exponents, 2), dict.fromkeys(row.exponents, 1.3)):
+        for exponents in ({}, *(dict.fromkeys(row.exponents, x) for x in (2, 1.3))):
 
             def losses(z, exponents=exponents):
-                return row.eager(logits=z, **arguments | exponents)
+                return row.eager(logits=z, labels=labels, **static, **options | exponents)
 
             values, transpose = jax.vjp(losses, logits)
             out.append((values, *transpose(jnp.ones_like(values))))
         return out
 
-    for dtype in SIXTEEN:
-        rounded = logits.astype(dtype)
-        for narrow, wide in zip(both(rounded), both(rounded.astype(jnp.float32))):
-            assert narrow[0].dtype == jnp.float32
-            assert_close(narrow[0], wide[0], 0)
-            assert narrow[1].dtype == dtype
-            assert np.array_equal(narrow[1], wide[1].astype(dtype))
+    for variant in row.variants:
+        arguments = variant.arguments(0, (8, 5))
+        for dtype in SIXTEEN_BITS:
+            rounded = arguments["logits"].astype(dtype)
+            narrow = losses_and_gradients(rounded, arguments["labels"])
+            wide = losses_and_gradients(rounded.astype(jnp.float32), arguments["labels"])
+            for got, want in zip(narrow, wide):
+                assert got[0].dtype == jnp.float32
+                assert_close(got[0], want[0], 0)
+                assert got[1].dtype == dtype
+                assert np.array_equal(got[1], want[1].astype(dtype))
 
 
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
-def test_every_cotangent_has_its_primals_dtype(row, x64):
-    # Each argument in each of the three, all of them different.
+def test_gradients_have_the_dtype_of_their_argument(row, x64):
+    # Each argument in each of three dtypes; the dtypes of the arguments differ.
     inside, fixed = row.split(row.all(1, (4, 3)))
     dtypes = jnp.bfloat16, jnp.float32, jnp.float64
     for shift in range(3):
@@ -61,35 +67,40 @@ def test_float64_stays_float64(row, x64):
     values, gradient = jax.eval_shape(gradients(row.eager, **fixed), inside)
     assert values.dtype == jnp.float64
     assert all(x.dtype == jnp.float64 for x in gradient.values())
-    assert row.ours(**arguments, **row.scalars(np.float32)).dtype == jnp.float64
+    assert row.compiled(**arguments, **row.scalars(np.float32)).dtype == jnp.float64
 
 
-@pytest.mark.parametrize("row", PROGRAMS, ids=str)
-def test_options_do_not_promote_the_result(row, x64):
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.numbers], ids=str)
+def test_options_do_not_promote_the_losses(row, x64):
     arguments = row.arguments(5, (4, 3))
-    assert row.ours(**arguments, **row.scalars(np.float64)).dtype == jnp.float32
+    assert row.compiled(**arguments, **row.scalars(np.float64)).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("row", LOSSES, ids=str)
-def test_an_option_narrower_than_the_loss_is_widened_first(row):
-    # 1 - 0.001 is 1 in bfloat16; the loss is that of the very number, in its own dtype.
-    arguments = row.arguments(6, (6, 3))
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.numbers], ids=str)
+def test_options_are_cast_to_the_dtype_of_the_loss_first(row):
+    # 1 - 0.001 is 1 in bfloat16. The loss of a bfloat16 option is the loss of the same number in
+    # float32.
+    static = row.axis(-1)
 
     @jit
-    def of_each(options):
-        out = []
-        for name, x in sorted(options.items()):
+    def of_each(arguments, options):
+        out = {}
+        for name, x in options.items():
             inside, fixed = row.split(arguments | {name: x})
-            out.append(jax.value_and_grad(total(row.eager, **fixed))(inside))
+            out[name] = jax.value_and_grad(total(row.eager, **fixed, **static))(inside)
         return out
 
-    for dtype in SIXTEEN:
-        narrow = {k: jnp.asarray(o.low + 0.001, dtype) for k, o in row.options.items()}
-        wide = {k: x.astype(jnp.float32) for k, x in narrow.items()}
-        for name, got, want in zip(sorted(narrow), of_each(narrow), of_each(wide)):
-            assert got[1].pop(name).dtype == dtype
-            want[1].pop(name)
-            assert_close(got, want, 1e-7)
+    for variant in row.variants:
+        arguments = {k: x for k, x in variant.arguments(6, (6, 3)).items() if k not in static}
+        for dtype in SIXTEEN_BITS:
+            numbers = {k: range_of(option)[0] + 0.001 for k, option in row.numbers.items()}
+            narrow = {k: jnp.asarray(x, dtype) for k, x in numbers.items()}
+            wide = {k: x.astype(jnp.float32) for k, x in narrow.items()}
+            got, want = of_each(arguments, narrow), of_each(arguments, wide)
+            for name in narrow:
+                assert got[name][1].pop(name).dtype == dtype
+                want[name][1].pop(name)
+                assert_close(got[name], want[name], 1e-7)
 
 
 # ---------------------------------------------------------------- integer labels
@@ -97,51 +108,67 @@ def test_an_option_narrower_than_the_loss_is_widened_first(row):
 
 @pytest.mark.parametrize("row", INTEGER, ids=str)
 def test_narrow_labels_do_not_wrap(row):
-    # 300 classes: an iota in int8 would meet the label twice.
-    arguments = row.arguments(3, (4, 300)) | {"labels": np.array([0, 44, 100, 127], np.int32)}
-    fixed = {"chunk_size": 70} if row.linear else {}
+    # With 300 classes, an int8 index of the classes would match a label twice.
+    labels = np.array([0, 44, 100, 127], np.int32)
+    arguments = row.arguments(3, (4, 300)) | {"labels": labels}
+    static = row.axis(-1) | ({"chunk_size": 70} if row.linear else {})
     inside, _ = row.split(arguments)
 
-    def of(labels, inside=inside):
-        return gradients(row.eager, **fixed, **row.axis(-1), labels=labels)(inside)
+    @jit
+    def outputs(inside, labels):
+        few = {
+            k: x[..., :100] if k in ("logits", "kernel", "bias") else x for k, x in inside.items()
+        }
+        largest = jnp.full_like(labels, jnp.iinfo(labels.dtype).max)
+        value_and_gradients = jax.value_and_grad(total(row.eager, **static, labels=labels))(inside)
+        return value_and_gradients, row.eager(**few, **static, labels=largest)
 
-    want = of(arguments["labels"])
-    few = {k: x[..., :100] if k in ("logits", "kernel", "bias") else x for k, x in inside.items()}
+    want, _ = outputs(inside, labels)
     for dtype in ("int8", "uint8", "int16", "uint16", "uint32"):
-        assert_close(of(arguments["labels"].astype(dtype)), want, 0)
-        last = np.full(4, np.iinfo(dtype).max, dtype)
-        assert np.all(np.isnan(row.ours(**few, **fixed, **row.axis(-1), labels=jnp.asarray(last))))
+        got, invalid = outputs(inside, labels.astype(dtype))
+        assert_close(got, want, 0)
+        assert np.all(np.isnan(invalid))
 
 
 WIDE = [2**32 + 1, 2**32 - 1, 2**63 - 1, 2**31]
 
 
-@pytest.mark.parametrize("module", [focal_jax, focal_jax.reference], ids=["ours", "reference"])
-@pytest.mark.parametrize("row", INTEGER, ids=str)
+@pytest.mark.parametrize("module", [focal_jax, focal_jax.reference], ids=["losses", "reference"])
+@pytest.mark.parametrize("row", INTEGER_KINDS, ids=str)
 @pytest.mark.parametrize("kind", ["int64", "uint64", "list", "scalars"])
 @pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
-def test_wide_labels_do_not_turn_into_another_class(module, row, kind, wide):
-    # 2**32 + 1 has the lower half of 1, 2**32 - 1 that of -1.
+def test_wide_labels_do_not_become_another_class(module, row, kind, wide):
+    # The lower 32 bits of 2**32 + 1 are 1, those of 2**32 - 1 are -1.
     convert = {"list": list, "scalars": lambda x: [np.int64(v) for v in x]}
     with jax.enable_x64(wide):
         labels = convert.get(kind, lambda x: np.array(x, kind))([1, *WIDE, 0])
         arguments = row.of_logits(jnp.zeros((6, 4)), labels)
         function = getattr(module, row.name)
-        for ignored, there in ((None, None), (1, 0), (-1, None)):
+        for ignored, position in ((None, None), (1, 0), (-1, None)):
             losses = function(**arguments, ignore_label=ignored)
             assert np.isnan(losses).tolist() == [False, True, True, True, True, False]
-            assert there is None or losses[there] == 0
+            assert position is None or losses[position] == 0
 
 
-@pytest.mark.parametrize("row", INTEGER, ids=str)
-def test_wide_labels_below_0_are_no_class(row):
+@pytest.mark.parametrize("row", INTEGER_KINDS, ids=str)
+def test_wide_negative_labels_are_invalid(row):
     labels = np.array([-(2**32), -(2**63), 1 - 2**32], np.int64)
     assert np.all(np.isnan(row.eager(**row.of_logits(jnp.zeros((3, 4)), labels))))
 
 
-@pytest.mark.parametrize("dtype", [bool, "int8", "uint8", "int32", "float16", "float32"])
-@pytest.mark.parametrize("row", [row for row in LOSSES if not (row.soft or row.integer)], ids=str)
-def test_hard_labels_of_any_kind(row, dtype):
-    arguments = row.arguments(4, (4, 3))
-    labels = np.asarray(arguments["labels"]).astype(dtype)
-    assert_close(row.ours(**arguments | {"labels": jnp.asarray(labels)}), row.ours(**arguments), 0)
+# ---------------------------------------------------------------- floating labels
+
+
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.variants[0].hard], ids=str)
+def test_hard_labels_of_every_dtype(row):
+    arguments = row.variants[0].arguments(4, (4, 3))
+    labels, static = arguments["labels"], row.axis(-1)
+    dtypes = (bool, "int8", "uint8", "int32", "float16", "float32")
+
+    @jit
+    def losses(logits, labels):
+        return [row.eager(logits=logits, labels=x, **static) for x in labels]
+
+    got = losses(arguments["logits"], [labels, *(labels.astype(x) for x in dtypes)])
+    for x in got[1:]:
+        assert_close(x, got[0], 0)

@@ -1,4 +1,4 @@
-"""The examples run, learn, and write what they promise."""
+"""Tests of the examples: they train, and they write their tables and figures."""
 
 import re
 import runpy
@@ -23,12 +23,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits")
     main = runpy.run_path(str(EXAMPLES / "imbalanced_digits.py"))["main"]
-    # optax's adam, not this library, needs the standard promotion.
+    # Adam of optax needs the standard dtype promotion.
     with jax.numpy_dtype_promotion("standard"):
         return main(["--seeds=2", "--rounds=3", "--steps=15", f"--out={out}"]), out
 
 
-def test_digits_learns_with_every_loss(digits):
+def test_imbalanced_digits_trains_with_every_loss(digits):
     results, _ = digits
     assert len(results) == 4
     for result in results.values():
@@ -38,7 +38,7 @@ def test_digits_learns_with_every_loss(digits):
         assert (result["macro_f1"] > 0.15).all()
 
 
-def test_digits_reports_proper_measures(digits):
+def test_imbalanced_digits_reports_valid_metrics(digits):
     for result in digits[0].values():
         assert result["recall"].shape == (2, 10)
         for measure in ("recall", "macro_f1", "ece"):
@@ -47,25 +47,25 @@ def test_digits_reports_proper_measures(digits):
         np.testing.assert_array_equal(result["macro_f1"], result["curves"]["macro_f1"][-1])
 
 
-def test_digits_writes_its_figures(digits):
+def test_imbalanced_digits_writes_figures(digits):
     for name in ("curves.png", "reliability.png"):
         height, width, _ = plt.imread(digits[1] / name).shape
         assert height > 400
         assert width > 1000
 
 
-def test_calibration_error_of_a_known_forecast():
+def test_imbalanced_digits_calibration_error_of_known_predictions():
     calibration_error = runpy.run_path(str(EXAMPLES / "imbalanced_digits.py"))["calibration_error"]
     confident = np.array([[0.75, 0.25]] * 4 + [[0.05, 0.95]] * 4)
-    # 3 of 4 right at 0.75 is calibrated; 2 of 4 right at 0.95 is 0.45 off, for half of all.
+    # 3 of 4 are correct at confidence 0.75: error 0. 2 of 4 are correct at 0.95: 0.45.
     labels = np.array([0, 0, 0, 1, 1, 1, 0, 0])
     np.testing.assert_allclose(calibration_error(labels, confident), 0.225)
 
 
-# ----------------------------------------------------------------------- calibration
+# ---------------------------------------------------------------- calibration
 
 
-def test_networks_that_know_their_digits_are_measured_before_and_after_scaling(tmp_path):
+def test_calibration_measures_before_and_after_temperature_scaling(tmp_path):
     options = ["--seeds=2", "--steps=600", "--images=100", f"--out={tmp_path}"]
     with jax.numpy_dtype_promotion("standard"):  # for optax's adam
         results = calibration.main(options)
@@ -74,24 +74,24 @@ def test_networks_that_know_their_digits_are_measured_before_and_after_scaling(t
         assert all(values.shape == (2,) for values in result.values())
         assert (result["train error"] < 0.02).all()
         assert (result["NLL, scaled"] <= result["NLL"] + 0.05).all()
-    # What the example is there to show.
+    # The focal loss gives better calibrated predictions.
     assert results["focal, gamma 3"]["ECE"].mean() < results["cross entropy"]["ECE"].mean()
     height, width, _ = plt.imread(tmp_path / "reliability.png").shape
     assert height > 800
     assert width >= 1400
 
 
-def test_the_temperature_that_made_the_logits_is_found():
+def test_fitted_temperature_of_scaled_logits():
     random = np.random.default_rng(0)
-    honest = 3 * random.normal(size=(20_000, calibration.CLASSES)).astype(np.float32)
-    labels = (honest + random.gumbel(size=honest.shape)).argmax(-1).astype(np.int32)
-    found = calibration.fitted_temperature(labels, 4 * honest)
-    np.testing.assert_allclose(found, 4, rtol=0.06)
-    assert calibration.calibration_error(labels, honest) < 0.02
-    assert calibration.calibration_error(labels, 4 * honest) > 0.1
+    calibrated = 3 * random.normal(size=(20_000, calibration.CLASSES)).astype(np.float32)
+    labels = (calibrated + random.gumbel(size=calibrated.shape)).argmax(-1).astype(np.int32)
+    temperature = calibration.fitted_temperature(labels, 4 * calibrated)
+    np.testing.assert_allclose(temperature, 4, rtol=0.06)
+    assert calibration.calibration_error(labels, calibrated) < 0.02
+    assert calibration.calibration_error(labels, 4 * calibrated) > 0.1
 
 
-def test_negative_log_likelihood_and_calibration_error_of_a_known_forecast():
+def test_negative_log_likelihood_and_calibration_error_of_known_predictions():
     logits = np.log(np.float32([[0.75, 0.25]] * 4 + [[0.05, 0.95]] * 4))
     labels = np.array([0, 0, 0, 1, 1, 1, 0, 0])
     np.testing.assert_allclose(calibration.calibration_error(labels, logits), 0.225, rtol=1e-5)
@@ -100,20 +100,20 @@ def test_negative_log_likelihood_and_calibration_error_of_a_known_forecast():
     np.testing.assert_allclose(likelihood, expected, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------ quick start
+# ---------------------------------------------------------------- quickstart
 
 
-def test_the_quick_start_is_short_and_learns():
+def test_quickstart_is_short_and_trains():
     path = EXAMPLES / "quickstart.py"
     assert len(path.read_text().splitlines()) < 50
     with jax.numpy_dtype_promotion("standard"):
         assert runpy.run_path(str(path))["accuracy"] > 0.9
 
 
-# ------------------------------------------------------------------ the page on choosing
+# ---------------------------------------------------------------- docs/choosing.md
 
 
-def test_the_page_on_choosing_runs_and_its_links_lead_somewhere():
+def test_code_and_links_of_the_choosing_page():
     page = EXAMPLES.parent / "docs" / "choosing.md"
     (block,) = code_blocks(page.read_text())
     namespace = {}
@@ -127,9 +127,11 @@ def test_the_page_on_choosing_runs_and_its_links_lead_somewhere():
         assert (page.parent / link).exists(), link
 
 
-def test_where_the_focal_loss_is_least_is_not_the_probability():
-    # The page's figure: a class that is right 90 times of 100, and gamma 2.
+def test_focal_loss_is_not_a_proper_scoring_rule():
+    # docs/choosing.md: if the true probability is 0.9, the focal loss is smallest at 0.69.
     p = jnp.linspace(0.001, 0.999, 999)
     logits = jnp.log(p) - jnp.log1p(-p)
-    right, wrong = (sigmoid_focal_loss(logits, jnp.full_like(p, y), gamma=2.0) for y in (1, 0))
-    assert abs(p[(0.9 * right + 0.1 * wrong).argmin()] - 0.69) < 0.01
+    positive, negative = (
+        sigmoid_focal_loss(logits, jnp.full_like(p, y), gamma=2.0) for y in (1, 0)
+    )
+    assert abs(p[(0.9 * positive + 0.1 * negative).argmin()] - 0.69) < 0.01

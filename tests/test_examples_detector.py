@@ -1,4 +1,4 @@
-"""The detector and the segmenter learn, resume, and are judged rightly."""
+"""Tests of the detector and the segmentation examples: data, training, resuming, evaluation."""
 
 import re
 from dataclasses import replace
@@ -20,7 +20,7 @@ from examples.retinanet_digits import (
 )
 from examples.retinanet_digits.data import CLASSES, OBJECTS, PARTS, SIZE, Canvases, canvases, digits
 from examples.retinanet_digits.evaluate import Detections, average_precision, correct, suppress
-from examples.retinanet_digits.experiment import Outcome, Run, place
+from examples.retinanet_digits.experiment import Outcome, Run, run_folder
 from examples.retinanet_digits.model import anchors
 from examples.retinanet_digits.pretrain import ADAM
 from examples.retinanet_digits.train import Budget, Recipe
@@ -39,7 +39,7 @@ FOCAL = demo.RECIPES[demo.FOCAL]
 
 @pytest.fixture(autouse=True, scope="module")
 def _promotion():
-    # optax's adam, not this library, needs the standard promotion; for all threads.
+    # Adam of optax needs the standard dtype promotion. `update` sets it for all threads.
     before = jax.config.jax_numpy_dtype_promotion
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     yield
@@ -52,59 +52,59 @@ def demonstration(tmp_path_factory):
     return demo.main([*OPTIONS, "--seeds=2", f"--out={out}"]), out
 
 
-def train(recipe, folder, tick=lambda done, loss: None):
-    return training.train(recipe, BUDGET, 0, folder, tick)
+def train(recipe, folder, on_step=lambda done, loss: None):
+    return training.train(recipe, BUDGET, 0, folder, on_step)
 
 
-# ------------------------------------------------------------------------------ data
+# ---------------------------------------------------------------- data
 
 
-def test_the_parts_share_no_digit():
+def test_parts_are_disjoint():
     parts = [{image.tobytes() for image in digits(part)[0]} for part in PARTS]
     assert [len(part) > 150 for part in parts] == [True] * 3
-    for one, other in combinations(parts, 2):
-        assert not one & other
+    for first, second in combinations(parts, 2):
+        assert not first & second
 
 
 @pytest.mark.parametrize(("objects", "least", "most"), [(4.0, 300, 600), (1.0, 1200, 2000)])
-def test_the_canvases_are_those_of_dense_detection(objects, least, most):
+def test_canvases_have_the_imbalance_of_dense_detection(objects, least, most):
     data = canvases("train", 150, 3, objects)
     assert data.images.shape == (150, SIZE, SIZE, 1)
     boxes, labels = data.annotations[..., :4], data.annotations[..., 4]
-    whole = boxes[labels >= 0]
-    assert (whole[:, :2] < whole[:, 2:]).all()
-    assert (whole >= 0).all()
-    assert (whole <= SIZE).all()
+    boxes = boxes[labels >= 0]
+    assert (boxes[:, :2] < boxes[:, 2:]).all()
+    assert (boxes >= 0).all()
+    assert (boxes <= SIZE).all()
     assert set(labels.ravel()) == set(range(-1, CLASSES))
 
-    matches = figures.matched(data.annotations)
+    matches = figures.match_all(data.annotations)
     positive = (matches >= 0).sum()
     assert len(anchors()) > 12_000
     assert least < (matches == BACKGROUND).sum() / positive < most
-    found = sum(len(set(row[row >= 0])) for row in matches)
-    assert found > 0.95 * len(whole)
+    matched = sum(len(set(row[row >= 0])) for row in matches)
+    assert matched > 0.95 * len(boxes)
 
 
-def test_fewer_objects_than_canvases():
+def test_less_than_one_object_per_canvas():
     labels = canvases("train", 60, 0, 0.25).annotations[..., 4]
-    with_one = (labels >= 0).sum(1)
-    assert set(with_one) == {0, 1}
-    assert 5 < with_one.sum() < 25
+    counts = (labels >= 0).sum(1)
+    assert set(counts) == {0, 1}
+    assert 5 < counts.sum() < 25
 
 
-def test_a_seed_is_a_set():
+def test_canvases_depend_on_part_and_seed_only():
     again = canvases.__wrapped__("train", 5, 3, 4.0)
     np.testing.assert_array_equal(again.images, canvases("train", 150, 3, 4.0).images[:5])
     assert (canvases("train", 5, 4).images != again.images).any()
     assert (canvases("test", 5, 3).images != again.images).any()
 
 
-# -------------------------------------------------------------------------- training
+# ---------------------------------------------------------------- training
 
 
-def test_the_demo_learns_and_is_scored(demonstration):
+def test_demo_trains_and_evaluates(demonstration):
     outcomes, _ = demonstration
-    assert list(outcomes) == [demo.PLAIN, demo.BALANCED, demo.FITTED, demo.FOCAL]
+    assert list(outcomes) == [demo.PLAIN, demo.BALANCED, demo.SMALL_PRIOR, demo.FOCAL]
     for runs in outcomes.values():
         for outcome in runs:
             assert outcome.losses.shape == (BUDGET.steps, 2)
@@ -114,33 +114,33 @@ def test_the_demo_learns_and_is_scored(demonstration):
             assert all(0 <= score <= 1 for score in outcome.scores.values())
 
 
-def test_the_demo_draws(demonstration):
+def test_demo_writes_figures(demonstration):
     for name in ("detections", "losses", "loss_spread", "precision_recall"):
         height, width, _ = plt.imread(demonstration[1] / f"{name}.png").shape
         assert height >= 600
         assert width >= 1000
 
 
-def test_the_last_sentence_says_what_was_seen():
+def test_summary_gives_difference_and_significance():
     def outcomes(focal):
         def runs(scores):
             return [Outcome(None, None, None, {"AP": score}) for score in scores]
 
-        rival = runs([0.30, 0.32, 0.31])
-        return {demo.BALANCED: rival, demo.FITTED: rival, demo.FOCAL: runs(focal)}
+        baseline = runs([0.30, 0.32, 0.31])
+        return {demo.BALANCED: baseline, demo.SMALL_PRIOR: baseline, demo.FOCAL: runs(focal)}
 
-    better, worse, unclear, one = (
+    better, worse, unclear, single = (
         demo.summary(outcomes(focal))
         for focal in ([0.35, 0.37, 0.36], [0.25, 0.27, 0.26], [0.25, 0.42, 0.30], [0.35])
     )
-    assert "5.0 AP more" in better
-    assert "not by chance alone" in better
-    assert "5.0 AP less" in worse
-    assert "perhaps by chance" in unclear
-    assert "one seed" in one
+    assert "AP of focal loss minus AP of balanced cross entropy: +5.0" in better
+    assert "(significant)" in better
+    assert ": -5.0" in worse
+    assert "(not significant)" in unclear
+    assert "one seed" in single
 
 
-def test_a_run_goes_on_where_it_was_stopped(demonstration, tmp_path):
+def test_interrupted_run_resumes_from_its_checkpoint(demonstration, tmp_path):
     def stop(done, loss):
         if done == 12:
             raise KeyboardInterrupt
@@ -153,13 +153,13 @@ def test_a_run_goes_on_where_it_was_stopped(demonstration, tmp_path):
     np.testing.assert_allclose(losses, demonstration[0][demo.FOCAL][0].losses, rtol=1e-3)
 
 
-def test_a_corrupt_checkpoint_is_named_and_its_run_starts_anew(demonstration, tmp_path):
+def test_run_with_a_corrupt_checkpoint_warns_and_restarts(demonstration, tmp_path):
     train(FOCAL, tmp_path)
     for file in tmp_path.rglob("*"):
         if file.is_file():
             file.write_bytes(b"no checkpoint")
     steps = []
-    with pytest.warns(UserWarning, match=f"{tmp_path}: .*starts anew"):
+    with pytest.warns(UserWarning, match=f"{tmp_path}: .*starts from step 0"):
         _, losses = train(FOCAL, tmp_path, lambda done, loss: steps.append(done))
     assert steps == list(range(BUDGET.steps + 1))
     np.testing.assert_allclose(losses, demonstration[0][demo.FOCAL][0].losses, rtol=1e-3)
@@ -174,7 +174,7 @@ def test_a_corrupt_checkpoint_is_named_and_its_run_starts_anew(demonstration, tm
         pytest.param([[40, 40, 40, 40, 2]], id="no area"),
     ],
 )
-def test_odd_boxes_do_no_harm(boxes):
+def test_training_is_finite_with_unusual_boxes(boxes):
     annotations = np.full((BUDGET.batch, OBJECTS, 5), -1, np.float32)
     annotations[:, : len(boxes)] = boxes
     images = canvases("train", BUDGET.canvases, 0).images[: BUDGET.batch]
@@ -188,40 +188,40 @@ def test_odd_boxes_do_no_harm(boxes):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(parameters))
 
 
-# ----------------------------------------------------------------------- pretraining
+# ---------------------------------------------------------------- pretraining
 
 
-def test_the_backbone_is_pretrained_and_the_file_is_what_its_script_writes(tmp_path):
-    again = tmp_path / "backbone.npz"
-    right = pretrain.main(["--steps=150", "--images=600", f"--out={again}"])
-    assert right > 0.15  # a tenth by chance
-    with np.load(pretrain.FILE) as ours, np.load(again) as theirs:
-        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+def test_pretraining_writes_the_arrays_of_the_backbone_file(tmp_path):
+    path = tmp_path / "backbone.npz"
+    accuracy = pretrain.main(["--steps=150", "--images=600", f"--out={path}"])
+    assert accuracy > 0.15  # chance is 0.1
+    with np.load(pretrain.FILE) as saved, np.load(path) as new:
+        assert {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in new.items()}
     assert pretrain.FILE.stat().st_size < 300_000
 
-    fresh, start = (
-        training.start(FOCAL, replace(BUDGET, pretrained=with_it), 0)["pyramid"]["backbone"]
-        for with_it in (False, True)
+    random, pretrained = (
+        training.start(FOCAL, replace(BUDGET, pretrained=x), 0)["pyramid"]["backbone"]
+        for x in (False, True)
     )
-    assert (fresh["stem"]["kernel"][...] != start["stem"]["kernel"][...]).any()
+    assert (random["stem"]["kernel"][...] != pretrained["stem"]["kernel"][...]).any()
 
 
-# ------------------------------------------------------------------------ evaluation
+# ---------------------------------------------------------------- evaluation
 
 
-def test_suppression_keeps_the_best_of_each_class():
+def test_suppression_keeps_the_best_detection_of_each_class():
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 9], [0, 0, 10, 4]], np.float32)
     classes, scores = np.array([1, 1, 2, 1]), np.array([0.9, 0.8, 0.7, 0.6], np.float32)
     kept = suppress(boxes, classes, scores)
     np.testing.assert_array_equal(kept, np.float32([0.9, 0, 0.7, 0.6]))
 
 
-def test_a_box_that_is_suppressed_suppresses_none():
+def test_suppressed_boxes_do_not_suppress_others():
     boxes = np.array([[0, 0, 10, 10], [3, 0, 13, 10], [6, 0, 16, 10]], np.float32)
     one_class = np.zeros(3, int)
     kept = suppress(boxes, one_class, np.float32([0.9, 0.8, 0.7]))
     np.testing.assert_array_equal(kept, np.float32([0.9, 0, 0.7]))
-    # Nor does one without a score.
+    # Neither does a box with score 0.
     kept = suppress(boxes, one_class, np.float32([0, 0.8, 0.7]))
     np.testing.assert_array_equal(kept, np.float32([0, 0.8, 0]))
 
@@ -239,19 +239,19 @@ def test_average_precision_of_known_detections():
     assert set(average_precision(data, nothing).values()) == {0}
 
 
-def test_what_is_right_and_what_was_missed():
+def test_correct_and_missed_detections():
     rows = np.float32([[0, 0, 10, 10, 1], [20, 0, 30, 10, 2], [40, 0, 50, 10, 3], [-1] * 5])
     boxes = np.float32(
         [[0, 0, 10, 9], [0, 0, 10, 10], [20, 0, 30, 10], [0, 40, 9, 50], [40, 0, 50, 10]]
     )
     classes, scores = np.array([1, 1, 4, 2, 3]), np.float32([0.9, 0.8, 0.7, 0.6, 0])
-    right, found = correct(rows, boxes, classes, scores)
-    # The first; its repetition, another class, nothing there, and a suppressed one.
-    assert right.tolist() == [True, False, False, False, False]
-    assert found.tolist() == [True, False, False, False]
+    is_correct, is_detected = correct(rows, boxes, classes, scores)
+    # Correct, a repetition, a wrong class, no object at this place, suppressed.
+    assert is_correct.tolist() == [True, False, False, False, False]
+    assert is_detected.tolist() == [True, False, False, False]
 
 
-def test_labels_do_not_hide_each_other():
+def test_labels_of_boxes_do_not_overlap():
     boxes = [(10, 20, 40, 60), (12, 22, 40, 60), (11, 18, 38, 61), (0, 0, 9, 9)]
     places = figures._label_places(boxes, 22, 9)
     for (x, y), (a, b) in combinations(places, 2):
@@ -259,10 +259,10 @@ def test_labels_do_not_hide_each_other():
     assert all(0 <= x <= SIZE - 22 and 0 <= y <= SIZE - 9 for x, y in places)
 
 
-# -------------------------------------------------------------------------- ablation
+# ---------------------------------------------------------------- ablation
 
 
-def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
+def test_ablation_resumes_and_writes_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "TRIALS", ((0.006, 1.0), (0.015, 1.0)))
     published, readme = ablation.README.read_text(), tmp_path / "README.md"
     quick = [x for x in OPTIONS if not x.startswith("--steps")]
@@ -273,13 +273,13 @@ def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
     ]  # fmt: skip
     ran, experiment = [], experiments.experiment
 
-    def stopped(run, *args):
+    def interrupted(run, *args):
         if len(ran) == 5:
             raise KeyboardInterrupt
         ran.append(run)
         return experiment(run, *args)
 
-    monkeypatch.setattr(experiments, "experiment", stopped)
+    monkeypatch.setattr(experiments, "experiment", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ablation.main(options)
     assert not readme.exists()
@@ -288,44 +288,44 @@ def test_the_ablation_goes_on_and_writes_its_tables(tmp_path, monkeypatch):
         experiments, "experiment", lambda run, *a: ran.append(run) or experiment(run, *a)
     )
     results = ablation.main(options)
-    assert len(ran) == len(set(ran)) == 6 * 2 * 4  # none a second time
+    assert len(ran) == len(set(ran)) == 6 * 2 * 4  # no run is repeated
     assert before < set(ran)
 
     assert {run.part for run in ran[:12]} == {"validation"}
     assert {run.part for run in ran[12:]} == {"test"}
     assert {name: len(runs) for name, runs in results.items()} == dict.fromkeys(losses, 2)
     text = readme.read_text()
-    assert ablation.README.read_text() == published  # which toy results do not touch
+    assert ablation.README.read_text() == published  # unchanged by other options
     assert text.splitlines()[0] == published.splitlines()[0]
     assert text.splitlines()[-1] == published.splitlines()[-1]
     assert "| CE, no prior |" not in text
     assert "| CE, alpha .75 | 2 | " in text
     assert "|  | 805 to 1 | 1,482 to 1 |" in text
     assert "|  | 2 steps | 3 steps |" in text
-    for name in ("ablation", "ahead"):
+    for name in ("ablation", "ap_differences"):
         assert plt.imread(tmp_path / f"{name}.png").shape[1] > 1000
 
 
-def test_the_best_trial_is_chosen():
+def test_best_recipes():
     recipes = [replace(FOCAL, learning_rate=rate) for rate in (0.1, 0.2, 0.3)]
     runs = [
         {"AP": ap, "run": {"recipe": vars(recipe)}} for ap, recipe in zip((0.2, 0.4, 0.4), recipes)
     ]
-    assert ablation.chosen({"FL": runs}) == {"FL": recipes[1]}
+    assert ablation.best_recipes({"FL": runs}) == {"FL": recipes[1]}
 
 
-def test_the_table_says_mean_spread_and_interval():
+def test_table_has_mean_deviation_and_interval():
     def runs(*scores):
         return [{"AP": score, "AP50": 0.5, "AP75": 0.1} for score in scores]
 
     rows = {ablation.BALANCED: runs(0.2, 0.4, 0.3), ablation.FOCAL: runs(0.21, 0.43, 0.32)}
     lines = ablation.table(rows).splitlines()
     assert lines[2] == "| CE, alpha .75 | 3 | 30.0 ± 10.0 | 50.0 ± 0.0 | 10.0 ± 0.0 |  | 31.1 |"
-    # A mean of 2, a deviation of 1, and t of 4.303 at two degrees of freedom over the root of 3.
+    # Mean 2, standard deviation 1, and the t quantile 4.303 of two degrees of freedom over sqrt(3).
     assert "| +2.0 (-0.5 to 4.5) | 34.0 |" in lines[3]
 
 
-def test_a_run_is_named_by_all_that_it_depends_on(tmp_path):
+def test_run_folder_depends_on_every_field(tmp_path):
     run = Run(Recipe(), BUDGET, 0)
     others = [
         replace(run, recipe=Recipe(gamma=1)),
@@ -333,13 +333,13 @@ def test_a_run_is_named_by_all_that_it_depends_on(tmp_path):
         replace(run, seed=1),
         replace(run, part="validation"),
     ]
-    assert len({place(tmp_path, run) for run in [run, *others]}) == 5
+    assert len({run_folder(tmp_path, run) for run in [run, *others]}) == 5
 
 
-def test_the_demo_has_what_the_trials_chose():
-    rows = ablation.recorded("trials").splitlines()
+def test_demo_uses_the_best_trials():
+    rows = ablation.recorded_table("trials").splitlines()
     head = rows[0].strip("| ").split(" | ")[1:]
-    compared = ("CE", ablation.TUNED, ablation.FITTED, ablation.FOCAL)
+    compared = ("CE", ablation.BEST_ALPHA, ablation.SMALL_PRIOR, ablation.FOCAL)
     for name, recipe in zip(compared, demo.RECIPES.values()):
         (row,) = (row for row in rows if row.startswith(f"| {name} |"))
         (best,) = (i for i, cell in enumerate(row.strip("| ").split(" | ")[1:]) if "**" in cell)
@@ -347,20 +347,20 @@ def test_the_demo_has_what_the_trials_chose():
         assert head[best] == f"rate {rate}, weight {weight:g}"
 
 
-def test_the_alpha_called_tuned_is_the_one_that_the_trials_chose():
+def test_best_alpha_is_that_of_the_trials():
     best = {}
-    for row in ablation.recorded("trials").splitlines()[2:]:
+    for row in ablation.recorded_table("trials").splitlines()[2:]:
         name, *cells = row.strip("| ").split(" | ")
         (best[name],) = (float(cell.strip("*")) for cell in cells if "**" in cell)
     balanced = [name for name in best if re.fullmatch(r"CE, alpha \.\d+", name)]
     assert len(balanced) == 4
-    assert max(balanced, key=best.get) == ablation.TUNED
+    assert max(balanced, key=best.get) == ablation.BEST_ALPHA
 
 
-# ---------------------------------------------------------------------- segmentation
+# ---------------------------------------------------------------- segmentation
 
 
-def test_the_segmenter_learns(tmp_path):
+def test_segmentation_trains(tmp_path):
     options = [
         "--scenes=40",
         "--test-scenes=10",
@@ -378,8 +378,8 @@ def test_the_segmenter_learns(tmp_path):
     assert plt.imread(tmp_path / "segmentation.png").shape[1] > 500
 
 
-def test_mean_iou_of_a_known_answer():
+def test_mean_iou_of_known_predictions():
     truth = np.array([0, 0, 1, 1, segmentation.VOID])
     predicted = np.array([0, 1, 1, 1, 5])
-    expected = (1 / 2 + 2 / 3) / segmentation.CLASSES  # the other classes are nowhere
+    expected = (1 / 2 + 2 / 3) / segmentation.CLASSES  # the other classes do not occur
     np.testing.assert_allclose(segmentation.mean_iou(truth, predicted), expected)

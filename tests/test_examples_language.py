@@ -1,4 +1,4 @@
-"""The language model runs, learns, and learns the same on eight devices."""
+"""Tests of the language model example, on one device and on eight."""
 
 import json
 import os
@@ -28,61 +28,61 @@ print(json.dumps(values))
 def tiny(tmp_path_factory):
     out = tmp_path_factory.mktemp("language")
     main = runpy.run_path(EXAMPLE)["main"]
-    # Flax and optax, not this library, need the standard promotion.
+    # Flax and optax need the standard dtype and rank promotion.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return *main([*TINY, f"--out={out}"]), out
 
 
-def test_it_learns_with_every_loss(tiny):
+def test_every_loss_trains(tiny):
     values, results, _ = tiny
     start, *losses = values
     assert losses == ["cross entropy", "focal loss", "dynamic fine-tuning"]
     assert [len(x) for x in values.values()] == [2] * 4
-    # From about that of a blind guess; and each goes on from there.
+    # The initial loss is about that of a uniform prediction.
     assert abs(values[start][0] - np.log(32_768)) < 1
     assert values[start][-1] < values[start][0] - 0.1
     for name in losses:
         assert results[name][0, 0] < 0.95 * results[start][0, 0]
-    # While all is wrong, the focal loss is cross entropy, and a probability weighs next to nothing.
+    # While all predictions are wrong, the focal loss is close to cross entropy, and a weight that
+    # is the probability is almost 0.
     np.testing.assert_allclose(values["focal loss"], values["cross entropy"], rtol=0.01)
     assert 0 < values["dynamic fine-tuning"][-1] < 0.1
 
 
-def test_it_reports_proper_measures(tiny):
+def test_measures_are_valid(tiny):
     _, results, out = tiny
     for perplexity, error in results.values():
         assert perplexity.shape == error.shape == (6,)
-        known = perplexity[~np.isnan(perplexity)]
-        assert len(known) >= 4
-        assert (known > 1).all()
-        # What is rare is harder to tell.
-        assert known[1] > known[-1]
+        finite = perplexity[~np.isnan(perplexity)]
+        assert len(finite) >= 4
+        assert (finite > 1).all()
+        assert finite[1] > finite[-1]  # rare tokens are harder to predict
         assert ((error >= 0) & (error <= 100)).all()
     height, width, _ = plt.imread(out / "language_model.png").shape
     assert height > 300
     assert width > 1000
 
 
-def test_eight_devices_learn_the_same(tiny, tmp_path):
-    own = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+def test_eight_devices_give_the_losses_of_one(tiny, tmp_path):
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
     options = ["--devices=8", "--losses", "cross entropy", "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-c", RUN, EXAMPLE, *TINY, *options],
-        env=own | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    got = json.loads(done.stdout.splitlines()[-1])
-    for name, values in got.items():
+    losses = json.loads(done.stdout.splitlines()[-1])
+    for name, values in losses.items():
         np.testing.assert_allclose(values, tiny[0][name], rtol=1e-4)
-    assert len(got) == 2
+    assert len(losses) == 2
 
 
-def test_the_error_of_a_known_forecast():
+def test_calibration_error_of_known_predictions():
     calibration_error = runpy.run_path(EXAMPLE)["calibration_error"]
-    # 3 of 4 that happen at 0.75 are calibrated; 2 of 4 at 0.95 are 0.45 off, for half of all.
+    # 3 of 4 are correct at confidence 0.75: error 0. 2 of 4 are correct at 0.95: 0.45.
     confidence = np.array([0.75] * 4 + [0.95] * 4)
-    happened = np.array([1, 1, 1, 0, 1, 1, 0, 0], bool)
-    np.testing.assert_allclose(calibration_error(confidence, happened, bins=2), 0.225)
+    correct = np.array([1, 1, 1, 0, 1, 1, 0, 0], bool)
+    np.testing.assert_allclose(calibration_error(confidence, correct, bins=2), 0.225)

@@ -1,154 +1,220 @@
-"""The linear head is the softmax head on `features @ kernel + bias`, in less memory."""
+"""Tests that the linear head computes the softmax loss of `features @ kernel + bias`."""
 
-import re
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from heads import (
+    directional_derivative,
+    engine_formula,
+    engine_linear,
+    formula,
+    inputs,
+    linear,
+    product,
+    softmax,
+    total,
+    value_and_gradients,
+)
 from helpers import assert_close, jit
-from jax import lax
-from jax.sharding import Mesh, PartitionSpec as P
 
 import focal_jax
-from focal_jax import _linear
-from focal_jax._varying import aligned_varying
+from focal_jax import engine
+from focal_jax.engine import chunks
+from focal_jax.engine.linear import _chunk_size
 
 pytestmark = pytest.mark.quick
 
-LINEAR = focal_jax.linear_softmax_focal_loss_with_integer_labels
-REFERENCE = focal_jax.reference.linear_softmax_focal_loss_with_integer_labels
-# Chunks of one class, some that divide the 7 and none that do, all at once, and more.
-CHUNKS = [1, 2, 3, 7, 100, None]
+LOSS = focal_jax.linear_softmax_focal_loss_with_integer_labels
+# One class per chunk, sizes that do not divide the 7 classes, all classes, and more.
+CHUNK_SIZES = [1, 2, 3, 7, 100, None]
 
 
-def _inputs(seed=0, positions=(4, 3), depth=5, classes=7, dtype=np.float32):
-    """Return features, kernel, bias, alpha, gamma and labels."""
-    rng = np.random.default_rng(seed)
-    shapes = (*positions, depth), (depth, classes), (classes,)
-    arrays = [rng.normal(size=shape) for shape in shapes]
-    arrays += [rng.uniform(0.1, 0.9, classes), rng.uniform(0.2, 4, positions)]
-    labels = jnp.asarray(rng.integers(0, classes, positions), jnp.int32)
-    return [jnp.asarray(x, dtype) for x in arrays], labels
-
-
-def _plain(features, kernel, labels, *, bias=None, **options):
-    """Return the softmax head's losses of all the logits."""
-    logits = features @ kernel
-    logits = logits if bias is None else logits + jnp.broadcast_to(bias, logits.shape)
-    return focal_jax.softmax_focal_loss_with_integer_labels(logits, labels, **options)
-
-
-def _total(function, labels, weights=1.0, **options):
-    def total(features, kernel, bias, alpha, gamma):
-        losses = function(features, kernel, labels, bias=bias, alpha=alpha, gamma=gamma, **options)
-        return jnp.sum(weights * losses)
-
-    return total
-
-
-def _gradients(function, args, labels, *options, **static):
-    total = _total(function, labels, *options, **static)
-    return jit(jax.value_and_grad(total, range(len(args))))(*args)
+def _transposed(features, kernel, bias, labels, **options):
+    """Return the losses of the linear head whose kernel is `[C, D]`."""
+    options = {"chunk_size": 5, "transpose_kernel": True} | options
+    return LOSS(features, kernel.T, labels, bias=bias, **options)
 
 
 # ---------------------------------------------------------------- values and gradients
 
 
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-def test_it_is_the_softmax_head_of_the_product(chunk_size):
-    args, labels = _inputs()
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+def test_values_and_gradients_equal_those_of_the_softmax_loss(chunk_size):
+    arrays, labels = inputs(classes=7)
     weights = np.random.default_rng(1).normal(size=labels.shape).astype(np.float32)
-    got = _gradients(LINEAR, args, labels, weights, chunk_size=chunk_size)
-    want = _gradients(_plain, args, labels, weights)
-    assert_close(got, want, 1e-5)
-    assert_close(got, _gradients(REFERENCE, args, labels, weights, chunk_size=chunk_size), 1e-4)
+    got = value_and_gradients(linear, arrays, labels, weights, chunk_size=chunk_size)
+    assert_close(got, value_and_gradients(softmax, arrays, labels, weights), 1e-5)
+    want = value_and_gradients(formula, arrays, labels, weights, chunk_size=chunk_size)
+    assert_close(got, want, 1e-4)
 
 
 @pytest.mark.parametrize("gamma", [0, 0.5, 2, 5])
-def test_static_gamma_and_no_options(gamma, x64):
-    (features, kernel, *_), labels = _inputs(2, dtype=np.float64)
+def test_static_gamma_without_other_options(gamma, x64):
+    (features, kernel, *_), labels = inputs(2, classes=7, dtype=np.float64)
 
-    def both(function, **options):
-        def total(f, k):
-            return jnp.sum(function(f, k, labels, gamma=gamma, **options) ** 2)
+    def both(head, **options):
+        def total(features, kernel):
+            return jnp.sum(head(features, kernel, None, labels, gamma=gamma, **options) ** 2)
 
         return jit(jax.value_and_grad(total, (0, 1)))(features, kernel)
 
-    assert_close(both(LINEAR, chunk_size=2), both(_plain), 1e-12)
-    assert_close(both(LINEAR, chunk_size=2), both(REFERENCE), 1e-9)
+    got = both(linear, chunk_size=2)
+    assert_close(got, both(softmax), 1e-12)
+    assert_close(got, both(formula), 1e-9)
 
 
-def test_any_number_of_positions():
-    for positions in ((), (0,), (3,), (2, 0), (1, 2, 1, 3)):
-        args, labels = _inputs(3, positions)
-        got = _gradients(LINEAR, args, labels, chunk_size=3)
-        assert got[1][0].shape == (*positions, 5)
-        assert_close(got, _gradients(_plain, args, labels), 1e-5)
+@pytest.mark.parametrize("positions", [(), (0,), (3,), (2, 0), (1, 2, 1, 3)], ids=str)
+def test_any_shape_of_positions(positions):
+    arrays, labels = inputs(3, positions, classes=7)
+    got = value_and_gradients(linear, arrays, labels, chunk_size=3)
+    assert got[1][0].shape == (*positions, 5)
+    assert_close(got, value_and_gradients(softmax, arrays, labels), 1e-5)
 
 
 def test_options_broadcast():
-    (features, kernel, bias, *_), labels = _inputs(4)
+    (features, kernel, bias, *_), labels = inputs(4, classes=7)
     gamma, where = jnp.array([[0.5], [1.0], [2.0], [3.0]]), jnp.array([True, False, True])
     for options in ({"alpha": 0.3, "gamma": gamma}, {"gamma": gamma[0, 0], "where": where}):
-        got = LINEAR(features, kernel, labels, bias=bias, chunk_size=4, **options)
-        want = _plain(features, kernel, labels, bias=bias, **options)
-        assert_close(got, want, 1e-5)
+        got = linear(features, kernel, bias, labels, chunk_size=4, **options)
+        assert_close(got, softmax(features, kernel, bias, labels, **options), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"return_logsumexp": True, "logit_softcap": 3.0},
+        {"label_smoothing": 0.1, "logit_softcap": 3.0, "chunk_size": 4},
+        {"label_smoothing": 0.1, "return_logsumexp": True},
+    ],
+    ids=str,
+)
+def test_transposed_kernel(options):
+    arrays, labels = inputs(5)
+    where = jnp.ones(labels.shape, bool).at[2].set(False)
+    arrays[0] = arrays[0].at[2].set(jnp.nan)
+    got = value_and_gradients(_transposed, arrays, labels, where=where, **options)
+    assert_close(got, value_and_gradients(linear, arrays, labels, where=where, **options), 1e-6)
+    want = value_and_gradients(formula, arrays, labels, where=where, **options)
+    assert_close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+def test_kernel_of_the_wrong_shape(transpose):
+    (features, kernel, *_), labels = inputs()
+    wanted = r"\(C, D\) with transpose_kernel=True" if transpose else r"\(D, C\), with"
+    kernel = kernel if transpose else kernel.T
+    with pytest.raises(focal_jax.InputError, match=f"kernel: got shape .*, wanted {wanted}"):
+        LOSS(features, kernel, labels, transpose_kernel=transpose)
+
+
+# ---------------------------------------------------------------- losses made with the engine
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"return_logsumexp": True, "ignore_label": 3}, {"label_smoothing": 0.1}],
+    ids=str,
+)
+def test_linear_form_of_an_engine_loss(options, x64):
+    arrays, labels = inputs(6, dtype=np.float64, scale=2.0)
+    got = value_and_gradients(engine_linear, arrays, labels, **options)
+    assert_close(got, value_and_gradients(engine_formula, arrays, labels, **options), 1e-9)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_linear_form_differentiates_every_option(smoothing):
+    (features, kernel, *_), labels = inputs(7)
+    epsilon = jnp.cos(jnp.arange(12.0)).reshape(labels.shape)
+
+    def both(head):
+        def total(epsilon):
+            losses = head(
+                features, kernel, None, labels, epsilon=epsilon, label_smoothing=smoothing
+            )
+            return jnp.sum(losses**2)
+
+        return jax.jit(jax.value_and_grad(total))(epsilon)
+
+    assert_close(both(engine_linear), both(engine_formula), 1e-5)
+
+
+def test_losses_of_a_whole_row_have_no_linear_form():
+    (features, kernel, *_), labels = inputs()
+    loss = focal_jax.losses.dual._loss
+    with pytest.raises(focal_jax.InputError, match=r"linear: .* needs a whole row of logits"):
+        loss.linear(features, kernel, labels)
+
+
+def test_options_of_an_engine_loss_are_checked():
+    (features, kernel, bias, *_), labels = inputs()
+    with pytest.raises(engine.InputError, match="beta: got an option that poly does not have"):
+        engine_linear(features, kernel, bias, labels, beta=1.0)
+    with pytest.raises(engine.InputError, match="gamma: got -1, wanted a finite number >= 0"):
+        engine_linear(features, kernel, bias, labels, gamma=-1)
 
 
 # ---------------------------------------------------------------- higher derivatives
 
 
-def test_second_derivatives_are_the_plain_heads(x64):
-    args, labels = _inputs(6, (3,), 2, 5, np.float64)
-    every = tuple(range(len(args)))
-    got, want = (_total(f, labels, **o) for f, o in ((LINEAR, {"chunk_size": 2}), (_plain, {})))
-    want = jit(jax.jacrev(jax.grad(want, every), every))(*args)
-    assert_close(jit(jax.jacrev(jax.grad(got, every), every))(*args), want, 1e-10)
-    assert_close(jit(jax.jacfwd(jax.grad(got, every), every))(*args), want, 1e-10)
+@pytest.mark.parametrize("head", [linear, _transposed], ids=["[D, C]", "[C, D]"])
+def test_second_derivatives_equal_those_of_the_softmax_loss(head, x64):
+    arrays, labels = inputs(8, (3,), 2, 5, dtype=np.float64)
+    every = tuple(range(len(arrays)))
+    function = total(head, labels, chunk_size=2)
+    want = jit(jax.jacrev(jax.grad(total(softmax, labels), every), every))(*arrays)
+    assert_close(jit(jax.jacrev(jax.grad(function, every), every))(*arrays), want, 1e-10)
+    assert_close(jit(jax.jacfwd(jax.grad(function, every), every))(*arrays), want, 1e-10)
 
 
-# ---------------------------------------------------------------- extremes
+# ---------------------------------------------------------------- logits of -inf
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 8])
-def test_a_class_at_minus_infinity_is_switched_off(chunk_size):
-    args, labels = _inputs(11)
-    features, kernel, bias, alpha, gamma = args
-    wide = [
+def test_class_with_a_bias_of_minus_infinity(chunk_size):
+    arrays, labels = inputs(11, classes=7)
+    features, kernel, bias, alpha, gamma = arrays
+    with_off = [
         features,
         jnp.pad(kernel, ((0, 0), (0, 1))),
         jnp.append(bias, -jnp.inf),
         jnp.append(alpha, 1.0),
         gamma,
     ]
-    value, got = _gradients(LINEAR, wide, labels, chunk_size=chunk_size)
-    assert_close(value, _gradients(LINEAR, args, labels)[0], 1e-6)
-    _, want = _gradients(_plain, wide, labels)
-    assert_close(got, want, 1e-5)
+    value, got = value_and_gradients(linear, with_off, labels, chunk_size=chunk_size)
+    assert_close(value, value_and_gradients(linear, arrays, labels)[0], 1e-6)
+    assert_close(got, value_and_gradients(softmax, with_off, labels)[1], 1e-5)
     assert np.all(got[1][:, 7] == 0)
-    # And a true class at -inf: an infinite loss, finite gradients.
-    value, got = _gradients(LINEAR, wide, jnp.full_like(labels, 7), chunk_size=chunk_size)
+
+    # If it is the label's class, the loss is infinite and the gradients are finite.
+    def total(features, kernel, bias):
+        off = jnp.full_like(labels, 7)
+        return jnp.sum(linear(features, kernel, bias, off, chunk_size=chunk_size))
+
+    value, got = jit(jax.value_and_grad(total, (0, 1, 2)))(*with_off[:3])
     assert value == np.inf
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got[:3]))
+    assert all(np.all(np.isfinite(gradient)) for gradient in got)
 
 
-# ---------------------------------------------------------------- dtypes
+# ---------------------------------------------------------------- 16-bit dtypes
 
 
 @pytest.mark.quick(False)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_sixteen_bits_are_added_up_in_float32(dtype):
-    # Deep and wide enough that 16-bit sums, or cotangents rounded between the chunks, show.
-    args, labels = _inputs(12, (64,), 256, 300)
-    args[0], args[1] = args[0].astype(dtype), (args[1] / 16).astype(dtype)
-    wide = [x.astype(jnp.float32) for x in args]
-    assert LINEAR(*args[:2], labels).dtype == jnp.float32
-    value, got = _gradients(LINEAR, args, labels, chunk_size=7)
-    want_value, want = _gradients(LINEAR, wide, labels, chunk_size=7)
+def test_16_bit_arrays_are_accumulated_in_float32(dtype):
+    # The arrays are deep and wide enough that 16-bit sums, or cotangents that are rounded after
+    # every chunk, would exceed the tolerance.
+    arrays, labels = inputs(12, (64,), 256, 300)
+    arrays[0], arrays[1] = arrays[0].astype(dtype), (arrays[1] / 16).astype(dtype)
+    wide = [x.astype(jnp.float32) for x in arrays]
+    assert LOSS(*arrays[:2], labels).dtype == jnp.float32
+    value, got = value_and_gradients(linear, arrays, labels, chunk_size=7)
+    want_value, want = value_and_gradients(linear, wide, labels, chunk_size=7)
     assert_close(value, want_value, 1e-6)
-    assert [g.dtype for g in got] == [x.dtype for x in args]
+    assert [g.dtype for g in got] == [x.dtype for x in arrays]
     eps = float(jnp.finfo(dtype).eps)
     for a, b in zip(got[:2], want[:2]):
         # The float32 result, rounded once.
@@ -156,161 +222,182 @@ def test_sixteen_bits_are_added_up_in_float32(dtype):
     assert_close(got[2:], want[2:], 1e-5)
 
 
-# ---------------------------------------------------------------- memory
-
-
-def _compiled(function, positions, depth, classes, order=1):
-    shapes = (positions, depth), (depth, classes)
-    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    labels = jnp.zeros(positions, jnp.int32)
-    total = jax.grad(lambda f, k: jnp.sum(function(f, k, labels)), (0, 1))
-    if order == 2:
-        inner = total
-        total = jax.grad(lambda f, k: sum(jnp.sum(g**2) for g in inner(f, k)), (0, 1))
-    return jax.jit(total).lower(*args).compile()
-
-
 @pytest.mark.quick(False)
-@pytest.mark.parametrize("shape", [(2048, 512, 32000), (512, 256, 4096), (256, 64, 1000)])
-def test_temporaries_are_a_tenth_of_the_logits(shape):
-    # Beside the gradients themselves: a step's part of the features' is as large as that.
-    positions, depth, classes = shape
-    tenth, gradient = positions * classes * 4 / 10, positions * depth * 4
-    memory = _compiled(LINEAR, *shape).memory_analysis()
-    assert memory.temp_size_in_bytes < tenth + gradient
-    plain = _compiled(_plain, *shape).memory_analysis()
-    assert plain.temp_size_in_bytes >= 10 * tenth  # that it measures
-
-
-@pytest.mark.quick(False)
-def test_second_derivatives_do_not_hold_the_logits_either():
-    memory = _compiled(LINEAR, 2048, 64, 32000, order=2).memory_analysis()
-    assert memory.temp_size_in_bytes < 2048 * 32000 * 4 / 2
-
-
-# ---------------------------------------------------------------- tied embeddings
-
-
-def _tied(features, embedding, labels, **options):
-    return jnp.sum(LINEAR(features, embedding.T, labels, chunk_size=64, **options))
-
-
-def _tied_over_devices(features, embedding, labels):
-    mesh, axes = Mesh(np.array(jax.devices()), ("data",)), (P("data"), P(), P("data"))
-    share = lambda *args: lax.psum(_tied(*args), "data")  # noqa: E731
-    return jax.shard_map(share, mesh=mesh, in_specs=axes, out_specs=P())(
-        features, embedding, labels
+def test_gradient_of_the_labels_logit_in_bfloat16(x64):
+    rng = np.random.default_rng(17)
+    features, kernel = (
+        jnp.asarray(rng.normal(size=shape) / 4, jnp.bfloat16) for shape in ((32, 64), (64, 50))
     )
+    exact = np.asarray(features, np.float64) @ np.asarray(kernel, np.float64)
+    labels = jnp.asarray(rng.integers(0, 50, 32), jnp.int32)
+    is_label = np.eye(50, dtype=bool)[labels]
+    others = np.log(np.sum(np.where(is_label, 0, np.exp(exact)), 1))
 
+    def engine_form(bias, x, label):
+        return LOSS(x, kernel, label, bias=bias)
 
-def _tied_slices(features, embedding, labels):
-    mesh, axes = Mesh(np.array(jax.devices()), ("model",)), (P(), P("model"), P())
-    share = partial(_tied, class_axis_name="model")
-    return jax.shard_map(share, mesh=mesh, in_specs=axes, out_specs=P())(
-        features, embedding, labels
+    def plain(bias, x, label):
+        log_p = jax.nn.log_softmax(x @ kernel + bias)[label]
+        return -((1 - jnp.exp(log_p)) ** 2) * log_p
+
+    engine_slopes, plain_slopes = (
+        jax.jit(jax.vmap(jax.grad(loss))) for loss in (engine_form, plain)
     )
+    for probability in (0.9, 0.99, 0.999):
+        # This bias gives the label's class the probability, up to the rounding to bfloat16.
+        bias = np.log(probability / (1 - probability)) + others - exact[is_label]
+        biases = jnp.asarray(np.where(is_label, bias[:, None], 0), jnp.bfloat16)
+        logits = exact + np.asarray(biases, np.float64)
+        rest = np.sum(np.where(is_label, 0, np.exp(logits - logits[is_label][:, None])), 1)
+        p, q = 1 / (1 + rest), rest / (1 + rest)
+        want = -(q**2) * (q + 2 * p * np.log1p(rest))
+
+        def error(slopes, biases, want=want):
+            got = slopes(biases, features, labels)[is_label]
+            return np.max(np.abs(np.asarray(got, np.float64) / want - 1))
+
+        rounding = float(jnp.finfo(jnp.bfloat16).eps) / 2
+        assert error(engine_slopes, biases) <= 1.01 * rounding < error(plain_slopes, biases)
+        assert error(engine_slopes, biases.astype(jnp.float32)) < 1e-5
 
 
-@pytest.mark.quick(False)
+# ---------------------------------------------------------------- logit_softcap
+
+
+def test_softcap_equals_tanh_of_the_logits():
+    arrays, labels = inputs(8, scale=2.0)
+    got = value_and_gradients(linear, arrays, labels, logit_softcap=3.0)
+    assert_close(got, value_and_gradients(formula, arrays, labels, logit_softcap=3.0), 1e-4)
+
+    def capped(features, kernel, bias, labels, **options):
+        logits = 3.0 * jnp.tanh(product(features, kernel, bias) / 3.0)
+        return focal_jax.softmax_focal_loss_with_integer_labels(logits, labels, **options)
+
+    assert_close(got, value_and_gradients(capped, arrays, labels), 1e-5)
+
+
+def test_softcap_derivative_does_not_cancel(x64):
+    # The derivative of tanh at 10 is 8e-9. In float32, 1 - tanh(10)**2 is 0.
+    kernel, labels = np.array([[30.0, 0.0]]), jnp.array([1])
+
+    def gradient(dtype):
+        def total(features):
+            options = {"gamma": 0, "logit_softcap": 3.0}
+            return jnp.sum(LOSS(features, jnp.asarray(kernel, dtype), labels, **options))
+
+        return jax.grad(total)(jnp.ones((1, 1), dtype))
+
+    np.testing.assert_allclose(gradient(np.float32), gradient(np.float64), rtol=1e-5)
+
+
+def test_third_derivatives_through_the_softcap(x64):
+    arrays, labels = inputs(9, dtype=np.float64)
+    arrays[0] = arrays[0].at[0].set(0)  # logits of 0, where |x| has a kink
+    options = {"logit_softcap": 3.0, "return_logsumexp": True}
+    direction = jax.tree.map(jnp.cos, arrays)
+
+    def third(head):
+        function = total(head, labels, **options)
+        for _ in range(2):
+            function = directional_derivative(function, direction)
+        return jit(jax.grad(function))(*arrays)
+
+    assert_close(third(linear), third(formula), 1e-8)
+
+
+def test_softcap_keeps_logits_of_minus_infinity():
+    arrays, labels = inputs(10)
+    arrays[2] = arrays[2].at[7].set(-jnp.inf)
+    value, gradients = value_and_gradients(linear, arrays, labels * 0, logit_softcap=2.0)
+    assert np.isfinite(value)
+    assert np.all(gradients[1][:, 7] == 0)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -3.0, np.nan, np.inf, True, "30"])
+def test_invalid_softcap(value):
+    (features, kernel, bias, *_), labels = inputs()
+    wanted = r"logit_softcap: got .*, wanted (None or a|a finite) number"
+    for head in (linear, formula):
+        with pytest.raises(ValueError, match=wanted):
+            head(features, kernel, bias, labels, logit_softcap=value)
+
+
+# ---------------------------------------------------------------- chunks
+
+
 @pytest.mark.parametrize(
-    ("function", "options", "slices", "copies"),
+    ("positions", "num_classes", "want"),
     [
-        pytest.param(_tied, {}, 1, 1, id="plain"),
-        pytest.param(_tied, {"label_smoothing": 0.1, "logit_softcap": 9.0}, 1, 2, id="options"),
-        pytest.param(jax.checkpoint(_tied), {}, 1, 1, id="checkpoint"),
-        pytest.param(_tied_over_devices, {}, 1, 1, id="batch over devices"),
-        pytest.param(_tied_slices, {}, 8, 1, id="classes over devices"),
+        (1, 7, 7),
+        (64, 1_000, 32),  # a fortieth, in multiples of 16
+        (64, 5_119, 128),
+        (64, 5_121, 256),  # in multiples of 128
+        (1_024, 128_000, 3_200),
+        (2_048, 512_000, 4_096),  # 2**23 logits
+        (2**20, 512_000, 1_024),  # the minimum
+        (0, 32_000, 896),
     ],
 )
-def test_a_tied_embedding_is_not_transposed_in_memory(function, options, slices, copies):
-    depth, classes = 24, 1000
-    (features, kernel, *_), labels = _inputs(17, (16,), depth, classes)
-    labels = labels.at[0].set(classes - 1)
-    gradient = jax.jit(jax.grad(partial(function, **options), (0, 1)))
-    compiled = gradient.lower(features, kernel.T, labels).compile()
-    # Of the kernel's size nothing but itself, copied into the place of each gradient of it.
-    copied = r"= \w+\[(?:{0},{1}|{1},{0})\]\S* (?:copy|transpose)\("
-    found = re.findall(copied.format(depth, classes // slices), compiled.as_text())
-    assert len(found) <= copies
-
-    def untied(features, kernel):
-        return jnp.sum(LINEAR(features, kernel, labels, chunk_size=64, **options))
-
-    by_features, by_kernel = jax.jit(jax.grad(untied, (0, 1)))(features, kernel)
-    assert_close(compiled(features, kernel.T, labels), (by_features, by_kernel.T), 1e-5)
+def test_default_chunk_size(positions, num_classes, want):
+    assert _chunk_size(None, positions, num_classes) == want
 
 
-def test_a_kernel_is_known_for_an_embedding():
-    known = []
-
-    def found(x):
-        known.append(_linear._transposed(x))
-        return jnp.sum(x)
-
-    embedding = jnp.ones((6, 4))
-    for kernel in (
-        lambda e: e.T,
-        lambda e: jnp.swapaxes(e, 0, 1),
-        lambda e: e.astype(jnp.bfloat16).T,
-        lambda e: e.T.astype(jnp.bfloat16),
-        lambda e: e.T + 1,
-        lambda e: e,
-    ):
-        jax.jit(jax.grad(lambda e, k=kernel: found(k(e))))(embedding)
-    found(embedding.T)
-    assert known == [True] * 4 + [False] * 3
+# Each number stands for 64 equal logits. A chunk has two of them, and the last chunk, which is
+# computed first, has one. The first two give the maximum with which the sums begin.
+JUMPS = [
+    [0.0, 1.0, 2.0, 3.0, 2.0, 1.0, 0.0],
+    [0.0, 0.0, 0.0, chunks._MAX_JUMP - 4, 30.0, 0.0, 0.0],  # nearly the largest jump
+    [0.0, 0.0, 0.0, 1e3, 1.0, 1e4, 0.0],  # larger jumps
+    [0.0, 0.0, 0.0, -1e4, 0.0, 100.0, 99.0],
+    [-np.inf, -np.inf, -np.inf, 3.0, 4.0, 5.0, -np.inf],  # no maximum to begin with
+    [-1e30, 1e30, 0.0, 0.0, 0.0, 0.0, 0.0],
+]
+SPEC = chunks.ChunkSpec(size=128, softcap=None, class_axis=-1)
 
 
-# ---------------------------------------------------------------- meshes
+def _jump_inputs(bias, label):
+    """Return a `Linear` of two positions, and the label's class index.
+
+    The logits of the first position are the bias; the second position adds cosines.
+    """
+    features, kernel = jnp.array([[0.0], [1.0]]), jnp.cos(jnp.arange(7.0 * 64))[None]
+    bias = jnp.repeat(jnp.asarray(bias), 64, -1)
+    return chunks.Linear(features, kernel, bias), jnp.full((2, 1), 64 * label, jnp.int32)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("inside", [True, False], ids=["grad inside", "grad outside"])
-def test_shard_map_with_the_batch_over_two_axes(check_vma, inside):
-    args, labels = _inputs(16, (8, 4))
-    axes = "data", "seq"
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), axes)
-    split, whole = P(*axes), P()
-    specs = split, whole, whole, whole, split
+@functools.cache
+def _sums_and_gradients(form):
+    def total(arrays, place):
+        sums = form(SPEC, arrays, place)
+        of_label = jnp.sum(jnp.cos(sums.label_logit - sums.max_logit))
+        return jnp.sum(jnp.log1p(sums.rest)) + of_label, sums
 
-    def local(*args):
-        total = _total(LINEAR, args[-1], chunk_size=3)
-        value, gradients = jax.value_and_grad(total, range(5))(*args[:-1])
-        if not check_vma:  # else the sum over the devices is in the gradient already
-            gradients = [
-                lax.psum(g, axes) if spec == whole else g for g, spec in zip(gradients, specs)
-            ]
-        return lax.psum(value, axes), tuple(gradients)
-
-    def mapped(function, out_specs):
-        return jax.shard_map(
-            function, mesh=mesh, in_specs=(*specs, split), out_specs=out_specs, check_vma=check_vma
-        )
-
-    if inside:
-        got = jax.jit(mapped(local, (whole, specs)))(*args, labels)
-    else:
-        losses = mapped(
-            lambda f, k, b, a, g, y: LINEAR(f, k, y, bias=b, alpha=a, gamma=g, chunk_size=3), split
-        )
-        total = lambda *args: jnp.sum(losses(*args, labels))  # noqa: E731
-        got = jax.jit(jax.value_and_grad(total, range(5)))(*args)
-    assert_close(got, _gradients(LINEAR, args, labels, chunk_size=3), 1e-5)
+    # JAX differentiates the forms themselves, as it does for second derivatives.
+    return jit(jax.grad(total, has_aux=True))
 
 
-def test_aligned_varying_casts_to_the_union_and_back():
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+@pytest.mark.parametrize("logits", JUMPS, ids=str)
+@pytest.mark.parametrize("label", [0, 3, 6, 7])
+def test_sums_in_one_pass_equal_those_in_two(logits, label):
+    arrays = _jump_inputs(logits, label)
+    got = _sums_and_gradients(chunks._sums_in_one_pass)(*arrays)
+    assert_close(got, _sums_and_gradients(chunks._sums_in_passes)(*arrays), 1e-6)
 
-    def local(x, y, z):
-        total = lambda x, y, z: jnp.sum(jnp.stack(aligned_varying(x, y, z, None)[:3]))  # noqa: E731
-        return jax.grad(total, (0, 1, 2))(x, y, z)
 
-    specs = P("data"), P("model"), P()
-    ones = jnp.ones(8)
-    got = jax.shard_map(
-        lambda x, y, z: local(x[:2], y[:2], z[:2]), mesh=mesh, in_specs=specs, out_specs=specs
-    )(ones, ones, ones)
-    # The transpose of the cast is a psum over the axes that were added.
-    assert [float(x[0]) for x in got] == [2, 4, 8]
-    x = jnp.ones(3)
-    assert aligned_varying(x, None)[0] is x
+def test_vmapped_sums_in_one_pass_keep_their_conditional():
+    features, biases = jnp.ones((3, 2, 1)), jnp.zeros((3, 7))
+    # The first example has no jump, the second one that is too large, the third a small one.
+    biases = biases.at[1, 5].set(1e3).at[2, 5].set(20.0)
+
+    def both(form):
+        def of_example(features, bias):
+            arrays, place = _jump_inputs(bias, 3)
+            sums = form(SPEC, arrays._replace(features=features), place)
+            return jnp.sum(sums.label_logit - sums.max_logit - jnp.log1p(sums.rest))
+
+        return jax.vmap(jax.value_and_grad(of_example, (0, 1)))
+
+    in_one_pass, in_passes = both(chunks._sums_in_one_pass), both(chunks._sums_in_passes)
+    assert " cond[" in str(jax.make_jaxpr(in_one_pass)(features, biases))
+    got, want = (jit(form)(features, biases) for form in (in_one_pass, in_passes))
+    assert_close(got, want, 1e-6)

@@ -1,7 +1,7 @@
-"""Two processes with two devices each compute what one device does.
+"""Two processes with two devices each return the results of one device.
 
-Run as a program, with a coordinator's address, the number of processes and a rank, this file is
-one of those processes.
+The test starts this file as a program in each process. Its arguments are the coordinator's
+address, the number of processes and the rank of the process.
 """
 
 import functools
@@ -26,11 +26,11 @@ import focal_jax
 pytestmark = pytest.mark.slow
 
 PROCESSES, DEVICES = 2, 2
-SPLIT, WHOLE = P("data"), P()
-SPECS = SPLIT, WHOLE, SPLIT, SPLIT
+SHARDED, REPLICATED = P("data"), P()
+SPECS = SHARDED, REPLICATED, SHARDED, SHARDED
 
 
-# ------------------------------------------------------------------------ what is computed
+# ------------------------------------------------------------------------ computations
 
 
 def _sigmoid(logits, gamma, labels, where):
@@ -52,14 +52,14 @@ def _linear(features, kernel, labels, where):
 
 
 def _reduced(loss, axis_name=None):
-    def reduced(rows, whole, labels, where):
-        losses = loss(rows, whole, labels, where)
+    def reduced(rows, parameter, labels, where):
+        losses = loss(rows, parameter, labels, where)
         return focal_jax.reduce_loss(losses, where=where, axis_name=axis_name)
 
     return reduced
 
 
-def _local(loss):
+def _mean_over_devices(loss):
     return lambda *args: lax.pmean(_reduced(loss, "data")(*args), "data")
 
 
@@ -68,20 +68,22 @@ def _jit(loss, mesh):
 
 
 def _gradient_outside(loss, mesh):
-    mapped = jax.shard_map(_local(loss), mesh=mesh, in_specs=SPECS, out_specs=WHOLE)
+    mapped = jax.shard_map(
+        _mean_over_devices(loss), mesh=mesh, in_specs=SPECS, out_specs=REPLICATED
+    )
     return jax.value_and_grad(mapped, (0, 1))
 
 
 def _gradient_inside(loss, mesh):
     return jax.shard_map(
-        jax.value_and_grad(_local(loss), (0, 1)),
+        jax.value_and_grad(_mean_over_devices(loss), (0, 1)),
         mesh=mesh,
         in_specs=SPECS,
-        out_specs=(WHOLE, (SPLIT, WHOLE)),
+        out_specs=(REPLICATED, (SHARDED, REPLICATED)),
     )
 
 
-HOW = {
+TRANSFORMS = {
     "jit": _jit,
     "shard_map, gradient outside": _gradient_outside,
     "shard_map, gradient inside": _gradient_inside,
@@ -89,8 +91,8 @@ HOW = {
 rng = np.random.default_rng(0)
 ROWS = rng.normal(0, 2, (8, 5)).astype(np.float32)
 LABELS = rng.integers(5, size=8).astype(np.int32)
-WHERE = np.array([0, 0, 0, 1, 1, 0, 1, 1], bool)  # of each device's two rows 0, 1, 1 and 2
-LOSSES = {  # with an argument that every device has the whole of
+WHERE = np.array([0, 0, 0, 1, 1, 0, 1, 1], bool)  # the devices have 0, 1, 1 and 2 valid rows
+LOSSES = {  # with an argument that is replicated
     "sigmoid": (_sigmoid, np.float32(1.5)),
     "integer softmax": (_softmax, rng.uniform(0.5, 2, 5).astype(np.float32)),
     "linear head": (_linear, rng.normal(size=(5, 12)).astype(np.float32)),
@@ -98,30 +100,30 @@ LOSSES = {  # with an argument that every device has the whole of
 
 
 def _process(address, processes, rank):
-    """Print all results, each put together from all processes, as a line of JSON."""
+    """Compute all results in one process of several, and print them as a line of JSON."""
     jax.distributed.initialize(address, processes, rank, cluster_detection_method="deactivate")
     assert (jax.process_count(), jax.local_device_count()) == (PROCESSES, DEVICES)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     rows, labels, where = (
         jax.make_array_from_process_local_data(
-            NamedSharding(mesh, SPLIT), np.split(x, processes)[rank]
+            NamedSharding(mesh, SHARDED), np.split(x, processes)[rank]
         )
         for x in (ROWS, LABELS, WHERE)
     )
 
     def compute(rows, labels, where):
         return {
-            f"{how}, {name}": function(loss, mesh)(rows, whole, labels, where)
-            for how, function in HOW.items()
-            for name, (loss, whole) in LOSSES.items()
+            f"{transform}, {name}": function(loss, mesh)(rows, parameter, labels, where)
+            for transform, function in TRANSFORMS.items()
+            for name, (loss, parameter) in LOSSES.items()
         }
 
-    results = jax.jit(compute, out_shardings=NamedSharding(mesh, WHOLE))(rows, labels, where)
+    results = jax.jit(compute, out_shardings=NamedSharding(mesh, REPLICATED))(rows, labels, where)
     numbers = {k: [x.tolist() for x in jax.tree.leaves(v)] for k, v in results.items()}
     print(json.dumps(numbers), flush=True)
 
 
-# -------------------------------------------------------------------------------- the tests
+# -------------------------------------------------------------------------------- tests
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +141,19 @@ def results(example):
 
 @functools.cache
 def _on_one_device(name):
-    loss, whole = LOSSES[name]
-    return jax.tree.leaves(jax.jit(_jit(loss, None))(ROWS, whole, LABELS, WHERE))
+    loss, parameter = LOSSES[name]
+    return jax.tree.leaves(jax.jit(_jit(loss, None))(ROWS, parameter, LABELS, WHERE))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("how", HOW)
-def test_two_processes_compute_what_one_device_does(results, how, name):
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_two_processes_return_the_results_of_one_device(results, transform, name):
     for numbers in results:
-        got = [np.array(x) for x in numbers[f"{how}, {name}"]]
+        got = [np.array(x) for x in numbers[f"{transform}, {name}"]]
         assert_close(got, _on_one_device(name), 1e-5)
 
 
-def test_example_trains_alike_on_every_layout(example, capsys):
+def test_example_has_equal_losses_in_every_layout(example, capsys):
     losses = example["main"](["--steps=3"])
     assert [x.shape for x in losses.values()] == [(1, 3), (1, 3), (2, 3)]
     assert losses["1 device"][0, -1] < losses["1 device"][0, 0]
@@ -159,7 +161,7 @@ def test_example_trains_alike_on_every_layout(example, capsys):
 
 
 @pytest.mark.parametrize("second", [1.001, float("nan")])
-def test_example_fails_where_layouts_disagree(example, monkeypatch, second):
+def test_example_fails_if_layouts_disagree(example, monkeypatch, second):
     def launch(command, processes, devices, timeout):
         return [[{"loss": 1.0}, {"loss": second if processes == 2 else 1.0}]] * processes
 
@@ -174,14 +176,14 @@ def _program(text):
     return [sys.executable, "-c", imports + text]
 
 
-def test_a_process_that_fails_ends_the_others_and_says_why(example):
+def test_failed_process_stops_the_others_and_is_reported(example):
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"process \[1\] of 2 failed with code \[1\](.|\n)*boom"):
         example["launch"](_program("sys.exit('boom') if rank else time.sleep(100)"), 2, 1, 100)
     assert time.monotonic() - start < 50
 
 
-def test_processes_that_take_too_long_are_ended(example):
+def test_processes_are_stopped_after_the_timeout(example):
     message = r"process \[0, 1\] of 2 had not ended after 2 s"
     with pytest.raises(RuntimeError, match=message) as raised:
         example["launch"](_program("time.sleep(100)"), 2, 1, 2)

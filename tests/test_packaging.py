@@ -1,4 +1,4 @@
-"""What is handed out: a source distribution that builds and tests itself, and honest metadata."""
+"""Tests of the distributions: contents of the sdist, links of the package page, dependencies."""
 
 import email
 import re
@@ -18,8 +18,8 @@ EXTRAS = SETTINGS["optional-dependencies"]
 
 
 @pytest.fixture(scope="module")
-def unpacked(tmp_path_factory):
-    """The source distribution, built and unpacked."""
+def sdist(tmp_path_factory):
+    """Build the source distribution and return the folder of its files."""
     pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder)]
@@ -30,49 +30,48 @@ def unpacked(tmp_path_factory):
     return folder / archive.name.removesuffix(".tar.gz")
 
 
-def test_the_source_distribution_has_what_builds_and_tests_it(unpacked):
+def test_sdist_has_all_files_to_build_and_test_it(sdist):
     for path in ("Makefile", ".ci/run", "pyproject.toml", "LICENSE", "CHANGELOG.md"):
-        assert (unpacked / path).is_file(), path
+        assert (sdist / path).is_file(), path
     for folder in ("focal_jax", "tests", "examples", "benchmarks", "docs"):
-        here = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*.py")}
-        assert {p.relative_to(unpacked) for p in (unpacked / folder).rglob("*.py")} == here
-    assert not list(unpacked.rglob("__pycache__"))
+        files = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")}
+        assert {path.relative_to(sdist) for path in (sdist / folder).rglob("*.py")} == files
+    assert not list(sdist.rglob("__pycache__"))
 
 
-def test_the_links_of_a_package_page_lead_somewhere(unpacked):
-    metadata = email.message_from_string((unpacked / "PKG-INFO").read_text())
-    page = metadata.get_payload()
-    links = re.findall(r"\]\(([^)]+)\)", page)
+def test_links_of_the_package_page_are_absolute_and_have_targets(sdist):
+    metadata = email.message_from_string((sdist / "PKG-INFO").read_text())
+    links = re.findall(r"\]\(([^)]+)\)", metadata.get_payload())
     assert links
     assert all(link.startswith(("https://", "#")) for link in links)
-    base = SETTINGS["urls"]["Homepage"].removeprefix("https://github.com/")
-    for link in links:  # those into the repository, to files that there are
-        inside = re.fullmatch(rf"https://[^/]+/{base}/(?:blob/)?main/([^#]*)(#.*)?", link)
-        assert inside is None or (ROOT / inside[1]).exists(), link
+    repository = SETTINGS["urls"]["Homepage"].removeprefix("https://github.com/")
+    for link in links:
+        file = re.fullmatch(rf"https://[^/]+/{repository}/(?:blob/)?main/([^#]*)(#.*)?", link)
+        assert file is None or (ROOT / file[1]).exists(), link
     assert metadata["Version"] == focal_jax.__version__
 
 
-def test_users_get_no_developers_tools():
-    def names(extra):
+def test_extras_for_users_have_no_development_tools():
+    def packages(extra):
         found = {re.match(r"[\w-]+", requirement)[0] for requirement in EXTRAS[extra]}
         inner = re.findall(r"focal_jax\[([\w,]+)\]", " ".join(EXTRAS[extra]))
         for other in ",".join(inner).split(","):
-            found |= names(other) if other else set()
+            found |= packages(other) if other else set()
         return found
 
     tools = {"pyright", "pytest", "ruff", "hypothesis", "hatchling"}
-    assert not names("all") & tools
-    assert names("dev") > tools | names("all") - {"focal_jax"}
+    assert not packages("all") & tools
+    assert packages("dev") > tools | packages("all") - {"focal_jax"}
 
 
-def test_what_checks_the_style_is_pinned_once():
+def test_ruff_and_pyright_are_pinned_in_one_place():
     pinned = [r for r in EXTRAS["dev"] if r.startswith(("ruff", "pyright"))]
     assert len(pinned) == 2
     assert all("==" in requirement for requirement in pinned)
     hooks = ROOT / ".pre-commit-config.yaml"
-    if hooks.exists():  # not in a source distribution, which has no repository
+    if hooks.exists():  # a source distribution does not have this file
         assert "rev:" not in hooks.read_text()
 
 
-def test_the_command_is_a_script():
+def test_command_line_script():
     assert SETTINGS["scripts"] == {"focal-jax": "focal_jax.__main__:main"}

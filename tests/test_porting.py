@@ -1,7 +1,7 @@
-"""Every right-hand side of the porting guide gives the number of its left-hand side.
+"""Every call in the porting guide returns the value of the call of the other library.
 
-The systems themselves are not installed: each left-hand side stands here as their formula, in
-NumPy and float64, except optax's, which is called.
+The other libraries are not installed, except optax. Their formulas are written here in NumPy and
+evaluated in float64.
 """
 
 import itertools
@@ -20,9 +20,9 @@ import focal_jax
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "porting.md").read_text()
 (IMPORTS,) = code_blocks(GUIDE)
-ROWS = [
-    (theirs.strip(), ours)
-    for theirs, ours in re.findall(r"^\| (?!---)(.*?) \| `(.*)` \|$", GUIDE, re.MULTILINE)
+ROWS = [  # the call of the other library, and the call of focal_jax
+    (original.strip(), call)
+    for original, call in re.findall(r"^\| (?!---)(.*?) \| `(.*)` \|$", GUIDE, re.MULTILINE)
 ]
 
 rng = np.random.default_rng(0)
@@ -40,7 +40,7 @@ sample_weight = np.array([1.0, 0.5, 0.0, 2.0])
 
 matched, unmatched = json.loads((Path(__file__).parent / "golden" / "retinanet.json").read_text())
 anchors = np.array(matched["anchors"])
-# The last box is too small to match any anchor by its IoU.
+# The IoU of the last box with every anchor is below the threshold.
 annotated = np.array([*matched["annotations"][0], [3, 3, 6, 6, 2]])
 boxes = annotated[:, :4]
 image_shape = (40, 72)
@@ -55,18 +55,18 @@ layer {
 
 
 def softmax(z):
-    """Return the textbook softmax over axis 1."""
+    """Return the softmax over axis 1."""
     return np.exp(z) / np.exp(z).sum(1, keepdims=True)
 
 
 def categorical(z, y, gamma=2.0):
-    """Return the loss of each class, `-y (1 - p)**gamma log p`, of the shape of z."""
+    """Return the softmax focal loss of each class, `-y (1 - p)**gamma log p`."""
     p = softmax(z)
     return -y * (1 - p) ** gamma * np.log(p)
 
 
 def binary(z, y, alpha=None, gamma=2.0):
-    """Return torchvision's loss of each element; Keras, MONAI and mmdetection have the same."""
+    """Return the sigmoid focal loss of torchvision, Keras, MONAI and mmdetection."""
     p = 1 / (1 + np.exp(-z))
     cross_entropy = -(y * np.log(p) + (1 - y) * np.log(1 - p))
     loss = cross_entropy * (1 - (y * p + (1 - y) * (1 - p))) ** gamma
@@ -74,7 +74,7 @@ def binary(z, y, alpha=None, gamma=2.0):
 
 
 def iou():
-    """Return the IoU of each of the boxes with each anchor, in loops."""
+    """Return the IoU of each box with each anchor."""
     table = np.zeros((len(boxes), len(anchors)))
     for (i, a), (j, b) in itertools.product(enumerate(boxes), enumerate(anchors)):
         width, height = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
@@ -84,7 +84,7 @@ def iou():
 
 
 def low_quality_matches():
-    """Return torchvision's matches: -1 below 0.4, -2 below 0.5, each box's best restored."""
+    """Return torchvision's matches: -1 below 0.4, -2 below 0.5, and the best anchor of each box."""
     table = iou()
     best, value = table.argmax(0), table.max(0)
     matches = np.where(value >= 0.5, best, np.where(value < 0.4, -1, -2))
@@ -93,8 +93,8 @@ def low_quality_matches():
     return np.where(forced, best, matches)
 
 
-def corner_anchors():
-    """Return torchvision's anchors, one at a time."""
+def torchvision_anchors():
+    """Return torchvision's anchors, computed one at a time."""
     rows = []
     for level in range(3, 8):
         cells = [-(-size // 2**level) for size in image_shape]
@@ -107,15 +107,15 @@ def corner_anchors():
     return np.array(rows)
 
 
-def encoded(boxes, anchors):
-    """Return torchvision's offsets."""
+def torchvision_offsets(boxes, anchors):
+    """Return torchvision's offsets of boxes from anchors."""
     (w, h), (aw, ah) = ((b[:, 2:] - b[:, :2]).T for b in (boxes, anchors))
     (x, y), (ax, ay) = ((b[:, 2:] + b[:, :2]).T / 2 for b in (boxes, anchors))
     return np.stack([(x - ax) / aw, (y - ay) / ah, np.log(w / aw), np.log(h / ah)], 1)
 
 
-def anchors_of_an_image():
-    """Return pytorch-retinanet's anchors, one at a time."""
+def pytorch_retinanet_anchors():
+    """Return pytorch-retinanet's anchors, computed one at a time."""
     rows = []
     for level in range(3, 8):
         stride = 2**level
@@ -137,7 +137,7 @@ def sigmoid(z):
     return 1 / (1 + np.exp(-z))
 
 
-# One positive of four has a quality of 0, and one element is a peak.
+# One of the four positives has the quality 0. The heat map has one peak.
 positive = np.eye(N, C, dtype=bool)
 quality = np.where(positive, np.array([0.7, 0.0, 0.4, 0.9])[:, None], 0)
 heat = np.where(positive & (np.arange(N) == 0)[:, None], 1, rng.uniform(0, 0.95, (N, C)))
@@ -151,22 +151,26 @@ mal = np.where(positive, 1, sigmoid(logits) ** 1.5) * entropy(logits, quality**1
 
 
 def gaussian(z, heat):
+    """Return the Gaussian focal loss of CornerNet, CenterNet and mmdetection."""
     p = sigmoid(z)
     negative = -((1 - heat) ** 4) * p**2 * np.log(1 - p)
     return np.where(heat == 1, -((1 - p) ** 2) * np.log(p), negative)
 
 
 def asl(z, y):
+    """Return the asymmetric loss of ASL."""
     p, q = sigmoid(z), np.minimum(1 - sigmoid(z) + 0.05, 1)
     p_t = p * y + q * (1 - y)
     return -((1 - p_t) ** np.where(y == 1, 1, 4)) * (y * np.log(p) + (1 - y) * np.log(q))
 
 
 def star(z, y):
+    """Return fvcore's star loss with gamma = 2."""
     return np.log1p(np.exp(-2 * z * (2 * y - 1))) / 2
 
 
 def dual(z, classes):
+    """Return the dual focal loss."""
     p = softmax(z)
     p_t = p[np.arange(N), classes]
     p_j = (p * (p < p_t[:, None])).max(1)
@@ -174,12 +178,12 @@ def dual(z, classes):
 
 
 def tversky(p, y, axes, smooth):
-    """Return 1 - TI, the false negatives weighed 0.7 and the false positives 0.3."""
+    """Return 1 - TI with the weight 0.7 of false negatives and 0.3 of false positives."""
     tp, fn, fp = ((a * b).sum(axes) for a, b in ((p, y), (1 - p, y), (p, 1 - y)))
     return 1 - (tp + smooth) / (tp + 0.7 * fn + 0.3 * fp + smooth)
 
 
-def between(z, y):
+def distribution(z, y):
     """Return mmdetection's distribution focal loss."""
     left, rows = y.astype(int), np.arange(N)
     losses = -np.log(softmax(z))
@@ -212,7 +216,7 @@ INPUTS = {
     "boxes": boxes,
     "annotated": annotated,
     "anchors": anchors,
-    # The case in which one image has no annotation, and one nothing that matches.
+    # One image has no annotations, and one image has no matches.
     "class_logits": np.array(unmatched["class_logits"]),
     "box_regression": np.array(unmatched["box_regression"]),
     "annotations": np.array(unmatched["annotations"]),
@@ -236,7 +240,7 @@ EXPECTED = {
     # pytorch-retinanet
     "`FocalLoss()(classifications, regressions, anchors, annotations)`": RETINANET,
     "the same, from logits": RETINANET,
-    "`Anchors()(image)`": anchors_of_an_image(),
+    "`Anchors()(image)`": pytorch_retinanet_anchors(),
     # MindSpore
     "`nn.FocalLoss(weight, gamma=2.0)(scores, target)`": (
         (weight[:, None, None] * categorical(scores, one_hot)).sum(1).mean()
@@ -260,9 +264,9 @@ EXPECTED = {
     "`Matcher(0.5, 0.4, allow_low_quality_matches=True)(ops.box_iou(boxes, anchors))`": (
         low_quality_matches()
     ),
-    "`RetinaNet.anchor_generator` of an image of `image_shape`": corner_anchors(),
+    "`RetinaNet.anchor_generator` of an image of `image_shape`": torchvision_anchors(),
     "`BoxCoder((1.0, 1.0, 1.0, 1.0)).encode_single(matched, anchors)`": (
-        encoded(matched_boxes, anchors)
+        torchvision_offsets(matched_boxes, anchors)
     ),
     # PyTorch
     "`nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0))(logits, targets)`": (
@@ -317,7 +321,7 @@ EXPECTED = {
         (sample_weight[:, None] * binary(logits, gt_rows, 0.25)).sum() / 2
     ),
     "`FocalLoss(loss_weight=2.0)(pred, gt)`": 2 * binary(logits, gt_rows, 0.25).mean(),
-    # relatives
+    # related losses
     "mmdetection: `QualityFocalLoss()(pred, quality)`": (
         (np.abs(quality - sigmoid(logits)) ** 2 * entropy(logits, quality)).sum(1).mean()
     ),
@@ -326,7 +330,7 @@ EXPECTED = {
     ).sum()
     / 2,
     "mmdetection: `GaussianFocalLoss()(pred.sigmoid(), heat)`": gaussian(logits, heat).mean(),
-    "mmdetection: `DistributionFocalLoss()(pred, distance)`": between(logits, distance).mean(),
+    "mmdetection: `DistributionFocalLoss()(pred, distance)`": distribution(logits, distance).mean(),
     "transformers: `loss_labels_vfl` of RT-DETR and D-FINE": detached.sum() / num_boxes,
     "DEIM: `loss_labels_mal`": mal.sum() / num_boxes,
     "CornerNet, CenterNet: `_neg_loss(logits.sigmoid(), heat)`": gaussian(logits, heat).sum(),
@@ -346,7 +350,7 @@ EXPECTED = {
     "DFT: the mean cross entropy of `logits`, each times `softmax(logits)[classes].detach()`": (
         (softmax(logits) * categorical(logits, y_true, 0)).sum(1).mean()
     ),
-    'TRL: `SFTConfig(loss_type="dft")`, of tokens labelled -100 or `tokens`': (
+    'TRL: `SFTConfig(loss_type="dft")`, with labels `tokens`': (
         (softmax(logits) * categorical(logits, np.eye(C)[tokens.clip(0)], 0))[[0, 2]].sum() / 2
     ),
     "Menon et al.: cross entropy of `logits + log(counts / counts.sum())`": (
@@ -362,58 +366,60 @@ EXPECTED = {
 }
 
 
-def test_every_row_has_its_formula():
-    assert [theirs for theirs, _ in ROWS] == list(EXPECTED)
+def test_every_row_has_a_formula():
+    assert [original for original, _ in ROWS] == list(EXPECTED)
 
 
-@pytest.mark.parametrize(("theirs", "ours"), ROWS)
-def test_ours_is_theirs(theirs, ours):
+@pytest.mark.parametrize(("original", "call"), ROWS)
+def test_call_returns_the_value_of_the_original(original, call):
     names = {"image_shape": image_shape, "prototxt": prototxt}
-    # optax computes in float32 here, the formulas in float64.
-    precise = not theirs.startswith("`optax")
-    with jax.enable_x64(precise), jax.numpy_rank_promotion("allow"):
+    # optax is called in float32. The formulas are evaluated in float64.
+    x64 = not original.startswith("`optax")
+    with jax.enable_x64(x64), jax.numpy_rank_promotion("allow"):
         names |= jax.tree.map(jnp.asarray, INPUTS)
         exec(IMPORTS, names)
-        result = jax.jit(lambda inputs: eval(ours, {**names, **inputs}))(
-            {name: x for name, x in names.items() if name in INPUTS and name in ours}
+        result = jax.jit(lambda inputs: eval(call, {**names, **inputs}))(
+            {name: x for name, x in names.items() if name in INPUTS and name in call}
         )
-        result = np.asarray(result).reshape(np.shape(EXPECTED[theirs]))
-    tolerance = 1e-9 if precise else 2e-6
-    np.testing.assert_allclose(result, EXPECTED[theirs], rtol=tolerance, atol=tolerance)
+        result = np.asarray(result).reshape(np.shape(EXPECTED[original]))
+    tolerance = 1e-9 if x64 else 2e-6
+    np.testing.assert_allclose(result, EXPECTED[original], rtol=tolerance, atol=tolerance)
 
 
-def test_what_the_guide_says_of_optax():
-    # Since 0.2.5 it computes with logarithms.
+def test_statements_about_optax():
+    # optax computes in logarithms since version 0.2.5.
     version = tuple(int(x) for x in re.findall(r"\d+", optax.__version__)[:3])
     if version < (0, 2, 5):
-        pytest.skip("an older optax")
+        pytest.skip("optax is older than 0.2.5")
     z = jnp.linspace(-80.0, 80.0, 81)
 
     def gradient(loss, z, gamma):
         return jax.grad(lambda z: jnp.sum(loss(z, jnp.ones_like(z), gamma=gamma)))(z)
 
-    ours, theirs = focal_jax.sigmoid_focal_loss, optax.losses.sigmoid_focal_loss
     for gamma in (0.5, 2.0):
-        got, want = gradient(theirs, z, gamma), gradient(ours, z, gamma)
+        got = gradient(optax.losses.sigmoid_focal_loss, z, gamma)
+        want = gradient(focal_jax.sigmoid_focal_loss, z, gamma)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-36)
-    ends = jnp.array([-jnp.inf, jnp.inf])
-    assert np.isnan(gradient(theirs, ends, 2.0)).all()
-    assert gradient(ours, ends, 2.0).tolist() == [-1, 0]
+    infinite = jnp.array([-jnp.inf, jnp.inf])
+    assert np.isnan(gradient(optax.losses.sigmoid_focal_loss, infinite, 2.0)).all()
+    assert gradient(focal_jax.sigmoid_focal_loss, infinite, 2.0).tolist() == [-1, 0]
 
 
-def test_whose_weight_is_differentiated():
+def test_statements_about_the_gradient_of_the_weight():
     z, y = (jnp.asarray(x, jnp.float32) for x in (logits, quality))
 
     def gradient(loss, **options):
         return jax.grad(lambda z: jnp.sum(loss(z, y, positive=positive, **options)))(z)
 
     score = jax.nn.sigmoid(z)
-    # Of a constant weight the gradient is the weight times the cross entropy's.
+    # With a constant weight the gradient is the weight times the gradient of the cross entropy.
     weights = jnp.where(positive, y, 0.75 * score**2), jnp.where(positive, 1, score**1.5)
-    losses = focal_jax.varifocal_loss, focal_jax.matchability_aware_loss
-    held = gradient(losses[0], stop_weight_gradient=True), gradient(losses[1])
+    constant_weight = (
+        gradient(focal_jax.varifocal_loss, stop_weight_gradient=True),
+        gradient(focal_jax.matchability_aware_loss),
+    )
     targets = y, y**1.5
-    for got, weight, target in zip(held, weights, targets):
+    for got, weight, target in zip(constant_weight, weights, targets):
         np.testing.assert_allclose(got, weight * (score - target), rtol=1e-5, atol=1e-7)
-    differentiated = gradient(losses[0])
-    assert np.all((differentiated > held[0])[~positive])
+    differentiated = gradient(focal_jax.varifocal_loss)
+    assert np.all((differentiated > constant_weight[0])[~positive])

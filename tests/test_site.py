@@ -1,5 +1,6 @@
-"""The documentation: its code runs, its links lead somewhere, it names all there is."""
+"""Tests of the documentation: code, links, navigation, figures, numbers and the built site."""
 
+import ast
 import importlib
 import importlib.util
 import re
@@ -14,7 +15,7 @@ import pytest
 from pages import run
 
 import focal_jax
-from focal_jax import _catalogue
+from focal_jax.catalogue import LOSSES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -25,21 +26,35 @@ TEXTS = [
     ROOT / "examples" / "retinanet_digits" / "README.md",
     *PAGES,
 ]
-# These run on eight devices, or row by row: each has tests of its own.
-APART = {"porting.md", "scaling.md", "vocabularies.md"}
+# The code of these pages has tests of its own: test_porting.py, test_scaling_docs.py (eight
+# devices) and test_vocabulary_docs.py.
+TESTED_ELSEWHERE = {"porting.md", "scaling.md", "vocabularies.md"}
 
 
 def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in APART], ids=_name)
-def test_code_runs_and_prints_what_it_says(page):
+def _hooks_constant(name: str):
+    """Return a constant of docs/hooks.py without importing it: its imports may be missing."""
+    text = (DOCS / "hooks.py").read_text(encoding="utf-8")
+    return ast.literal_eval(re.search(rf"^{name} = (\{{.*?^\}})", text, re.M | re.S)[1])
+
+
+API_PAGES = _hooks_constant("API")
+API_MODULES = [module for _, modules in API_PAGES.values() for module in modules]
+
+
+# ---------------------------------------------------------------- code and links
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in TESTED_ELSEWHERE], ids=_name)
+def test_code_blocks_run_and_sessions_print_the_stated_output(page):
     run(page)
 
 
 def _anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    """Return the anchors that GitHub and MkDocs make from the headings of a page."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     plain = (re.sub(r"[^\w\- ]", "", heading.lower()).strip() for heading in headings)
@@ -47,125 +62,127 @@ def _anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=_name)
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     for link, anchor in re.findall(
         r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8")
     ):
         target = page.parent / link if link else page
-        if link.startswith("api/"):  # made when the site is built
-            assert Path(link).stem in _hooks("API"), link
+        if link.startswith("api/"):  # generated when the site is built
+            assert Path(link).stem in API_PAGES, link
             continue
         assert target.exists(), link
         if anchor:
             assert anchor in _anchors(target), f"{link}#{anchor}"
 
 
-# ---------------------------------------------------------------- the navigation and the API
+# ---------------------------------------------------------------- navigation and API
 
 
-def _hooks(name: str):
-    """Return a constant of docs/hooks.py, whose imports the tests do not need."""
-    return importlib.import_module("ast").literal_eval(
-        re.search(rf"^{name} = (\{{.*?^\}})", (DOCS / "hooks.py").read_text(), re.M | re.S)[1]
-    )
+def test_navigation_lists_every_page():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed = set(re.findall(r"(?:- |: )(\S+\.md)$", navigation, re.MULTILINE))
+    generated = {f"api/{page}.md" for page in API_PAGES}
+    generated |= set(_hooks_constant("ELSEWHERE").values())
+    assert listed == {page.name for page in PAGES} | generated
 
 
-def test_every_page_is_in_the_navigation():
-    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
-    named = set(re.findall(r"(?:- |: )(\S+\.md)$", navigation, re.MULTILINE))
-    made = {f"api/{page}.md" for page in _hooks("API")} | set(_hooks("ELSEWHERE").values())
-    assert named == {page.name for page in PAGES} | made
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("masks.md", "void"),
+        ("nan.md", "## Invalid labels"),
+        ("porting.md", "## torchvision"),
+        ("recipes.md", "## torchvision's RetinaNet"),
+        ("choosing.md", "detector"),
+    ],
+)
+def test_home_page_links_to_frequent_questions(page, text):
+    assert f"({page})" in (DOCS / "index.md").read_text(encoding="utf-8")
+    assert text in (DOCS / page).read_text(encoding="utf-8")
 
 
-def test_the_home_page_leads_to_what_is_asked_most():
-    home = (DOCS / "index.md").read_text(encoding="utf-8")
-    for page, answer in {
-        "masks.md": "void",
-        "nan.md": "## Labels outside the classes",
-        "porting.md": "## torchvision",
-        "recipes.md": "## torchvision's RetinaNet",
-        "choosing.md": "detector",
-    }.items():
-        assert f"({page})" in home
-        assert answer in (DOCS / page).read_text(encoding="utf-8")
-
-
-def test_the_api_has_every_public_module():
-    described = {module for _, modules in _hooks("API").values() for module in modules}
+def test_api_documents_every_public_module():
     modules = {name for name in focal_jax.__all__ if type(getattr(focal_jax, name)) is type(pytest)}
     public = {"focal_jax", *(f"focal_jax.{name}" for name in modules)}
     public |= {f"focal_jax.compat.{name}" for name in focal_jax.compat.__all__}
-    assert described == public
+    assert set(API_MODULES) == public
 
 
-# ---------------------------------------------------------------- the family, and the figures
+# ---------------------------------------------------------------- gallery, figures, numbers
 
 
-def test_the_gallery_has_every_loss():
-    text = (DOCS / "family.md").read_text()
-    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    assert sorted(headings) == sorted(loss.name for loss in _catalogue.LOSSES)
-    for name in headings:
-        assert f"| [`{name}`](#{name}) |" in text
-        assert f"![{name}](figures/{name}.svg)" in text
-
-
-def _figures():
-    pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+def _docs_script(name: str):
+    """Import a script of the folder docs."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_every_figure_is_made_by_the_script():
-    made = {f"{name}.svg" for name in _figures().FIGURE_OF}
-    assert {path.name for path in (DOCS / "figures").glob("*.svg")} == made
+def _figures_module():
+    pytest.importorskip("matplotlib")
+    return _docs_script("figures")
+
+
+def test_gallery_shows_every_loss():
+    text = (DOCS / "family.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert sorted(headings) == sorted(LOSSES)
+    loss_table = _docs_script("loss_table")
+    with_table = loss_table.with_table(text, loss_table.section)
+    for name in headings:
+        assert f"| [`{name}`](#{name}) |" in with_table
+        assert f"![{name}](figures/{name}.svg)" in text
+
+
+def test_every_figure_has_a_script_and_a_page():
+    scripted = {f"{name}.svg" for name in _figures_module().FIGURE_OF}
+    assert {path.name for path in (DOCS / "figures").glob("*.svg")} == scripted
     shown = {
         Path(link).name
         for page in TEXTS
-        for link in re.findall(r"\(([^)]*figures/[^)]*\.svg)\)", page.read_text())
+        for link in re.findall(r"\(([^)]*figures/[^)]*\.svg)\)", page.read_text(encoding="utf-8"))
     }
-    assert shown == made
+    assert shown == scripted
 
 
 def _curves(path: Path) -> list[np.ndarray]:
-    """Return the points of the curves that a figure has: long paths that are cut at the axes."""
+    """Return the points of the curves of an SVG figure: the long paths with a clip path."""
     paths = re.findall(r'<path d="([^"]*)" clip-path', path.read_text())
     curves = [np.array(re.findall(r"[ML] (\S+) (\S+)", d), float) for d in paths]
     return [points for points in curves if len(points) > 10]
 
 
 @pytest.mark.parametrize("name", ["loss", "varifocal_loss", "focal_tversky_loss"])
-def test_a_figure_is_what_the_losses_give(name, tmp_path):
-    _figures().main(["--only", name, "--out", str(tmp_path)])
-    drawn, kept = (_curves(folder / f"{name}.svg") for folder in (tmp_path, DOCS / "figures"))
-    assert len(drawn) == len(kept) >= 2
-    for now, then in zip(drawn, kept):
-        x = np.linspace(max(now[0, 0], then[0, 0]), min(now[-1, 0], then[-1, 0]), 50)
-        # A panel is 130 points high, and moves by a point or two with the fonts.
-        np.testing.assert_allclose(np.interp(x, *now.T), np.interp(x, *then.T), atol=4)
+def test_figure_shows_the_current_losses(name, tmp_path):
+    _figures_module().main(["--only", name, "--out", str(tmp_path)])
+    new, stored = (_curves(folder / f"{name}.svg") for folder in (tmp_path, DOCS / "figures"))
+    assert len(new) == len(stored) >= 2
+    for a, b in zip(new, stored):
+        x = np.linspace(max(a[0, 0], b[0, 0]), min(a[-1, 0], b[-1, 0]), 50)
+        # A panel is 130 points high. Other fonts move it by one or two points.
+        np.testing.assert_allclose(np.interp(x, *a.T), np.interp(x, *b.T), atol=4)
 
 
-def test_the_numbers_of_the_numerics_page():
+def test_numerics_page_states_the_measured_errors():
     def cells(text):
         rows = re.findall(r"^\| [\d.]+ \|.*$", text, re.MULTILINE)
         return {tuple(row.split(" | ")[:2]): row.strip("| ").split(" | ")[2:] for row in rows}
 
-    page = (DOCS / "numerics.md").read_text()
+    page = (DOCS / "numerics.md").read_text(encoding="utf-8")
     stated = cells(page.partition("<!-- numbers:")[2].partition("<!-- end of numbers -->")[0])
-    found = cells(_figures().numbers())
-    assert stated.keys() == found.keys()
+    measured = cells(_figures_module().numbers())
+    assert stated.keys() == measured.keys()
     for key, row in stated.items():
-        for said, is_now in zip(row, found[key]):
-            # Roundings differ from processor to processor, and optax from version to version.
-            least = 5e-6 if "optax" in key[1] else 0
-            assert (said == "NaN") == (is_now == "NaN"), key
-            if said != "NaN" and max(float(said), float(is_now)) > least:
-                assert 1 / 3 <= float(said) / float(is_now) <= 3, key
+        for cell, current in zip(row, measured[key]):
+            # Rounding errors differ between processors, and between versions of optax.
+            smallest = 5e-6 if "optax" in key[1] else 0
+            assert (cell == "NaN") == (current == "NaN"), key
+            if cell != "NaN" and max(float(cell), float(current)) > smallest:
+                assert 1 / 3 <= float(cell) / float(current) <= 3, key
 
 
-# ---------------------------------------------------------------- the site as built
+# ---------------------------------------------------------------- the built site
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +202,8 @@ def site(tmp_path_factory):
     return folder
 
 
-class _Loaded(HTMLParser):
-    """What a browser loads by itself when it opens a page."""
+class _Resources(HTMLParser):
+    """Collect the URLs that a browser loads when it opens a page."""
 
     def __init__(self):
         super().__init__()
@@ -202,14 +219,14 @@ class _Loaded(HTMLParser):
 
 
 @pytest.mark.slow
-def test_no_page_loads_anything_from_elsewhere_or_is_heavy(site):
+def test_pages_load_only_local_files_and_are_small(site):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 20
     for page in pages:
-        loaded = _Loaded()
-        loaded.feed(page.read_text(encoding="utf-8"))
+        resources = _Resources()
+        resources.feed(page.read_text(encoding="utf-8"))
         size = page.stat().st_size
-        for url in loaded.urls:
+        for url in resources.urls:
             assert not re.match(r"(\w+:)?//", url), f"{page.name}: {url}"
             if not url.startswith("data:"):
                 folder = site if url.startswith("/") else page.parent
@@ -222,21 +239,17 @@ def test_no_page_loads_anything_from_elsewhere_or_is_heavy(site):
 
 
 @pytest.mark.slow
-def test_the_built_api_has_every_public_name(site):
+def test_built_api_documents_every_public_name(site):
     _, _, packed = (site / "objects.inv").read_bytes().partition(b"zlib.\n")
-    described = {line.split()[0] for line in zlib.decompress(packed).decode().splitlines()}
-    for module in (module for _, modules in _hooks("API").values() for module in modules):
-        names = set(importlib.import_module(module).__all__)
-        for name in names - {"compat", "detection", "linen", "nnx", "reference", "training"}:
-            if not (module == "focal_jax.compat" and f"{module}.{name}" in described | MODULES):
-                assert f"{module}.{name}" in described
-
-
-MODULES = {f"focal_jax.compat.{name}" for name in ("caffe", "mindspore", "pytorch_retinanet")}
+    documented = {line.split()[0] for line in zlib.decompress(packed).decode().splitlines()}
+    for name in API_MODULES:
+        module = importlib.import_module(name)
+        public = {f"{name}.{each}" for each in module.__all__} - set(API_MODULES)
+        assert public - {"focal_jax.compat"} <= documented
 
 
 @pytest.mark.slow
-def test_mathematics_is_drawn_without_a_script(site):
+def test_formulas_are_mathml(site):
     text = (site / "derivation.html").read_text(encoding="utf-8")
     assert text.count("<math") > 30
     assert not re.search(r"\\\(|\\\[|\\frac", text)

@@ -1,4 +1,4 @@
-"""Initializer, class weights, gamma by sample, running normalizer."""
+"""Training utilities: bias priors, class weights, gamma schedules, normalizers."""
 
 import functools
 
@@ -12,17 +12,16 @@ import pytest
 from flax import linen as nn, nnx
 
 import focal_jax
-from focal_jax import training
-from focal_jax._checks import InputError
+from focal_jax import InputError, training
 
 
 @pytest.mark.parametrize("prior", [1e-6, 0.01, 0.5, 0.9])
-def test_prior_bias_starts_the_sigmoid_at_the_prior(prior, x64):
+def test_sigmoid_of_the_initial_bias_is_the_prior(prior, x64):
     bias = training.prior_bias_init(prior)(jax.random.key(0), (3,), jnp.float64)
     chex.assert_trees_all_close(jax.nn.sigmoid(bias), jnp.full(3, prior), rtol=1e-13)
 
 
-def test_prior_bias_is_an_initializer_of_flax():
+def test_prior_bias_init_works_in_flax_layers():
     init = training.prior_bias_init()
     linen = nn.Dense(4, bias_init=init).init(jax.random.key(0), jnp.ones((1, 2)))
     layer = nnx.Linear(2, 4, bias_init=init, rngs=nnx.Rngs(0))
@@ -32,12 +31,13 @@ def test_prior_bias_is_an_initializer_of_flax():
 
 
 @pytest.mark.parametrize("prior", [0.0, 1.0, -1, 2, float("nan")])
-def test_prior_outside_its_range(prior):
+def test_prior_out_of_range_is_an_error(prior):
     with pytest.raises(InputError, match="prior: got"):
         training.prior_bias_init(prior)
 
 
 def exact_alpha(counts, beta):
+    """Return the class-balanced weights, computed with 60 digits."""
     with mpmath.workdps(60):
         weights = [1 / (1 - mpmath.mpf(beta) ** n) if n else 0 for n in counts]
         return np.array([float(w * len(counts) / mpmath.fsum(weights)) for w in weights])
@@ -45,7 +45,7 @@ def exact_alpha(counts, beta):
 
 @pytest.mark.parametrize("beta", [0, 0.5, 0.9, 0.999, 0.9999999, 1 - 1e-15])
 @pytest.mark.parametrize("counts", [[1, 7, 100, 5000], [3, 0, 10**6, 12], [4, 4]])
-def test_class_balanced_alpha_is_exact(counts, beta):
+def test_class_balanced_alpha_matches_60_digits(counts, beta):
     for double, rtol in ((False, 1e-6), (True, 1e-13)):
         with jax.enable_x64(double):
             alpha = jax.jit(training.class_balanced_alpha, static_argnames="beta")(
@@ -55,7 +55,7 @@ def test_class_balanced_alpha_is_exact(counts, beta):
             np.testing.assert_allclose(alpha.sum(), len(counts), rtol=rtol)
 
 
-def test_class_balanced_alpha_between_its_limits():
+def test_class_balanced_alpha_at_the_limits_of_beta():
     counts = jnp.array([10.0, 20.0, 40.0])
     chex.assert_trees_all_close(training.class_balanced_alpha(counts, beta=0), jnp.ones(3))
     inverse = 1 / counts
@@ -64,7 +64,7 @@ def test_class_balanced_alpha_between_its_limits():
     )
 
 
-def test_class_balanced_alpha_is_an_alpha():
+def test_class_balanced_alpha_as_alpha_of_a_loss():
     alpha = training.class_balanced_alpha(np.array([90, 0, 9], np.int16))
     logits, labels = jnp.zeros((2, 3)), jnp.array([0, 2])
     losses = focal_jax.softmax_focal_loss_with_integer_labels(logits, labels, alpha=alpha)
@@ -74,7 +74,7 @@ def test_class_balanced_alpha_is_an_alpha():
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [3, -1], [float("nan"), 1.0]])
-def test_counts_without_a_meaning_are_not_silent(counts):
+def test_invalid_counts_give_nan(counts):
     assert jnp.isnan(training.class_balanced_alpha(jnp.array(counts))).all()
 
 
@@ -96,7 +96,7 @@ def test_class_balanced_alpha_errors(counts, beta, message):
 @pytest.mark.parametrize("counts", [[2**32, 2**33, 5], [2**40, 2**20, 1], [2**63, 1, 0]])
 @pytest.mark.parametrize("dtype", [list, np.int64, np.uint64, np.float64])
 @pytest.mark.parametrize("function", [training.class_balanced_alpha, training.logit_adjustment])
-def test_counts_of_64_bits_do_not_wrap(counts, dtype, function):
+def test_64_bit_counts_do_not_wrap(counts, dtype, function):
     counts = [min(n, 2**63 - 1) for n in counts]
     given = counts if dtype is list else np.array(counts, dtype)
     np.testing.assert_allclose(
@@ -107,7 +107,7 @@ def test_counts_of_64_bits_do_not_wrap(counts, dtype, function):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("beta", [0.999, 1 - 1e-6, 1 - 1e-15])
-def test_counts_of_16_bits_near_beta_1(dtype, beta):
+def test_16_bit_counts_with_beta_near_1(dtype, beta):
     counts = jnp.array([1, 8, 1024, 0], dtype)
     alpha = training.class_balanced_alpha(counts, beta=beta)
     assert alpha.dtype == jnp.float32
@@ -119,7 +119,7 @@ LABELS = np.array([[0, 2, 2, 255], [1, 0, 2, 255], [255, 0, 0, 3]])
 
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("length", [None, 7, 256])
-def test_counts_of_a_bincount(jit, length):
+def test_counts_of_bincount_with_ignored_and_missing_classes(jit, length):
     labels = LABELS if length is None or length > 255 else LABELS[LABELS < 255]
     counts = np.bincount(labels.ravel(), minlength=length or 0)
     function = functools.partial(training.class_balanced_alpha, num_classes=6, ignore_label=255)
@@ -127,29 +127,29 @@ def test_counts_of_a_bincount(jit, length):
     np.testing.assert_allclose(alpha, exact_alpha([4, 1, 3, 1, 0, 0], 0.999), rtol=1e-6)
 
 
-def test_counts_of_labels_that_do_not_exist_are_loud():
+def test_counts_of_invalid_labels_give_nan():
     counts = np.bincount(LABELS.ravel())
     for options in ({"num_classes": 4}, {"num_classes": 3, "ignore_label": 255}):
         assert np.isnan(training.class_balanced_alpha(counts, **options)).all()
-    # Without a number of classes all counts are of classes, and -1 is none of them.
+    # Without num_classes every count is the count of a class, and no class has the label -1.
     alpha = training.class_balanced_alpha(counts, ignore_label=-1)
     assert alpha.shape == (256,)
     assert alpha[255] > 0
 
 
-def test_an_ignored_class_has_no_weight():
+def test_ignored_class_has_weight_zero():
     alpha = training.class_balanced_alpha(np.array([90, 5, 9]), ignore_label=0)
     np.testing.assert_allclose(alpha, exact_alpha([0, 5, 9], 0.999), rtol=1e-6)
 
 
-def test_labels_are_no_counts():
+def test_labels_in_place_of_counts_are_an_error():
     for function in (training.class_balanced_alpha, training.logit_adjustment):
         with pytest.raises(InputError, match=r"counts: got shape \(3, 4\), .* jnp.bincount"):
             function(LABELS)
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 2])
-def test_logit_adjustment_is_the_balanced_softmax(tau):
+def test_logit_adjustment_equals_the_balanced_softmax(tau):
     counts = np.array([500, 20, 0, 3])
     adjustment = training.logit_adjustment(counts, tau=tau)
     assert adjustment[2] == -np.inf
@@ -159,12 +159,12 @@ def test_logit_adjustment_is_the_balanced_softmax(tau):
         lambda z: focal_jax.softmax_focal_loss_with_integer_labels(z, labels, gamma=0).sum()
     )
     value, gradient = step(logits + adjustment[None])
-    # Ren et al. 2020: every class's share of the softmax is multiplied by its count.
+    # Ren et al. 2020: the exponentials of the softmax are multiplied by the class counts.
     weighted = (counts / 523) ** tau * np.exp(np.asarray(logits, float))
     p = weighted / weighted.sum(1, keepdims=True)
     np.testing.assert_allclose(value, -np.log(p[np.arange(5), labels]).sum(), rtol=1e-6)
     np.testing.assert_allclose(gradient, p - np.eye(4)[labels], rtol=1e-4, atol=1e-7)
-    # As the bias of a linear head it is the same.
+    # The adjustment can also be the bias of a linear head.
     features, kernel = logits[:, :3], jnp.arange(12.0).reshape(3, 4) / 10
     np.testing.assert_allclose(
         focal_jax.linear_softmax_focal_loss_with_integer_labels(
@@ -177,20 +177,20 @@ def test_logit_adjustment_is_the_balanced_softmax(tau):
     )
 
 
-def test_logit_adjustment_without_tau_and_without_a_meaning():
+def test_logit_adjustment_with_tau_zero_and_with_invalid_counts():
     np.testing.assert_array_equal(training.logit_adjustment([3, 0, 5], tau=0), np.zeros(3))
     for counts in ([0, 0], [3, -1]):
         assert jnp.isnan(training.logit_adjustment(counts)).any()
 
 
 def cross_entropy(logits, labels, w):
-    """Return `BCEWithLogitsLoss(pos_weight=w, reduction="none")` of PyTorch, in float64."""
+    """Return PyTorch's `BCEWithLogitsLoss(pos_weight=w, reduction="none")` in float64."""
     z, y = np.asarray(logits, float), np.asarray(labels, float)
     return w * y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z)
 
 
 @pytest.mark.parametrize("w", [0, 0.3, 1.0, np.float32(40), np.array([0.1, 3.0, 99.0])])
-def test_positive_weight_is_pytorch_s(w):
+def test_positive_weight_equals_pytorch(w):
     logits = 4 * jax.random.normal(jax.random.key(0), (50, 3))
     labels = jax.random.bernoulli(jax.random.key(1), 0.3, (50, 3))
     alpha, factor = training.positive_weight(w)
@@ -199,13 +199,13 @@ def test_positive_weight_is_pytorch_s(w):
     np.testing.assert_allclose(losses, cross_entropy(logits, labels, w), rtol=1e-5)
 
 
-def test_positive_weight_is_differentiable_and_loud():
-    def through(w):
+def test_positive_weight_is_differentiable_and_checks_w():
+    def total(w):
         alpha, factor = training.positive_weight(w)
         return (factor * focal_jax.sigmoid_focal_loss(1.5 * w / w, 1.0, alpha=alpha, gamma=0)).sum()
 
     np.testing.assert_allclose(
-        jax.grad(through)(jnp.array([2.0, 5.0])), np.full(2, np.log1p(np.exp(-1.5))), rtol=1e-5
+        jax.grad(total)(jnp.array([2.0, 5.0])), np.full(2, np.log1p(np.exp(-1.5))), rtol=1e-5
     )
     assert np.isnan(training.positive_weight(jnp.array([1.0, -1.0])).alpha).tolist() == [
         False,
@@ -229,15 +229,15 @@ def test_positive_weight_is_differentiable_and_loud():
         (training.positive_weight, "w"),
     ],
 )
-@pytest.mark.parametrize("wrong", ["0.5", {}, (1, (2, 3)), jax.random.key(0)], ids=str)
-def test_what_is_no_number_is_named(function, name, wrong):
+@pytest.mark.parametrize("invalid", ["0.5", {}, (1, (2, 3)), jax.random.key(0)], ids=str)
+def test_errors_name_the_argument(function, name, invalid):
     with pytest.raises(InputError, match=f"^{name}: got"):
-        function(wrong)
+        function(invalid)
     with pytest.raises(InputError, match=f"^{name}: got"):
-        function(-1 if name in ("num_classes", "tau", "w") else wrong)
+        function(-1 if name in ("num_classes", "tau", "w") else invalid)
 
 
-def test_a_traced_number_that_has_to_be_static_is_named():
+def test_traced_values_of_static_numbers_are_errors():
     with pytest.raises(InputError, match="beta: got"):
         jax.jit(lambda beta: training.class_balanced_alpha([1, 2], beta=beta))(0.5)
 
@@ -250,7 +250,7 @@ def test_sample_dependent_gamma(dtype):
     chex.assert_type(gamma, dtype)
 
 
-def test_no_gradient_through_the_threshold():
+def test_sample_dependent_gamma_has_zero_gradient():
     logits, labels = jnp.linspace(-6, 6, 24).reshape(8, 3), jnp.arange(8) % 3
 
     def p_t(logits):
@@ -267,12 +267,12 @@ def test_no_gradient_through_the_threshold():
     )
 
 
-def test_sample_dependent_gamma_wants_probabilities():
+def test_sample_dependent_gamma_rejects_integers():
     with pytest.raises(InputError, match="p_t: got dtype"):
         training.sample_dependent_gamma(jnp.array([0, 1]))
 
 
-def test_positive_count_ema_follows_the_counts_under_scan():
+def test_positive_count_ema_under_scan():
     counts = np.array([0, 50, 3, 2000])
     ema = training.positive_count_ema(decay=0.8, initial=10)
     update = jax.jit(lambda state, count: ema.update(count, state)[::-1])
@@ -292,7 +292,7 @@ def test_positive_count_ema_has_the_defaults_of_detectron2():
     assert optax.tree.get(state, "normalizer") == normalizer
 
 
-def test_positive_count_ema_counts_the_whole_batch():
+def test_positive_count_ema_sums_over_mapped_axes():
     ema = training.positive_count_ema()
     counts = jnp.array([3, 0, 9])
     logits = jnp.arange(6.0).reshape(3, 2)
@@ -323,13 +323,13 @@ def test_positive_count_ema_errors(options, message):
 
 
 @pytest.mark.parametrize("count", [2**33, np.int64(2**33), np.array(2**33)])
-def test_a_count_of_64_bits_does_not_wrap(count):
+def test_positive_count_ema_64_bit_counts_do_not_wrap(count):
     ema = training.positive_count_ema(decay=0.5, initial=1.0)
     normalizer, _ = ema.update(count, ema.init())
     np.testing.assert_allclose(normalizer, 0.5 + 2**32, rtol=1e-6)
 
 
-def test_a_count_is_one_number():
+def test_positive_count_ema_rejects_arrays():
     ema = training.positive_count_ema()
     with pytest.raises(InputError, match="count: got shape"):
         ema.update(jnp.ones(2), ema.init())

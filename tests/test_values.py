@@ -1,4 +1,4 @@
-"""Values and gradients are right to the last digits, against things we did not write."""
+"""Values and first derivatives agree with 60-digit arithmetic and with published values."""
 
 import functools
 import subprocess
@@ -10,51 +10,69 @@ import numpy as np
 import pytest
 import test_family
 import truth
-from helpers import EXPONENTS, LOSSES, OUTSIDE, Row, assert_close, figure_of, near_labels
+from helpers import (
+    EXPONENTS,
+    LOSSES,
+    PROGRAMS,
+    WITH_PUBLISHED_VALUES,
+    Row,
+    assert_close,
+    jit,
+    near_labels,
+    published_values_of,
+    range_of,
+)
 
 import focal_jax
-from focal_jax import _catalogue
+from focal_jax import catalogue
 
 # ---------------------------------------------------------------- 60 digits
 
-LOGITS = np.concatenate([np.linspace(-87, 87, 31), [0, 1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
-WIDE = np.concatenate([np.linspace(-300, 300, 31), [1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
-SOFT = [1e-4, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 2**-20]
+LOGITS = np.concatenate([np.linspace(-87, 87, 17), [0, 1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
+WIDE = np.concatenate([np.linspace(-300, 300, 17), [1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
+HARD, SOFT = [0, 1], [1e-4, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 2**-20]
 
 
 def _elementwise(row, logits):
-    logits, labels = np.meshgrid(logits, SOFT if row.soft else [0, 1])
+    labels = HARD + SOFT if "soft" in row.loss.labels else HARD
+    logits, labels = np.meshgrid(logits, labels)
     return {"logits": logits.ravel(), "labels": labels.ravel()}
 
 
-def _rows(reach, shifts):
-    """Return rows of logits whose first class has a margin of -`reach` to `reach`."""
+def _logits(reach, shifts):
+    """Return logits `[n, 6]` whose margin of one class is between `-reach` and `reach`.
+
+    Also return the index of that class.
+    """
     rng = np.random.default_rng(0)
     margins = reach * np.concatenate([np.linspace(-1, 1, 17), rng.uniform(-1, 1, 8)])
-    rows = rng.normal(size=(margins.size, 6)) * rng.choice([0.0, 1.0, 5.0], (margins.size, 1))
-    rows[:, 0] = rows[:, 1:].max(1) + margins
-    return np.concatenate([rows + shift for shift in shifts])
+    logits = rng.normal(size=(margins.size, 6)) * rng.choice([0.0, 1.0, 5.0], (margins.size, 1))
+    logits[:, 0] = logits[:, 1:].max(1) + margins
+    logits = np.concatenate([logits + shift for shift in shifts])
+    index = np.arange(len(logits)) % 6
+    return np.stack([np.roll(z, i) for z, i in zip(logits, index)]), index
 
 
-def _softmax(row, logits):
+def _softmax(row, logits, index):
     n, classes = logits.shape
-    true = np.arange(n) % classes
-    logits = np.stack([np.roll(z, t) for z, t in zip(logits, true)])
-    if row.integer:
-        return row.of_logits(logits, true.astype(np.int32))
-    labels = np.eye(classes)[true]
-    if row.soft:  # smoothed by much and by little, and anything
-        smoothing = np.where(np.arange(n) % 2, 0.1, 1e-3)[:, None]
-        labels = np.where(labels == 1, 1 - smoothing, smoothing / (classes - 1))
-        labels[::7] = np.random.default_rng(1).dirichlet(np.ones(classes), len(labels[::7]))
-    return {"logits": logits, "labels": labels}
+    if row.kind == "interval":  # at class indices and between them
+        fraction = np.array([0, 0.25, 0.7, 0.9])[np.arange(n) % 4]
+        return {"logits": logits, "labels": np.minimum(index + fraction, classes - 1)}
+    if row.kind != "distribution":
+        return row.of_logits(logits, index.astype(np.int32))
+    # One-hot labels, labels with much and with little smoothing, and random distributions.
+    one_hot = np.eye(classes)[index]
+    smoothing = np.where(np.arange(n) % 2, 0.1, 1e-3)[:, None]
+    soft = np.where(one_hot == 1, 1 - smoothing, smoothing / (classes - 1))
+    soft[::7] = np.random.default_rng(1).dirichlet(np.ones(classes), len(soft[::7]))
+    return {"logits": np.concatenate([logits] * 2), "labels": np.concatenate([one_hot, soft])}
 
 
 def _arguments(row: Row, dtype):
-    """Return the positions at which the digits are counted."""
+    """Return arguments with labels of every kind that the loss has."""
     wide = dtype == np.float64
     if row.softmax:
-        arguments = _softmax(row, _rows(300, [0]) if wide else _rows(60, [0, 1e4, -1e4]))
+        arguments = _softmax(row, *(_logits(300, [0]) if wide else _logits(60, [0, 1e4, -1e4])))
     else:
         arguments = _elementwise(row, WIDE if wide else LOGITS)
     return {
@@ -63,90 +81,107 @@ def _arguments(row: Row, dtype):
     }
 
 
-def _settings(row: Row, complete):
-    """Return what the options are set to: each exponent to all its values.
+def _settings(row: Row, *, static):
+    """Return values of the options. Each exponent takes all values of `EXPONENTS`.
 
-    What a loss can do without is left out every other time, unless they are to be complete.
+    Static settings also have flags, and every other of them leaves out the optional numbers.
     """
-    out = []
+    settings = {}
     for i in range(len(EXPONENTS)):
-        numbers = {}
+        setting = {}
         for j, (name, option) in enumerate(row.options.items()):
-            if option.exponent:
-                numbers[name] = EXPONENTS[(i + j) % len(EXPONENTS)]
-            elif option.default is not None or complete or i % 2 == 0:
-                numbers[name] = option.low + 0.25
-        out.append(numbers)
-    return out
+            if option.kind == "exponent":
+                setting[name] = EXPONENTS[(i + j) % len(EXPONENTS)]
+            elif option.kind == "flag" and static:
+                setting[name] = i in (1, 4)
+            elif option.kind == "number" and not (static and option.optional and i % 2):
+                setting[name] = range_of(option)[0] + 0.25
+        settings[tuple(setting.items())] = setting
+    return list(settings.values())
 
 
 @functools.cache
-def _truth(row: Row, dtype, setting, near=None):
-    """Return the losses and the derivatives of every position, with the sizes of their terms.
+def _exact(row: Row, dtype, setting, near=None):
+    """Return the exact losses and derivatives of all positions.
 
-    With `near` they are those of labels that are wrong in their last digits.
+    With `near`, the labels are those of `near_labels`.
     """
     arguments = _arguments(row, dtype)
     n, classes = len(arguments["labels"]), arguments[row.first].shape[-1]
     if row.linear:
         arguments["kernel"] = np.broadcast_to(arguments["kernel"], (n, classes, classes))
     for name, value in setting:
-        shape = (n, classes) if row.options[name].per_class else (n,)
-        arguments[name] = np.full(shape, value, dtype)
+        option = row.options[name]
+        if option.kind != "flag":
+            value = np.full((n, classes) if option.per_class else (n,), value, dtype)
+        arguments[name] = value
     if near is not None:
         arguments["labels"] = near_labels(row, arguments, dtype)[near]
-    return truth.evaluate(row.loss, arguments)
+    return truth.evaluate(row.loss, arguments, formula=row.formula)
 
 
-def _scale(row: Row, name, dtype, setting, want):
-    """Return what an error is relative to where terms cancel by nature, None elsewhere."""
-    if name == row.first and row.labels == "distribution":
-        # The entries of a gradient are differences of the slopes of all the classes.
-        return np.abs(want).max(-1, keepdims=True)
-    if row.loss.kind == "elementwise":
-        # The sides that a soft label weighs cancel somewhere, and so do a weight that falls
-        # and a loss that rises.
-        sizes = _truth(row, dtype, setting).sizes[name] / 10
-        return np.maximum(sizes, _moved(row, dtype, setting, lambda found: found.slopes[name]))
+def _scale(row: Row, name, dtype, setting):
+    """Return the number that an error is relative to, at least; None for the exact number itself.
+
+    It is larger than the exact number where terms of the exact number cancel.
+    """
+    exact = _exact(row, dtype, setting)
+    if row.kind == "elementwise":
+        # With a soft label the two sides cancel somewhere, and so do a weight that decreases and
+        # a cross entropy that increases.
+        scale = exact.magnitudes[name] / 10
+        return np.maximum(scale, _change_near(row, dtype, setting, lambda x: x.slopes[name]))
+    if row.kind == "interval":
+        # Two probabilities cancel, and two cross entropies.
+        return exact.magnitudes[name] / 10
+    if row.kind == "distribution" and name == "logits":
+        # An entry is a difference of the slopes of all classes.
+        slopes = np.abs(exact.slopes[name])
+        one_hot = np.max(_arguments(row, dtype)["labels"], -1, keepdims=True) == 1
+        return np.where(one_hot, slopes, slopes.max(-1, keepdims=True))
     return None
 
 
-def _moved(row: Row, dtype, setting, what):
-    """Return how far something moves with labels that are wrong in their last digits, in 1e-5."""
-    here = what(_truth(row, dtype, setting))
+def _change_near(row: Row, dtype, setting, pick):
+    """Return the change of a value between the labels and `near_labels`, over the error limit."""
+    here = pick(_exact(row, dtype, setting))
     labels = near_labels(row, _arguments(row, dtype), dtype)
-    near = [what(_truth(row, dtype, setting, near=i)) for i in range(len(labels))]
-    error = np.max([np.abs(x - here) for x in near], 0, initial=0)
-    return error / (1e-5 if dtype == np.float32 else 1e-12)
+    near = [pick(_exact(row, dtype, setting, near=i)) for i in range(len(labels))]
+    change = np.max([np.abs(x - here) for x in near], 0, initial=0)
+    return change / (1e-5 if dtype == np.float32 else 1e-12)
 
 
 def _check(row, dtype, setting, losses, slopes, limit):
-    values, want, _ = _truth(row, dtype, setting)
+    exact = _exact(row, dtype, setting)
     tiny = float(jnp.finfo(dtype).tiny)
     assert losses.dtype == dtype
-    scale = _moved(row, dtype, setting, lambda found: found.losses)
-    assert truth.worst_error(losses, values, tiny, scale) < limit, ("loss", setting)
-    # Where the loss underflows so does its product with a logarithm.
-    tiny = np.where(np.abs(values) < tiny, 100, 1) * tiny
+    scale = _change_near(row, dtype, setting, lambda x: x.losses)
+    assert truth.worst_error(losses, exact.losses, tiny, scale) < limit, ("loss", setting)
+    # Where the loss underflows, its product with a logarithm underflows too.
+    tiny = np.where(np.abs(exact.losses) < tiny, 100, 1) * tiny
     for name, got in slopes.items():
-        scale, least = _scale(row, name, dtype, setting, want[name]), tiny
-        if name == "kernel":  # the products of a feature and a slope, which may underflow
-            least = tiny[:, None] * np.maximum(1, np.abs(_arguments(row, dtype)["features"]))
-        assert truth.worst_error(got, want[name], least, scale) < limit, (name, setting)
+        smallest = tiny
+        if name == "kernel":  # products of a feature and a slope, which may underflow
+            smallest = tiny[:, None] * np.maximum(1, np.abs(_arguments(row, dtype)["features"]))
+        scale = _scale(row, name, dtype, setting)
+        error = truth.worst_error(got, exact.slopes[name], smallest, scale)
+        assert error < limit, (name, setting)
 
 
 def _value_and_slopes(row, own, shared):
-    """Return the losses, and their sum's derivatives in what has an entry a position."""
+    """Return the losses, and the derivatives of their sum in the arguments `own`."""
     losses, transpose = jax.vjp(lambda own: row.eager(**own, **shared), own)
     return losses, transpose(jnp.ones_like(losses))[0]
 
 
 def _to_60_digits(row, dtype, limit):
+    if row.region:
+        return _region_to_60_digits(row, dtype, limit)
     inside, integer = row.split(_arguments(row, dtype))
     shared = integer | {k: inside.pop(k) for k in ("kernel",) if k in inside}
 
-    # Python numbers, and every structure that goes with them, in one program.
-    settings = _settings(row, complete=False)
+    # One program for all settings with Python numbers.
+    settings = _settings(row, static=True)
 
     @jax.jit
     def static(own):
@@ -154,8 +189,11 @@ def _to_60_digits(row, dtype, limit):
 
     for setting, (losses, slopes) in zip(settings, static(inside)):
         _check(row, dtype, tuple(setting.items()), losses, slopes, limit)
+    if not row.numbers:
+        return None
 
-    # Arrays, each position with its own: the derivatives in what positions share have no sum.
+    # Arrays as options. The derivatives in arguments that the positions share are sums, which
+    # have no exact value here; so each position also gets arguments of its own, by `vmap`.
     n, classes = len(inside[row.first]), inside[row.first].shape[-1]
 
     @jax.jit
@@ -165,10 +203,9 @@ def _to_60_digits(row, dtype, limit):
     @jax.jit
     @jax.vmap
     def one(own, integer):
-        losses, slopes = _value_and_slopes(row, own, integer)
-        return losses, slopes
+        return _value_and_slopes(row, own, integer)
 
-    for setting in _settings(row, complete=True):
+    for setting in _settings(row, static=False):
         options = {
             k: np.full((classes,) if row.options[k].per_class else (n,), v, dtype)
             for k, v in setting.items()
@@ -180,37 +217,88 @@ def _to_60_digits(row, dtype, limit):
         if together:
             repeated = {k: np.repeat(v[None], n, 0) for k, v in together.items()}
             _check(row, dtype, tuple(setting.items()), *one(own | repeated, integer), limit)
+    return None
 
 
-@pytest.mark.parametrize("row", LOSSES, ids=str)
+def _regions(dtype):
+    """Yield logits and labels of regions: with small and large margins, right and partly wrong."""
+    rng = np.random.default_rng(0)
+    for reach in (3, 30, 80):
+        one_hot = np.eye(3)[rng.integers(3, size=5)]
+        for labels in (one_hot, 0.9 * one_hot + 0.1 * rng.dirichlet(np.ones(3), 5)):
+            for shift in (0, 1):
+                logits = rng.normal(size=(5, 3)) + reach * np.roll(one_hot, shift, 0)
+                yield logits.astype(dtype), labels.astype(dtype)
+
+
+def _region_to_60_digits(row, dtype, limit):
+    """Compare the losses and their derivatives in the logits, which all classes share."""
+    settings = _settings(row, static=True)
+    tiny = float(np.finfo(dtype).tiny)
+
+    def losses_and_slopes(logits, labels, options):
+        loss = functools.partial(row.eager, labels=labels, **options)
+        return loss(logits=logits), jax.jacrev(lambda z: loss(logits=z))(logits)
+
+    @jax.jit
+    def static(logits, labels):
+        return [losses_and_slopes(logits, labels, setting) for setting in settings]
+
+    traced = jax.jit(losses_and_slopes)
+    for logits, labels in _regions(dtype):
+        for setting, of_numbers in zip(settings, static(logits, labels)):
+            options = {name: np.full(3, x, dtype) for name, x in setting.items()}
+            arrays = {"logits": logits, "labels": labels} | options
+            exact = truth.evaluate(row.loss, arrays, formula=row.formula)
+            # An entry is a difference of the slopes of all classes.
+            scale = np.abs(exact.slopes["logits"]).max(-1, keepdims=True)
+            for losses, slopes in (of_numbers, traced(logits, labels, options)):
+                assert losses.dtype == dtype
+                assert truth.worst_error(losses, exact.losses, tiny) < limit, setting
+                error = truth.worst_error(slopes, exact.slopes["logits"], 100 * tiny, scale)
+                assert error < limit, setting
+
+
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_float32_to_60_digits(row):
     _to_60_digits(row, np.float32, 1e-5)
 
 
-@pytest.mark.parametrize("row", LOSSES, ids=str)
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_float64_to_60_digits(row, x64):
     _to_60_digits(row, np.float64, 1e-12)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("row", LOSSES, ids=str)
-def test_the_plain_formula(row):
-    # Where the textbook formula does not lose digits, the two agree.
+def test_moderate_values_equal_the_reference(row):
+    # For moderate logits the formula as written is accurate.
+    cases = []
     for shape in ((7,), (3, 4), (2, 3, 4, 5)):
         axes = row.axes(len(shape))
         axis = axes[len(axes) // 2]
         arguments = row.all(1, shape, axis, scale=1.0)
-        got = row.ours(**arguments)
-        assert got.shape == row.positions(shape, axis)
-        assert_close(got, row.plain(**arguments), 1e-5)
+        static = row.axis(axis)
+        arrays = {k: x for k, x in arguments.items() if k not in static}
+        cases.append((arrays, static, row.losses_shape(shape, axis)))
+
+    @jit
+    def both(arrays):
+        calls = [x | static for x, (_, static, _) in zip(arrays, cases)]
+        return [row.eager(**x) for x in calls], [row.reference(**x) for x in calls]
+
+    got, want = both([arrays for arrays, *_ in cases])
+    assert [x.shape for x in got] == [shape for *_, shape in cases]
+    assert_close(got, want, 1e-5)
 
 
-# ------------------------------------------------------------ peers' published figures
-# Inputs and results as the projects' own tests and documentation print them.
+# ---------------------------------------------------------------- published values
+# Inputs and results as printed in the tests and the documentation of other projects.
 
 
-def test_every_loss_has_a_figure_from_outside():
-    assert test_family.FIGURES  # whose module has been read, and counts its own
-    assert {loss.name for loss in _catalogue.LOSSES} == OUTSIDE
+def test_every_loss_has_published_values():
+    assert test_family.PUBLISHED  # importing the module registers its losses
+    assert set(catalogue.LOSSES) == WITH_PUBLISHED_VALUES
 
 
 _MMCV = [  # tests/test_ops/test_focal_loss.py: alpha 0.25, gamma 2, mean over the rows
@@ -244,7 +332,7 @@ _MMCV_SIGMOID = [
 ]
 
 
-@figure_of(
+@published_values_of(
     "sigmoid_focal_loss",
     "softmax_focal_loss_with_integer_labels",
     "linear_softmax_focal_loss_with_integer_labels",
@@ -277,7 +365,7 @@ def test_mmcv(case):
         assert_close(jax.value_and_grad(function)(logits), want, 2e-6)
 
 
-@figure_of("softmax_focal_loss", "sigmoid_focal_loss")
+@published_values_of("softmax_focal_loss", "sigmoid_focal_loss")
 def test_keras():
     # Docstrings of categorical_focal_crossentropy and binary_focal_crossentropy.
     p = jnp.array([[0.05, 0.9, 0.05], [0.1, 0.85, 0.05]])
@@ -299,7 +387,7 @@ def test_monai():
 
 
 def test_tensorflow_addons():
-    # focal_loss_test.py: the order of magnitude by which focal loss is below cross entropy.
+    # focal_loss_test.py: the order of magnitude of the cross entropy over the focal loss.
     p = jnp.array([0.97, 0.91, 0.73, 0.27, 0.09, 0.03])
     labels = jnp.array([1, 1, 1, 0, 0, 0])
     logits = jnp.log(p / (1 - p))
@@ -309,7 +397,7 @@ def test_tensorflow_addons():
 
 
 def test_scenic():
-    # test_model_utils.py: alpha 0.25, gamma 2 on the logits 1 to 6, worked out by hand.
+    # test_model_utils.py: alpha 0.25 and gamma 2, with the formula written out.
     logits = np.arange(1.0, 7.0).reshape(2, 3)
     labels = np.array([[0, 1, 1], [1, 0, 1]])
     x = np.where(labels == 1, logits, -logits)
@@ -317,8 +405,8 @@ def test_scenic():
     assert_close(focal_jax.sigmoid_focal_loss(logits, labels, alpha=0.25), want, 1e-6)
 
 
-def test_optax_own_tests_pass_with_this_function():
-    # optax ships its tests: they run here on this library's sigmoid focal loss.
+def test_sigmoid_focal_loss_passes_the_tests_of_optax():
+    # optax ships its tests. They run here with this package's function.
     code = (
         "import sys, focal_jax\n"
         "from absl.testing import absltest\n"

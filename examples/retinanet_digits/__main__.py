@@ -1,12 +1,11 @@
-"""Train a small RetinaNet with three losses, side by side, and compare what they find.
+"""Train a small RetinaNet with cross entropy, balanced cross entropy and the focal loss.
 
     python -m examples.retinanet_digits
 
-Cross entropy, alpha-balanced cross entropy and focal loss start with the prior of the paper, .01
-for each class; cross entropy once more with .0001, which fits the imbalance. Each has the learning
-rate and the weight that trials chose for it, balanced cross entropy its alpha too, and the same
-seeds and the same budget of steps.
-A run that was interrupted goes on from its last checkpoint.
+The losses start with the prior .01 per class, as in the paper. Cross entropy is also trained with
+the prior .0001, which fits the imbalance. The learning rate, the weight of the class loss and the
+alpha of balanced cross entropy are tuned. All losses have the same seeds and the same number of
+steps. An interrupted run resumes from its last checkpoint.
 """
 
 import argparse
@@ -17,64 +16,58 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from examples.retinanet_digits import figures
-from examples.retinanet_digits.ablation import interval, mean_and_spread, recorded
+from examples.retinanet_digits.ablation import interval, mean_and_deviation, recorded_table
 from examples.retinanet_digits.experiment import (
     Outcome,
     Run,
-    bars,
+    evaluation_set,
     experiment,
-    judged_by,
     parse,
+    progress_bars,
     two_at_a_time,
 )
 from examples.retinanet_digits.train import Recipe, prepare
 
 PLAIN, BALANCED, FOCAL = "cross entropy", "balanced cross entropy", "focal loss"
-FITTED = "cross entropy, prior .0001"
-# As the trials of the ablation chose.
+SMALL_PRIOR = "cross entropy, prior .0001"
+# The best trials of the ablation.
 RECIPES = {
     PLAIN: Recipe(gamma=0, alpha=None, learning_rate=0.006),
     BALANCED: Recipe(gamma=0, alpha=0.95, learning_rate=0.006),
-    FITTED: Recipe(gamma=0, alpha=None, learning_rate=0.006, class_weight=0.25, prior=1e-4),
+    SMALL_PRIOR: Recipe(gamma=0, alpha=None, learning_rate=0.006, class_weight=0.25, prior=1e-4),
     FOCAL: Recipe(gamma=2, alpha=0.25, learning_rate=0.006),
 }
 
 
 def show(outcomes: dict[str, list[Outcome]], title: str, console: Console) -> None:
-    """Print the table: a row for each loss."""
+    """Print the table: one row per loss."""
     seeds = len(outcomes[FOCAL])
     caption = f"Mean ± standard deviation of {seeds} seeds." if seeds > 1 else "One seed."
-    caption += (
-        " Prior .01 where none is given; balanced: alpha .95; focal loss: gamma 2, alpha .25."
-    )
+    caption += " The default prior is .01. Balanced: alpha .95. Focal loss: gamma 2, alpha .25."
     table = Table("", "AP", "AP50", "AP75", title=title, caption=caption)
     for name, runs in outcomes.items():
         scores = [run.scores for run in runs]
-        table.add_row(name, *(mean_and_spread(scores, score) for score in scores[0]))
+        table.add_row(name, *(mean_and_deviation(scores, score) for score in scores[0]))
     console.print(table)
 
 
-def compared(outcomes: dict[str, list[Outcome]], rival: str) -> str:
-    """Return how far apart focal loss and a rival are, and how sure that is."""
-    mean, half = interval(*([run.scores for run in outcomes[name]] for name in (FOCAL, rival)))
-    seen = f"{abs(mean):.1f} AP {'more' if mean >= 0 else 'less'} than {rival}"
+def comparison(outcomes: dict[str, list[Outcome]], baseline: str) -> str:
+    """Return the AP difference of the focal loss to a baseline, with its 95 % interval."""
+    mean, half = interval(*([run.scores for run in outcomes[name]] for name in (FOCAL, baseline)))
+    difference = f"AP of {FOCAL} minus AP of {baseline}: {mean:+.1f}"
     if np.isnan(half):
-        return f"{seen} (one seed cannot tell whether by chance)"
-    sure = "not by chance alone" if abs(mean) > half else "perhaps by chance"
-    return f"{seen} (95 % interval {mean - half:+.1f} to {mean + half:+.1f}: {sure})"
+        return f"{difference} (one seed: no interval)"
+    significance = "significant" if abs(mean) > half else "not significant"
+    return f"{difference}, 95 % interval {mean - half:.1f} to {mean + half:.1f} ({significance})"
 
 
 def summary(outcomes: dict[str, list[Outcome]]) -> str:
-    """Return one sentence of what was seen."""
-    both = " and ".join(compared(outcomes, rival) for rival in (BALANCED, FITTED))
-    return (
-        f"Focal loss has {both}; `make ablation` has more losses, seeds, imbalances and steps, and "
-        "examples/retinanet_digits/README.md what came of it."
-    )
+    """Return the differences of the focal loss to the baselines, one per line."""
+    return "\n".join(comparison(outcomes, baseline) for baseline in (BALANCED, SMALL_PRIOR))
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[Outcome]]:
-    """Train, evaluate, print the table and save the pictures."""
+    """Train, evaluate, print the table and save the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     args, budget = parse(parser, argv)
@@ -84,46 +77,47 @@ def main(argv: list[str] | None = None) -> dict[str, list[Outcome]]:
         for seed in range(args.seeds)
         for name, recipe in RECIPES.items()
     }
-    with bars(console) as progress:
+    with progress_bars(console) as progress:
         steps = budget.steps * len(runs)
-        whole = progress.add_task("all runs", total=steps, note="draws canvases")
+        whole = progress.add_task("all runs", total=steps, note="drawing canvases")
         prepare(runs.values())
 
-        def one(job: tuple[tuple[str, int], Run]) -> Outcome:
+        def run_one(job: tuple[tuple[str, int], Run]) -> Outcome:
             (name, seed), run = job
-            bar = progress.add_task(f"{name}, seed {seed}", total=budget.steps, note="compiles")
+            bar = progress.add_task(f"{name}, seed {seed}", total=budget.steps, note="compiling")
             last = 0
 
-            def tick(done: int, loss: float) -> None:
+            def on_step(done: int, loss: float) -> None:
                 nonlocal last
-                note = f"loss {loss:.3f}" if done else "compiles"
+                note = f"loss {loss:.3f}" if done else "compiling"
                 progress.update(bar, completed=done, note=note)
-                progress.update(whole, advance=done - last, note="trains")
+                progress.update(whole, advance=done - last, note="training")
                 last = done
 
-            outcome = experiment(run, args.out, tick)
+            outcome = experiment(run, args.out, on_step)
             progress.update(bar, note=f"AP {100 * outcome.scores['AP']:.1f}")
             return outcome
 
-        found = dict(zip(runs, two_at_a_time(one, runs.items())))
-    outcomes = {name: [found[name, seed] for seed in range(args.seeds)] for name in RECIPES}
+        finished = dict(zip(runs, two_at_a_time(run_one, runs.items())))
+    outcomes = {name: [finished[name, seed] for seed in range(args.seeds)] for name in RECIPES}
 
-    show(outcomes, f"{budget.test_canvases} canvases of digits never trained on, %", console)
-    first, data = {name: runs[0] for name, runs in outcomes.items()}, judged_by(runs[FOCAL, 0])
-    seen = {name: run.found for name, run in first.items()}
-    pictures = (
+    show(outcomes, f"Average precision on {budget.test_canvases} test canvases, %", console)
+    first = {name: runs[0] for name, runs in outcomes.items()}
+    data = evaluation_set(runs[FOCAL, 0])
+    detections = {name: outcome.detections for name, outcome in first.items()}
+    paths = (
         figures.detections(
-            data, {name: seen[name] for name in (BALANCED, FOCAL)}, args.out / "detections.png"
+            data,
+            {name: detections[name] for name in (BALANCED, FOCAL)},
+            args.out / "detections.png",
         ),
-        figures.precision_recall(data, seen, args.out / "precision_recall.png"),
-        figures.losses({name: run.losses for name, run in first.items()}, args.out / "losses.png"),
+        figures.precision_recall(data, detections, args.out / "precision_recall.png"),
+        figures.losses({name: x.losses for name, x in first.items()}, args.out / "losses.png"),
         figures.loss_spread(data, first[FOCAL].logits, args.out / "loss_spread.png"),
     )
-    console.print(
-        "\nWith more seeds and three times the steps, by the last `make ablation`, AP in %:"
-    )
-    console.print(Markdown(recorded("steps")))
-    console.print("Pictures:", ", ".join(map(str, pictures)), soft_wrap=True)
+    console.print("\nRecorded results of `make ablation`, with five seeds, AP in %:")
+    console.print(Markdown(recorded_table("steps")))
+    console.print("Figures:", ", ".join(map(str, paths)), soft_wrap=True)
     console.print(summary(outcomes), soft_wrap=True)
     return outcomes
 

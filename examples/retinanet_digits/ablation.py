@@ -1,11 +1,11 @@
-"""The paper's Table 1 in miniature, and at which imbalance which loss wins.
+"""Run an ablation like Table 1 of the focal loss paper, for several imbalances and budgets.
 
     python -m examples.retinanet_digits.ablation
 
-follows the protocol of this folder's README.md: it tunes every loss, trains each with every
-seed, does so once more with fewer and with more objects and with more steps, and writes the tables
-into the README and the figures beside it; with other options than the protocol's, into a copy in
-the folder of the results. It goes on where it was stopped.
+follows the protocol in README.md of this folder: tune every loss, train every loss with every seed,
+repeat the training with other numbers of objects and steps, and write the tables into README.md and
+the figures into this folder. If the options differ from the protocol, the output goes to the folder
+of the results instead. An interrupted ablation resumes.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import numpy as np
 from scipy import stats
 
 from examples.retinanet_digits import figures
-from examples.retinanet_digits.experiment import Run, bars, parse, result, two_at_a_time
+from examples.retinanet_digits.experiment import Run, parse, progress_bars, result, two_at_a_time
 from examples.retinanet_digits.train import Budget, Recipe, prepare
 
 README = Path(__file__).parent / "README.md"
 TABLES = "trials", "table", "imbalance", "steps"
-# The AP that Lin et al. report for the like (Tables 1a and 1b, ResNet-50, 600 pixels).
+# Each recipe, and the AP of the same loss on COCO (Lin et al., Tables 1a and 1b).
 RECIPES = {
     "CE": (Recipe(gamma=0, alpha=None), 30.2),
     "CE, alpha .75": (Recipe(gamma=0, alpha=0.75), 31.1),
@@ -40,36 +40,37 @@ RECIPES = {
     "CE, no prior": (Recipe(gamma=0, alpha=None, prior=None), None),
     "FL, gamma 2, alpha .25, no prior": (Recipe(gamma=2, alpha=0.25, prior=None), None),
 }
-BALANCED, FOCAL = "CE, alpha .75", "FL, gamma 2, alpha .25"  # which the test compares
-# Beside the paper's alpha, the one that does best here; and a prior that fits the imbalance.
-TUNED, FITTED = "CE, alpha .95", "CE, prior .0001"
-RIVALS = ("CE", BALANCED, TUNED, FITTED, "CE, alpha .75, prior .0001")
-COMPARED = (*RIVALS, FOCAL)
-# Learning rate, weight of the class loss.
+# The protocol tests the difference of these two.
+BALANCED, FOCAL = "CE, alpha .75", "FL, gamma 2, alpha .25"
+# The best alpha on digits, and a prior that fits the imbalance.
+BEST_ALPHA, SMALL_PRIOR = "CE, alpha .95", "CE, prior .0001"
+BASELINES = ("CE", BALANCED, BEST_ALPHA, SMALL_PRIOR, "CE, alpha .75, prior .0001")
+COMPARED = (*BASELINES, FOCAL)
+# Learning rate and weight of the class loss.
 TRIALS = ((0.0007, 1.0), (0.002, 1.0), (0.006, 1.0), (0.015, 1.0), (0.006, 0.25), (0.006, 4.0))
 TRIAL_SEED = 100
-# Beside the main setting's: objects of the canvases in the mean, steps of training.
+# The other settings: mean number of objects per canvas, number of steps.
 OBJECTS, STEPS = (4.0, 1.0), (3000,)
 
 
-# ------------------------------------------------------------------------------- runs
+# ---------------------------------------------------------------- runs
 
 
 def run_all(jobs: dict[str, Run], out: Path, progress) -> dict[str, dict]:
-    """Return the result of every run, by its name."""
+    """Return the results of all runs, by name."""
     whole = progress.add_task("runs", total=len(jobs), note="")
 
     def one(job: tuple[str, Run]) -> dict:
         name, run = job
-        bar = progress.add_task(name, total=run.budget.steps, note="compiles")
+        bar = progress.add_task(name, total=run.budget.steps, note="compiling")
 
-        def tick(done: int, loss: float) -> None:
+        def on_step(done: int, loss: float) -> None:
             progress.update(bar, completed=done, note=f"loss {loss:.3f}")
 
-        found = result(run, out, tick)
+        scores = result(run, out, on_step)
         progress.remove_task(bar)
         progress.advance(whole)
-        return found
+        return scores
 
     prepare(jobs.values())
     return dict(zip(jobs, two_at_a_time(one, jobs.items())))
@@ -77,32 +78,32 @@ def run_all(jobs: dict[str, Run], out: Path, progress) -> dict[str, dict]:
 
 def trials(losses: list[str], budget: Budget, out: Path, progress) -> dict[str, list[dict]]:
     """Return the results of the trials of each loss, in the order of `TRIALS`."""
-    few = replace(budget, test_canvases=min(budget.test_canvases, 200))
+    budget = replace(budget, test_canvases=min(budget.test_canvases, 200))
     jobs = {
         f"{name}, rate {rate}, weight {weight:g}": Run(
             replace(RECIPES[name][0], learning_rate=rate, class_weight=weight),
-            few, TRIAL_SEED, "validation",
+            budget, TRIAL_SEED, "validation",
         )
         for name in losses
         for rate, weight in TRIALS
     }  # fmt: skip
-    found = list(run_all(jobs, out, progress).values())
-    return {name: found[i * len(TRIALS) : (i + 1) * len(TRIALS)] for i, name in enumerate(losses)}
+    results = list(run_all(jobs, out, progress).values())
+    return {name: results[i * len(TRIALS) : (i + 1) * len(TRIALS)] for i, name in enumerate(losses)}
 
 
-def chosen(tried: dict[str, list[dict]]) -> dict[str, Recipe]:
-    """Return each loss with the learning rate and the weight that did best."""
-    best = {name: max(found, key=lambda x: x["AP"]) for name, found in tried.items()}
-    return {name: Recipe(**found["run"]["recipe"]) for name, found in best.items()}
+def best_recipes(trial_results: dict[str, list[dict]]) -> dict[str, Recipe]:
+    """Return the recipe of the best trial of each loss."""
+    best = {name: max(results, key=lambda x: x["AP"]) for name, results in trial_results.items()}
+    return {name: Recipe(**result["run"]["recipe"]) for name, result in best.items()}
 
 
-# ------------------------------------------------------------------------------- words
+# ---------------------------------------------------------------- tables
 
 
 def interval(runs: list[dict], others: list[dict]) -> tuple[float, float]:
-    """Return the mean difference in AP of runs in pairs, and half of its 95 % interval.
+    """Return the mean of the paired AP differences and half of the width of its 95 % interval.
 
-    By Student's t; NaN for a single pair.
+    The interval is that of Student's t. It is NaN for a single pair.
     """
     differences = [100 * (a["AP"] - b["AP"]) for a, b in zip(runs, others)]
     count = len(differences)
@@ -113,24 +114,24 @@ def interval(runs: list[dict], others: list[dict]) -> tuple[float, float]:
 
 
 def points(settings: Mapping[Any, dict]) -> dict[str, list[tuple]]:
-    """Return for each rival of the focal loss the settings and the intervals there."""
+    """Return the settings and the intervals of the differences, for each baseline."""
     return {
-        rival: [(x, *interval(rows[FOCAL], rows[rival])) for x, rows in settings.items()]
-        for rival in RIVALS
+        baseline: [(x, *interval(rows[FOCAL], rows[baseline])) for x, rows in settings.items()]
+        for baseline in BASELINES
     }
 
 
-def mean_and_spread(runs: list[dict], score: str) -> str:
-    """Return a score's mean in per cent, and of several runs its standard deviation."""
+def mean_and_deviation(runs: list[dict], score: str) -> str:
+    """Return the mean of a score in percent, with the standard deviation of several runs."""
     values = [100 * run[score] for run in runs]
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{deviation}"
 
 
 def _difference(runs: list[dict], others: list[dict]) -> str:
     mean, half = interval(runs, others)
-    between = f" ({mean - half:.1f} to {mean + half:.1f})" if np.isfinite(half) else ""
-    return f"{mean:+.1f}{between}"
+    limits = f" ({mean - half:.1f} to {mean + half:.1f})" if np.isfinite(half) else ""
+    return f"{mean:+.1f}{limits}"
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -138,12 +139,12 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def trials_table(tried: dict[str, list[dict]]) -> str:
-    """Return the validation AP of every trial as Markdown."""
+def trials_table(trial_results: dict[str, list[dict]]) -> str:
+    """Return the validation AP of all trials as a Markdown table."""
     rows = []
-    for name, found in tried.items():
-        cells = [f"{100 * x['AP']:.1f}" for x in found]
-        best = int(np.argmax([x["AP"] for x in found]))
+    for name, results in trial_results.items():
+        cells = [f"{100 * x['AP']:.1f}" for x in results]
+        best = int(np.argmax([x["AP"] for x in results]))
         cells[best] = f"**{cells[best]}**"
         rows.append([name, *cells])
     head = [f"rate {rate}, weight {weight:g}" for rate, weight in TRIALS]
@@ -151,74 +152,76 @@ def trials_table(tried: dict[str, list[dict]]) -> str:
 
 
 def table(rows: dict[str, list[dict]]) -> str:
-    """Return the results as Markdown."""
+    """Return the results of the main setting as a Markdown table."""
     lines = []
     for name, runs in rows.items():
-        cells = [mean_and_spread(runs, score) for score in ("AP", "AP50", "AP75")]
+        cells = [mean_and_deviation(runs, score) for score in ("AP", "AP50", "AP75")]
         same = name == BALANCED or BALANCED not in rows
         cells.append("" if same else _difference(runs, rows[BALANCED]))
         paper = RECIPES[name][1]
         cells.append("not given" if paper is None else f"{paper}")
         lines.append([name, str(len(runs)), *cells])
-    head = "loss", "seeds", "AP", "AP50", "AP75", "AP less balanced CE's, 95 %", "AP in the paper"
+    difference = f"AP minus AP of {BALANCED}, 95 % interval"
+    head = "loss", "seeds", "AP", "AP50", "AP75", difference, "AP on COCO"
     return _markdown([*head], lines)
 
 
 def settings_table(title: str, settings: Mapping[Any, dict]) -> str:
-    """Return the AP of the compared losses in each setting, a column, as Markdown.
+    """Return a Markdown table with one column per setting.
 
-    Then focal loss's paired difference from each, with its 95 % interval.
+    The rows are the AP of the compared losses, then the paired differences of the focal loss to the
+    others with their 95 % intervals.
     """
     runs = settings.values()
     lines = [["seeds", *(str(len(rows[FOCAL])) for rows in runs)]]
     for name in COMPARED:
-        lines.append([name, *(mean_and_spread(rows[name], "AP") for rows in runs)])
-    for rival in RIVALS:
-        differences = (_difference(rows[FOCAL], rows[rival]) for rows in runs)
-        lines.append([f"FL less {rival}", *differences])
+        lines.append([name, *(mean_and_deviation(rows[name], "AP") for rows in runs)])
+    for baseline in BASELINES:
+        differences = (_difference(rows[FOCAL], rows[baseline]) for rows in runs)
+        lines.append([f"FL minus {baseline}", *differences])
     return _markdown(["", *map(title.format, settings)], lines)
 
 
 def _split(page: str, name: str) -> tuple[str, str, str]:
-    """Return what stands before, between and after the two comments of this name."""
+    """Return the text before, between and after the two comments with a name."""
     begin, end = f"<!-- {name}: written by ablation.py -->\n", f"<!-- end of {name} -->\n"
     if not page.count(begin) == page.count(end) == 1:
-        raise ValueError(f"{README}: {begin.strip()} and {end.strip()} must stand there once each")
+        raise ValueError(f"{README}: {begin.strip()} and {end.strip()} must occur exactly once")
     before, rest = page.split(begin)
     lines, after = rest.split(end)
     return before + begin, lines, end + after
 
 
-def written(page: str, name: str, lines: str) -> str:
-    """Return a page with another table of this name."""
+def replace_table(page: str, name: str, lines: str) -> str:
+    """Return the page with a new table between the comments with a name."""
     before, _, after = _split(page, name)
     return before + lines + after
 
 
-def recorded(name: str) -> str:
-    """Return a table that the README has from the last ablation."""
+def recorded_table(name: str) -> str:
+    """Return a table of README.md, which the last ablation wrote."""
     return _split(README.read_text(), name)[1]
 
 
-# ------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------- main
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
-    """Run what is left to run, then write the tables and the figures."""
+    """Run the experiments that have no result yet, then write the tables and the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--other-seeds", type=int, default=5, help="of the other settings")
+    parser.add_argument("--other-seeds", type=int, default=5, help="for the other settings")
     parser.add_argument("--losses", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--other-objects", nargs="*", type=float, default=list(OBJECTS))
     parser.add_argument("--other-steps", nargs="*", type=int, default=list(STEPS))
     args, budget = parse(parser, argv)
     for name in TABLES:
-        recorded(name)  # a missing mark is better found now than after an hour
+        recorded_table(name)  # fails before the runs if a comment is missing
     if missing := set(COMPARED) - set(args.losses):
-        parser.error(f"--losses: {sorted(missing)} missing, which all others are compared with")
-    with bars() as progress:
-        tried = trials(args.losses, budget, args.out, progress)
-        recipes = chosen(tried)
+        parser.error(f"--losses: {sorted(missing)} missing, which the tables compare")
+    with progress_bars() as progress:
+        trial_results = trials(args.losses, budget, args.out, progress)
+        recipes = best_recipes(trial_results)
         others = [replace(budget, objects=x) for x in args.other_objects]
         others += [replace(budget, steps=x) for x in args.other_steps]
         seeds = {budget: range(args.seeds)} | dict.fromkeys(others, range(args.other_seeds))
@@ -232,17 +235,17 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
             f"{name}, seed {seed}, objects {setting.objects:g}, steps {setting.steps}"
             for name, seed, setting in jobs
         ]
-        ended = run_all(dict(zip(names, jobs.values())), args.out, progress)
-        found = dict(zip(jobs, ended.values()))
+        finished = run_all(dict(zip(names, jobs.values())), args.out, progress)
+        scores = dict(zip(jobs, finished.values()))
 
     def rows(losses, setting: Budget) -> dict[str, list[dict]]:
-        return {name: [found[name, seed, setting] for seed in seeds[setting]] for name in losses}
+        return {name: [scores[name, seed, setting] for seed in seeds[setting]] for name in losses}
 
     results = rows(recipes, budget)
     protocol = vars(parser.parse_args([f"--out={args.out}"]))
     folder = README.parent if vars(args) == protocol else args.out
-    page = written(README.read_text(), "trials", trials_table(tried))
-    page = written(page, "table", table(results))
+    page = replace_table(README.read_text(), "trials", trials_table(trial_results))
+    page = replace_table(page, "table", table(results))
     figures.ablation(
         {name: [100 * run["AP"] for run in runs] for name, runs in results.items()},
         {name: RECIPES[name][1] for name in results},
@@ -256,11 +259,11 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
         x: rows(COMPARED, replace(budget, steps=x))
         for x in sorted({budget.steps, *args.other_steps})
     }
-    page = written(page, "imbalance", settings_table("{:,.0f} to 1", by_ratio))
-    page = written(page, "steps", settings_table("{:,} steps", by_steps))
-    figures.ahead(
-        {"background anchors to each on an object": points(by_ratio), "steps": points(by_steps)},
-        folder / "ahead.png",
+    page = replace_table(page, "imbalance", settings_table("{:,.0f} to 1", by_ratio))
+    page = replace_table(page, "steps", settings_table("{:,} steps", by_steps))
+    figures.ap_differences(
+        {"background anchors per positive anchor": points(by_ratio), "steps": points(by_steps)},
+        folder / "ap_differences.png",
     )
     (folder / README.name).write_text(page)
     print(f"Tables and figures: {folder / README.name}")

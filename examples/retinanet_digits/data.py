@@ -1,9 +1,8 @@
-"""A detection set made on the fly: real handwritten digits on cluttered canvases.
+"""A synthetic detection data set: handwritten digits on cluttered canvases.
 
-scikit-learn's digits are split image by image, so that a digit of the test canvases is
-never seen in training, nor in the validation that chooses a learning rate. Each canvas has a few
-whole digits, to be found, and a crowd of things that are nearly digits: corners of digits, digits
-cut up and shuffled, lines.
+The digits of scikit-learn are split into disjoint training, validation and test digits. A canvas
+holds a few whole digits, which are the objects, and clutter that resembles digits: quarters of
+digits, digits whose blocks are shuffled, and lines.
 """
 
 from functools import cache
@@ -15,29 +14,29 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 CLASSES = 10
-SIZE = 128  # of a canvas, pixels
-OBJECTS = 12  # on a canvas, at most
-HEIGHTS = (14, 36)  # of an object, pixels
+SIZE = 128  # of a canvas, in pixels
+OBJECTS = 12  # maximal number per canvas
+HEIGHTS = (14, 36)  # range of the heights of objects, in pixels
 PARTS = ("train", "validation", "test")
 
 
 class Canvases(NamedTuple):
-    """Images with what is on them."""
+    """Images and their annotations."""
 
     images: np.ndarray  # [N, SIZE, SIZE, 1] uint8
-    annotations: np.ndarray  # [N, OBJECTS, 5] float32: x1, y1, x2, y2, digit; rows of -1 pad
+    annotations: np.ndarray  # [N, OBJECTS, 5] float32: x1, y1, x2, y2, digit; padded with -1
 
 
 @cache
 def digits(part: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the images `[n, 8, 8]` in [0, 1] and the labels of a part.
 
-    Half of them is to train on; a tenth, "validation", to choose by; the rest is the "test".
+    The training part is a half of all digits, the validation part a tenth, the test part the rest.
     """
     data = load_digits()
     rest = (data.images / 16).astype(np.float32), data.target
     split = {}
-    for name, size in (("train", 0.5), ("validation", 0.2)):  # a fifth of what is left
+    for name, size in (("train", 0.5), ("validation", 0.2)):  # fractions of the rest
         chosen_x, rest_x, chosen_y, rest_y = train_test_split(
             *rest, train_size=size, stratify=rest[1], random_state=0
         )
@@ -45,15 +44,15 @@ def digits(part: str) -> tuple[np.ndarray, np.ndarray]:
     return (split | {"test": rest})[part]
 
 
-def enlarged(image: np.ndarray, height: float) -> np.ndarray:
-    """Return the inked part of a small image, cut out and scaled to a height."""
+def crop_and_scale(image: np.ndarray, height: float) -> np.ndarray:
+    """Crop an image to its bright pixels and scale the crop to a height."""
     rows, columns = (np.flatnonzero((image > 0.3).any(axis)) for axis in (1, 0))
-    inked = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return zoom(inked, height / len(inked), order=1, grid_mode=True, mode="nearest")
+    crop = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return zoom(crop, height / len(crop), order=1, grid_mode=True, mode="nearest")
 
 
 def draw(canvas: np.ndarray, patch: np.ndarray, x: int, y: int, contrast: float):
-    """Paint a patch on a canvas, the brighter of the two remains; return where, as slices."""
+    """Draw a patch on a canvas by the maximum of both; return the slices of the patch."""
     place = np.s_[y : y + len(patch), x : x + patch.shape[1]]
     under = canvas[place]
     np.maximum(under, contrast * patch[: len(under), : under.shape[1]], out=under)
@@ -61,7 +60,10 @@ def draw(canvas: np.ndarray, patch: np.ndarray, x: int, y: int, contrast: float)
 
 
 def find_room(patch: np.ndarray, free: np.ndarray, random: np.random.Generator):
-    """Return a random `(x, y)` for a patch, None if that is taken; `free` is brought up to date."""
+    """Return a random corner `(x, y)` for a patch and mark its pixels in `free` as used.
+
+    Return None if some of the pixels are already used.
+    """
     (height, width), (rows, columns) = patch.shape, free.shape
     x, y = random.integers(columns - width + 1), random.integers(rows - height + 1)
     place = np.s_[y : y + height, x : x + width]
@@ -71,42 +73,45 @@ def find_room(patch: np.ndarray, free: np.ndarray, random: np.random.Generator):
     return x, y
 
 
-def _height(random: np.random.Generator) -> float:
+def _random_height(random: np.random.Generator) -> float:
     return np.exp(random.uniform(*np.log(HEIGHTS)))
 
 
-def _corner(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def _quarter(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
     y, x = 4 * random.integers(2, size=2)
     return image[y : y + 4, x : x + 4]
 
 
-def _shuffled(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def _shuffle_blocks(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
     blocks = image.reshape(4, 2, 4, 2).swapaxes(1, 2).reshape(16, 2, 2)
     return random.permutation(blocks).reshape(4, 4, 2, 2).swapaxes(1, 2).reshape(8, 8)
 
 
 def _line(size: int, random: np.random.Generator) -> np.ndarray:
-    turn = np.exp(1j * random.uniform(0, np.pi))
+    rotation = np.exp(1j * random.uniform(0, np.pi))
     pixels = (np.arange(size) + 1j * np.arange(size)[:, None]).astype(np.complex64)
-    along_across = (pixels - size * (random.uniform() + 1j * random.uniform())) * turn
+    # The real part is the coordinate along the line, the imaginary part the one across it.
+    coordinates = (pixels - size * (random.uniform() + 1j * random.uniform())) * rotation
     width, length = random.uniform(0.5, 2), random.uniform(5, 40)
-    inside = np.abs(along_across.real) < length
-    return np.clip(width - np.abs(along_across.imag), 0, 1) * inside
+    inside = np.abs(coordinates.real) < length
+    return np.clip(width - np.abs(coordinates.imag), 0, 1) * inside
 
 
 def background(
     source: np.ndarray, random: np.random.Generator, size: int = SIZE, parts: float = 10
 ) -> np.ndarray:
-    """Return a canvas of haze, noise, lines and about so many `parts` of the digits of `source`."""
-    haze = zoom(random.uniform(0, 0.25, (4, 4)), size // 4, order=1, grid_mode=True, mode="nearest")
-    canvas = haze.astype(np.float32)
+    """Return a canvas with smooth noise, lines, and `parts` pieces of digits on average."""
+    noise = zoom(
+        random.uniform(0, 0.25, (4, 4)), size // 4, order=1, grid_mode=True, mode="nearest"
+    )
+    canvas = noise.astype(np.float32)
     for _ in range(random.integers(1, 4)):
         draw(canvas, _line(size, random), 0, 0, random.uniform(0.5, 1))
     for _ in range(random.poisson(parts)):
         image = source[random.integers(len(source))]
-        part = (_corner, _shuffled)[random.integers(2)](image, random)
+        part = (_quarter, _shuffle_blocks)[random.integers(2)](image, random)
         if (part > 0.3).any():
-            patch = enlarged(part, _height(random) / (2 if len(part) == 4 else 1))
+            patch = crop_and_scale(part, _random_height(random) / (2 if len(part) == 4 else 1))
             draw(canvas, patch, *random.integers(0, size - 8, 2), random.uniform(0.5, 1))
     return canvas
 
@@ -116,8 +121,8 @@ def canvas(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return one image `[size, size, 1]` and its annotations `[OBJECTS, 5]`.
 
-    `objects` is the mean of their number: from 1 to twice as many less one, or, below 1, the
-    share of canvases that have one at all.
+    `objects` is the mean number of objects. The number is uniform from 1 to `2 * objects - 1`. If
+    `objects` is below 1, it is the probability of one object.
     """
     images, labels = digits(part)
     picture = background(images, random, size, parts)
@@ -126,7 +131,7 @@ def canvas(
     number = random.integers(1, 2 * int(objects)) if objects >= 1 else random.uniform() < objects
     for row in range(min(number, OBJECTS)):
         chosen = random.integers(len(images))
-        patch = enlarged(images[chosen], min(_height(random), size))
+        patch = crop_and_scale(images[chosen], min(_random_height(random), size))
         if patch.shape[1] <= size and (corner := find_room(patch, free, random)):
             draw(picture, patch, *corner, random.uniform(0.7, 1))
             height, width = patch.shape
@@ -138,13 +143,13 @@ def canvas(
 
 @cache
 def canvases(part: str, count: int, seed: int, objects: float = 1) -> Canvases:
-    """Return `count` canvases of one part of the digits, with so many `objects` in the mean."""
+    """Return `count` canvases of a part, with a mean number of `objects`."""
     random = np.random.default_rng((seed, PARTS.index(part)))
     return Canvases(*map(np.stack, zip(*(canvas(part, objects, random) for _ in range(count)))))
 
 
 def single_digits(part: str, count: int, size: int = 48) -> tuple[np.ndarray, np.ndarray]:
-    """Return images `[count, size, size, 1]` of one digit each, and which it is."""
+    """Return images `[count, size, size, 1]` of one digit each, and their labels."""
     random = np.random.default_rng(PARTS.index(part))
     images, annotations = zip(*(canvas(part, 1, random, size, 1) for _ in range(count)))
     return np.stack(images), np.stack(annotations)[:, 0, 4].astype(np.int32)

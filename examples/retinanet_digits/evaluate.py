@@ -1,4 +1,4 @@
-"""Find digits with a trained network, and score them as COCO does."""
+"""Detect digits with a trained network, and compute the average precision of COCO."""
 
 from typing import NamedTuple
 
@@ -13,33 +13,33 @@ from examples.retinanet_digits.data import CLASSES, SIZE, Canvases
 from examples.retinanet_digits.model import RetinaNet, anchors
 from focal_jax.detection import box_iou, decode_boxes
 
-CANDIDATES = 100  # of an image, before non-maximum suppression
-MAX_IOU = 0.5  # of two detections of one class
+CANDIDATES = 100  # per image, before non-maximum suppression
+MAX_IOU = 0.5  # of two detections of the same class
 BATCH = 50
 
-# They print their progress; to set sys.stdout aside meanwhile would do so for every thread.
+# pycocotools prints its progress. Redirecting sys.stdout would redirect it in all threads.
 coco.print = cocoeval.print = lambda *words, **options: None
 
 
 class Detections(NamedTuple):
-    """What was found in each image, the surest first."""
+    """The detections of each image, sorted by falling scores."""
 
     boxes: Array  # [N, CANDIDATES, 4]
     classes: Array  # [N, CANDIDATES]
-    scores: Array  # [N, CANDIDATES]; 0: suppressed
+    scores: Array  # [N, CANDIDATES]; 0 for suppressed detections
 
 
 @jax.jit
 def suppress(boxes: Array, classes: Array, scores: Array) -> Array:
-    """Return the scores, which fall from the first, with 0 for what repeats a higher one."""
-    repeats = (box_iou(boxes, boxes) > MAX_IOU) & (classes[:, None] == classes[None])
-    later = jnp.arange(len(boxes))
+    """Return the scores, which are sorted, with 0 for detections that repeat a higher one."""
+    overlaps = (box_iou(boxes, boxes) > MAX_IOU) & (classes[:, None] == classes[None])
+    index = jnp.arange(len(boxes))
 
-    def keep_or_drop(i, kept):
-        return kept & ~(kept[i] & repeats[i] & (later > i))
+    def suppress_by(i, valid):
+        return valid & ~(valid[i] & overlaps[i] & (index > i))
 
-    kept = lax.fori_loop(0, len(boxes), keep_or_drop, scores > 0)
-    return jnp.where(kept, scores, 0)
+    valid = lax.fori_loop(0, len(boxes), suppress_by, scores > 0)
+    return jnp.where(valid, scores, 0)
 
 
 def _detect(logits: Array, offsets: Array) -> Detections:
@@ -61,25 +61,25 @@ def predict(model: RetinaNet, images: np.ndarray) -> tuple[np.ndarray, Detection
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
-_overlaps = jax.jit(box_iou)  # once: many images are judged one by one
+_jitted_iou = jax.jit(box_iou)  # called once per image
 
 
 def correct(
     rows: np.ndarray, boxes: np.ndarray, classes: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return which detections of an image are right, and which of its annotations are found.
+    """Return which detections of an image are correct, and which annotations are detected.
 
-    The surest detection first, each finds at most one object, of its class and with an IoU of
-    0.5 or more.
+    In the order of falling scores, each detection is matched to at most one annotation of its
+    class with an IoU of at least 0.5.
     """
-    overlaps = np.array(_overlaps(boxes, rows[:, :4]))
+    overlaps = np.array(_jitted_iou(boxes, rows[:, :4]))
     overlaps[classes[:, None] != rows[None, :, 4]] = 0
-    right, found = np.zeros(len(boxes), bool), np.zeros(len(rows), bool)
+    is_correct, is_detected = np.zeros(len(boxes), bool), np.zeros(len(rows), bool)
     for i in np.argsort(-scores, kind="stable"):
-        best = np.argmax(np.where(found, 0, overlaps[i]))
-        if scores[i] > 0 and not found[best] and overlaps[i, best] >= MAX_IOU:
-            right[i] = found[best] = True
-    return right, found
+        best = np.argmax(np.where(is_detected, 0, overlaps[i]))
+        if scores[i] > 0 and not is_detected[best] and overlaps[i, best] >= MAX_IOU:
+            is_correct[i] = is_detected[best] = True
+    return is_correct, is_detected
 
 
 def _coco_box(box: np.ndarray) -> list[float]:
@@ -87,10 +87,10 @@ def _coco_box(box: np.ndarray) -> list[float]:
     return [x1, y1, x2 - x1, y2 - y1]
 
 
-def average_precision(data: Canvases, found: Detections) -> dict[str, float]:
-    """Return AP, AP50 and AP75 by pycocotools."""
+def average_precision(data: Canvases, detections: Detections) -> dict[str, float]:
+    """Return AP, AP50 and AP75, computed by pycocotools."""
     truth, results = [], []
-    for image, (rows, *detections) in enumerate(zip(data.annotations, *found)):
+    for image, (rows, *columns) in enumerate(zip(data.annotations, *detections)):
         for *box, label in rows[rows[:, 4] >= 0]:
             x, y, w, h = _coco_box(np.array(box))
             truth.append(
@@ -103,7 +103,7 @@ def average_precision(data: Canvases, found: Detections) -> dict[str, float]:
                     "iscrowd": 0,
                 }
             )
-        for box, label, score in zip(*detections):
+        for box, label, score in zip(*columns):
             if score > 0:
                 results.append(
                     {
@@ -115,14 +115,14 @@ def average_precision(data: Canvases, found: Detections) -> dict[str, float]:
                 )
     if not results:
         return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
-    known = coco.COCO()
-    known.dataset = {
+    ground_truth = coco.COCO()
+    ground_truth.dataset = {
         "images": [{"id": i} for i in range(len(data.images))],
         "categories": [{"id": c} for c in range(CLASSES)],
         "annotations": truth,
     }
-    known.createIndex()
-    evaluation = cocoeval.COCOeval(known, known.loadRes(results), "bbox")
+    ground_truth.createIndex()
+    evaluation = cocoeval.COCOeval(ground_truth, ground_truth.loadRes(results), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()

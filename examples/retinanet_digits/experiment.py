@@ -1,4 +1,4 @@
-"""One run from its recipe to its average precision; many of them, two at a time."""
+"""Run experiments, from the recipe to the average precision, two at a time."""
 
 import argparse
 import json
@@ -27,35 +27,35 @@ from examples.retinanet_digits.train import Budget, Recipe, train
 
 @dataclass(frozen=True)
 class Run:
-    """All that a result depends on."""
+    """Everything that a result depends on."""
 
     recipe: Recipe
     budget: Budget
     seed: int
-    part: str = "test"  # what it is judged by: "validation" while something is chosen
+    part: str = "test"  # the evaluation set; "validation" for tuning
 
 
 class Outcome(NamedTuple):
-    """What came of a run."""
+    """The result of a run."""
 
-    losses: np.ndarray  # [steps, 2]: of the classes, of the boxes
+    losses: np.ndarray  # [steps, 2]: class loss, box loss
     logits: np.ndarray  # [canvases, A, CLASSES]
-    found: Detections
+    detections: Detections
     scores: dict[str, float]  # AP, AP50, AP75
 
 
-def place(out: Path, run: Run) -> Path:
-    """Return the folder of a run, named by all that it depends on."""
+def run_folder(out: Path, run: Run) -> Path:
+    """Return the folder of a run. Its name is a hash of everything that the run depends on."""
     return out / "runs" / f"{zlib.crc32(repr(run).encode()):08x}"
 
 
-def judged_by(run: Run) -> Canvases:
-    """Return the canvases that a run is judged by, the same for every seed."""
+def evaluation_set(run: Run) -> Canvases:
+    """Return the canvases for the evaluation of a run, which are the same for every seed."""
     return canvases(run.part, run.budget.test_canvases, 0, run.budget.objects)
 
 
-def bars(console=None) -> Progress:
-    """Return bars with the step, the loss and the time that is left."""
+def progress_bars(console=None) -> Progress:
+    """Return progress bars with the step, a note and the remaining time."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(None),
@@ -67,51 +67,51 @@ def bars(console=None) -> Progress:
     )
 
 
-def experiment(run: Run, out: Path, tick: Callable[[int, float], None]) -> Outcome:
-    """Train, or go on training, and evaluate."""
-    model, losses = train(run.recipe, run.budget, run.seed, place(out, run), tick)
-    data = judged_by(run)
-    logits, found = predict(model, data.images)
-    return Outcome(losses, logits, found, average_precision(data, found))
+def experiment(run: Run, out: Path, on_step: Callable[[int, float], None]) -> Outcome:
+    """Train, from the last checkpoint if there is one, and evaluate."""
+    model, losses = train(run.recipe, run.budget, run.seed, run_folder(out, run), on_step)
+    data = evaluation_set(run)
+    logits, detections = predict(model, data.images)
+    return Outcome(losses, logits, detections, average_precision(data, detections))
 
 
-def result(run: Run, out: Path, tick: Callable[[int, float], None]) -> dict:
-    """Return what a run came to: read, if it ended before, else found out and written."""
-    path = place(out, run).with_suffix(".json")
+def result(run: Run, out: Path, on_step: Callable[[int, float], None]) -> dict:
+    """Return the result of a run from its file, or run the experiment and write the file."""
+    path = run_folder(out, run).with_suffix(".json")
     if not path.exists():
-        outcome = experiment(run, out, tick)
-        found = outcome.scores | {
+        outcome = experiment(run, out, on_step)
+        content = outcome.scores | {
             "run": asdict(run),
             "last losses": outcome.losses[-100:].mean(0).tolist(),
         }
-        whole = path.with_suffix(".new")  # renamed when it is: no run leaves half a result
-        whole.write_text(json.dumps(found))
-        whole.replace(path)
+        complete = path.with_suffix(".new")  # renaming is atomic
+        complete.write_text(json.dumps(content))
+        complete.replace(path)
     return json.loads(path.read_text())
 
 
 def two_at_a_time(function: Callable, jobs: Iterable) -> list:
-    """Return the results of `function` for all jobs, in order.
+    """Return the results of `function` for all jobs, in order, from two threads.
 
-    XLA's CPU backend keeps one core busy with a step of so small a network, so two runs take
-    little longer than one. What is cached is made by one thread alone.
+    XLA:CPU uses little more than one core for a step of this small network. Call `prepare` first:
+    the threads share its caches.
     """
     stop = threading.Event()
 
-    def unless_stopped(job):
+    def run_unless_stopped(job):
         if not stop.is_set():
             return function(job)
 
     with ThreadPoolExecutor(2) as pool:
         try:
-            return list(pool.map(unless_stopped, jobs))
+            return list(pool.map(run_unless_stopped, jobs))
         except BaseException:
             stop.set()
             raise
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None):
-    """Return the parsed options, and the budget that is among them."""
+    """Return the parsed options and the budget."""
     parser.add_argument("--out", type=Path, default=Path("out/retinanet_digits"))
     for field in fields(Budget):
         name, kind = f"--{field.name.replace('_', '-')}", type(field.default)

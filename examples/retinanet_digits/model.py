@@ -1,4 +1,4 @@
-"""A small RetinaNet in Flax NNX: backbone, feature pyramid, two heads shared by the levels."""
+"""A small RetinaNet in Flax NNX: backbone, feature pyramid, and two heads for all levels."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,23 +13,23 @@ from focal_jax.detection import pyramid_anchors
 from focal_jax.training import prior_bias_init
 
 LEVELS = (2, 3, 4)  # strides 4, 8 and 16
-SCALES = (0.5, 2 ** (-2 / 3), 2 ** (-1 / 3))  # anchors of about 8 to 50 pixels, three an octave
+SCALES = (0.5, 2 ** (-2 / 3), 2 ** (-1 / 3))  # three per octave: anchors of 8 to 50 pixels
 RATIOS = (0.5, 1.0, 2.0)
-SHAPES = len(SCALES) * len(RATIOS)  # anchors a cell
-WIDTHS = (24, 32, 48)  # of the backbone's stages; the first is that of the pyramid as well
+SHAPES = len(SCALES) * len(RATIOS)  # anchors per cell
+WIDTHS = (24, 32, 48)  # channels of the backbone stages; the pyramid has WIDTHS[0]
 
 _conv = partial(nnx.Conv, kernel_size=(3, 3))
 
 
 def anchors() -> Array:
-    """Return the anchors `[A, 4]` of a canvas, in the order of the network's outputs."""
+    """Return the anchors `[A, 4]` of a canvas, in the order of the outputs of the network."""
     return pyramid_anchors((SIZE, SIZE), LEVELS, SCALES, RATIOS)
 
 
 def _patches(x: Array, side: int) -> Array:
     """Return `[B, H / side, W / side, side**2 C]`: the pixels of each patch in one row.
 
-    A linear layer after it is a convolution with strides, which XLA's CPU backend is slow at.
+    With a linear layer this is a strided convolution, which is slow on XLA:CPU.
     """
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // side, side, width // side, side, channels)
@@ -37,10 +37,10 @@ def _patches(x: Array, side: int) -> Array:
 
 
 class Backbone(nnx.Module):
-    """Features of an image at three resolutions, each half the one before."""
+    """Features of an image at three resolutions, each half of the previous one."""
 
     def __init__(self, rngs: nnx.Rngs, patch: int = 4, widths: Sequence[int] = WIDTHS):
-        """Initialize the layers from `rngs`; the first stage has a cell for each `patch`."""
+        """Initialize the layers from `rngs`. `patch` is the stride of the first stage."""
         self.patch = patch
         self.stem = _conv(patch**2, widths[0], rngs=rngs)
         self.start = nnx.Linear(widths[0], widths[0], rngs=rngs)
@@ -59,7 +59,7 @@ class Backbone(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """What the backbone is trained in beforehand: which digit is on a small image?"""
+    """A classifier of single digits, which pretrains the backbone."""
 
     def __init__(self, rngs: nnx.Rngs):
         """Initialize the layers from `rngs`."""
@@ -73,7 +73,7 @@ class Classifier(nnx.Module):
 
 
 class Pyramid(nnx.Module):
-    """A backbone, and the features of each of its stages mixed with coarser ones."""
+    """A backbone and a feature pyramid, which adds coarser features to finer ones."""
 
     def __init__(self, rngs: nnx.Rngs, patch: int = 4, widths: Sequence[int] = WIDTHS):
         """Initialize the layers from `rngs`."""
@@ -90,10 +90,10 @@ class Pyramid(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Predict `values` numbers for every anchor of a level."""
+    """A head that predicts `values` numbers per anchor of a level."""
 
     def __init__(self, values: int, prior: float | None, rngs: nnx.Rngs, width: int = WIDTHS[0]):
-        """Initialize the layers from `rngs`, the last bias from the prior, or with 0."""
+        """Initialize the layers from `rngs`. `prior` initializes the last bias; None means 0."""
         self.values = values
         self.mix = _conv(width, width, rngs=rngs)
         self.last = nnx.Linear(
@@ -104,12 +104,12 @@ class Head(nnx.Module):
         )
 
     def __call__(self, x: Array) -> Array:
-        """Return `[B, cells * anchors a cell, values]`."""
+        """Return `[B, cells * SHAPES, values]`."""
         return self.last(nnx.relu(self.mix(x))).reshape(len(x), -1, self.values)
 
 
 class RetinaNet(nnx.Module):
-    """Class logits and box offsets for every anchor."""
+    """A RetinaNet, which predicts class logits and box offsets for every anchor."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class RetinaNet(nnx.Module):
         patch: int = 4,
         widths: Sequence[int] = WIDTHS,
     ):
-        """Initialize the layers; `prior` is every class's probability at the start."""
+        """Initialize the layers. `prior` is the initial probability of each class."""
         self.pyramid = Pyramid(rngs, patch, widths)
         self.classes = Head(classes, prior, rngs, widths[0])
         self.boxes = Head(4, None, rngs, widths[0])

@@ -1,4 +1,4 @@
-"""Train the detector with one loss; checkpoints with orbax, so that a run can go on."""
+"""Train the detector with one loss, with orbax checkpoints."""
 
 import shutil
 import threading
@@ -17,59 +17,59 @@ from examples.retinanet_digits.data import canvases
 from examples.retinanet_digits.model import RetinaNet, anchors
 from examples.retinanet_digits.pretrain import (
     ADAM,
-    descend,
+    adam_step,
     fast_rngs,
     learning_rates,
-    pretrained,
+    load_pretrained,
 )
 from focal_jax.detection import retinanet_loss
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The loss, what was chosen for it, and where the network starts: all that runs differ in."""
+    """The loss, its tuned hyperparameters, and the prior of the last bias."""
 
     gamma: float = 2.0
     alpha: float | None = 0.25
     prior: float | None = 0.01
     learning_rate: float = 0.01
-    class_weight: float = 1.0  # of the class loss, beside the box loss's 1
+    class_weight: float = 1.0  # weight of the class loss; that of the box loss is 1
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run has, whatever its loss."""
+    """The setting, which is the same for all losses."""
 
     steps: int = 1000
     batch: int = 4
     canvases: int = 1000
     test_canvases: int = 300
-    objects: float = 2.0  # on a canvas, in the mean
-    pretrained: bool = True  # the backbone, as a classifier of single digits
+    objects: float = 2.0  # mean number per canvas
+    pretrained: bool = True  # whether the backbone is pretrained
     save_every: int = 250
 
 
 @cache
 def graph() -> nnx.GraphDef:
-    """Return what all networks have in common: everything but their parameters.
+    """Return the graph definition of all networks.
 
-    One object for all, since JAX compiles again for a graph that it does not know.
+    It is cached because JAX compiles again for every new graph definition.
     """
     return nnx.graphdef(RetinaNet(fast_rngs(0)))
 
 
 def start(recipe: Recipe, budget: Budget, seed: int) -> nnx.State:
-    """Return the parameters of a fresh network, its backbone pretrained unless told otherwise."""
+    """Return the initial parameters."""
     parameters = nnx.state(RetinaNet(fast_rngs(seed), prior=recipe.prior))
     if budget.pretrained:
-        parameters["pyramid"]["backbone"] = pretrained(parameters["pyramid"]["backbone"])
+        parameters["pyramid"]["backbone"] = load_pretrained(parameters["pyramid"]["backbone"])
     return parameters
 
 
-# Cached: what is compiled for one seed, and for one trial of a learning rate, serves the others.
+# Cached, so that all seeds and learning rates share one compiled step.
 @cache
 def make_step(gamma: float, alpha: float | None) -> Callable:
-    """Return a jitted step of training.
+    """Return a jitted training step.
 
     `step(parameters, adam, images, annotations, rate, class_weight)` returns the parameters, the
     state of Adam, and the two losses.
@@ -86,45 +86,48 @@ def make_step(gamma: float, alpha: float | None) -> Callable:
             return class_weight * losses.classification + losses.regression, losses
 
         gradients, losses = jax.grad(loss, has_aux=True)(parameters)
-        return *descend(parameters, adam, gradients, rate), losses
+        return *adam_step(parameters, adam, gradients, rate), losses
 
     return step
 
 
 def prepare(runs: Iterable) -> None:
-    """Make what runs share, before they run side by side: canvases and jitted steps."""
+    """Create the canvases and the steps that runs share, before threads use them."""
     for run in runs:
         make_step(run.recipe.gamma, run.recipe.alpha)
         canvases("train", run.budget.canvases, run.seed, run.budget.objects)
 
 
-# Orbax's managers disturb each other when two threads write at a time.
-one_at_a_time = threading.Lock()
+# The checkpoint managers of orbax are not safe in concurrent threads.
+_checkpoint_lock = threading.Lock()
 
 
 def save(checkpoints: Path, done: int, state: dict) -> None:
-    """Write a checkpoint in place of the one before."""
+    """Write a checkpoint, which replaces the previous one."""
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
-    with one_at_a_time, ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
+    with (
+        _checkpoint_lock,
+        ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager,
+    ):
         manager.save(done, args=ocp.args.StandardSave(state))
 
 
-def restored(checkpoints: Path, like: dict) -> tuple[int, dict | None]:
-    """Return the last checkpoint's step and what it holds; 0 and None where there is none.
+def restore(checkpoints: Path, like: dict) -> tuple[int, dict | None]:
+    """Return the step and the state of the last checkpoint, or 0 and None without a checkpoint.
 
-    One that cannot be read is named and removed, with all that lies beside it.
+    If the checkpoint cannot be read, warn and remove its folder.
     """
     try:
-        with one_at_a_time, ocp.CheckpointManager(checkpoints.absolute()) as manager:
+        with _checkpoint_lock, ocp.CheckpointManager(checkpoints.absolute()) as manager:
             done = manager.latest_step()
             if done is None:
                 return 0, None
             return done, manager.restore(done, args=ocp.args.StandardRestore(like))
-    except Exception as error:  # orbax and what it stands on raise errors of many kinds
+    except Exception as error:  # orbax and its dependencies raise many types of errors
         shutil.rmtree(checkpoints)
         reason = str(error).partition("\n")[0]
         warnings.warn(
-            f"{checkpoints}: the checkpoint cannot be read, the run starts anew ({reason})",
+            f"{checkpoints}: the checkpoint cannot be read, the run starts from step 0 ({reason})",
             stacklevel=2,
         )
         return 0, None
@@ -135,12 +138,19 @@ def train(
     budget: Budget,
     seed: int,
     checkpoints: Path,
-    tick: Callable[[int, float], None],
+    on_step: Callable[[int, float], None],
 ) -> tuple[RetinaNet, np.ndarray]:
-    """Train from the last checkpoint, or from the start; return the network and its losses.
+    """Train a network, from the last checkpoint if there is one.
 
-    `tick` is told the number of steps done and the last step's loss. The losses are
-    `[steps, 2]`: of the classes and of the boxes.
+    Args:
+      recipe: the loss and its hyperparameters.
+      budget: the setting.
+      seed: of the initial parameters, the canvases and the batches.
+      checkpoints: the folder of the checkpoints.
+      on_step: is called with the number of finished steps and the loss of the last step.
+
+    Returns:
+      The network, and the class and box losses `[steps, 2]`.
     """
     parameters = start(recipe, budget, seed)
     adam = ADAM.init(parameters)
@@ -151,22 +161,23 @@ def train(
     data = canvases("train", budget.canvases, seed, budget.objects)
 
     def state():
-        # On the host: what is restored then belongs to no device, and nothing compiles again.
+        # NumPy arrays have no device. A restored state then does not trigger a compilation.
         return {"state": jax.tree.map(np.asarray, (parameters, adam)), "losses": losses}
 
-    done, saved = restored(checkpoints, state())
+    done, saved = restore(checkpoints, state())
     if saved:
         parameters, adam = saved["state"]
         losses = np.array(saved["losses"])
-    tick(done, losses[max(done - 1, 0)].sum())
+    on_step(done, losses[max(done - 1, 0)].sum())
     for number in range(done, budget.steps):
-        random = np.random.default_rng((seed, number))  # the batch depends on the step alone
+        # The batch depends only on the seed and the step, so a resumed run sees the same batches.
+        random = np.random.default_rng((seed, number))
         batch = random.integers(budget.canvases, size=budget.batch)
         chosen = (x[batch] for x in data)
         parameters, adam, last = step(parameters, adam, *chosen, rates[number], weight)
         losses[number] = last
         done = number + 1
-        tick(done, losses[number].sum())
+        on_step(done, losses[number].sum())
         if done % budget.save_every == 0 or done == budget.steps:
             save(checkpoints, done, state())
     return nnx.merge(graph(), parameters), losses

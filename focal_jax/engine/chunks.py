@@ -18,7 +18,7 @@ from focal_jax.engine.class_sums import ClassSums, pick_class
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.options import unwrap
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.rows import Row, Split
+from focal_jax.engine.rows import Row, SlopeSums, Split
 from focal_jax.engine.sharding import cast_to_common_varying
 
 
@@ -90,12 +90,16 @@ def _apply_softcap(softcap: float, x: Array) -> tuple[Array, Array]:
 def _fold(step: Callable[..., Any], carry: Any, spec: ChunkSpec, linear: Linear) -> Any:
     """Return the carry after `carry = step(size, carry, start)` for every chunk.
 
-    The last chunk is smaller if the chunk size does not divide the number of classes.
+    The last chunk is smaller if the chunk size does not divide the number of classes. It is
+    computed first: the loop depends on it, so XLA frees its arrays before the loop. After the
+    loop, XLA may compute its products before the loop and keep them during the loop.
     """
     whole, rest = divmod(linear.kernel.shape[spec.class_axis], max(1, spec.size))
+    if rest:
+        carry = step(rest, carry, jnp.int32(whole * spec.size))
     starts = spec.size * jnp.arange(whole, dtype=jnp.int32)
     carry, _ = lax.scan(lambda carry, start: (step(spec.size, carry, start), None), carry, starts)
-    return step(rest, carry, jnp.int32(whole * spec.size)) if rest else carry
+    return carry
 
 
 def _chunk(spec: ChunkSpec, linear: Linear, size: int, start: Array) -> _Chunk:
@@ -311,7 +315,8 @@ def _row(spec: ChunkSpec, linear: Linear, where: Array | None) -> Row:
 
     zero = linear.zeros()
     initial = Row(jnp.full_like(zero, jnp.finfo(zero.dtype).min), Split(zero, zero))
-    return _fold(step, initial, spec, masked)
+    row = _fold(step, initial, spec, masked)
+    return row._replace(exps=rows.keep_one_at_max(row.exps))
 
 
 def _row_forward(spec, *args):
@@ -360,7 +365,7 @@ def _row_of(spec: _Spec, args: ClassArgs) -> Row:
     return row._replace(max_logit=lax.stop_gradient(row.max_logit))
 
 
-def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[Array, Split]:
+def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[Array, SlopeSums]:
     """Return the losses and, if asked for, the sums of the slopes."""
     masked = args.logits.mask(args.where)
 
@@ -370,13 +375,13 @@ def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[
         arrays = [every_class.class_values(*inputs)]
         if with_slopes:
             by_n = every_class.class_slopes(*inputs).by_n
-            arrays += rows.split_top(inputs[1], row.exps, by_n)
+            arrays += [by_n, rows.zero_at_max(inputs[1], by_n)]
         return [total + jnp.sum(x, -1, keepdims=True) for total, x in zip(carry, arrays)]
 
     zero = masked.zeros()
     losses, *slopes = _fold(step, [zero] * (3 if with_slopes else 1), spec.chunks, masked)
     invalid = jnp.array(False) if args.invalid is None else args.invalid
-    return arguments.mask_and_invalidate(losses, invalid, args.where), Split(
+    return arguments.mask_and_invalidate(losses, invalid, args.where), SlopeSums(
         *slopes or (zero, zero)
     )
 
@@ -399,14 +404,14 @@ def _every_backward(spec: _Spec, residuals, ct: Array):
     # A NaN cotangent makes everything NaN that an invalid label has a part in.
     one = arguments.mask_and_invalidate(jnp.ones_like(losses), jnp.isnan(losses), args.where)
     ct = arguments.scale_cotangent(ct, one)
-    of_exps = rows.row_cotangent(row.exps, slopes)
 
     def of_chunk(chunk):
         inputs = _inputs(spec, args, row, chunk)
         x, found = inputs[1], every_class.class_slopes(*inputs)
-        dz = rows.direct_gradient(x, row.exps, found.by_n)
         if args.row is None:
-            dz = dz + rows.row_gradient(x, of_exps)
+            dz = rows.whole_gradient(x, row.exps, found.by_n, slopes)
+        else:
+            dz = rows.direct_gradient(x, row.exps, found.by_n)
 
         def of_option(name):
             of_leaf = lambda leaf: arguments.cotangent_like(leaf, ct * found.options[name])  # noqa: E731
@@ -420,6 +425,7 @@ def _every_backward(spec: _Spec, residuals, ct: Array):
     of_linear, of_options, of_alpha = found
     of_row = None
     if args.row is not None:
+        of_exps = rows.row_cotangent(row.exps, slopes)
         of_exps = jax.tree.map(lambda slope: ct * slope, of_exps)
         of_row = Row(jnp.zeros_like(row.max_logit), of_exps)
     return (ClassArgs(of_linear, None, of_alpha, of_options, None, None, of_row),)

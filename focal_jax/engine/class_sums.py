@@ -102,7 +102,9 @@ def _exp_excluding_without_select(logits, index, places, top, where):
     return e
 
 
-def _in_passes(axis: int, gradient: bool, logits: Array, places: Places, where) -> ClassSums:
+def class_sums_in_passes(
+    axis: int, gradient: bool, logits: Array, places: Places, where
+) -> ClassSums:
     """Return the class sums by one pass for the maximum and one for the sum, for CPUs."""
     z, index = cast_logits(logits, where), class_index(logits, axis)
     top = max_logit(z, axis)
@@ -145,7 +147,9 @@ def _plain_class_sums(
     axis: int, gradient: bool, logits: Array, places: Places, where: Array | None
 ) -> ClassSums:
     """Return the class sums for use in `custom_vjp` rules; differentiable in both modes."""
-    on_cpu, elsewhere = (partial(form, axis, gradient) for form in (_in_passes, _in_one_pass))
+    on_cpu, elsewhere = (
+        partial(form, axis, gradient) for form in (class_sums_in_passes, _in_one_pass)
+    )
     return by_platform(on_cpu, elsewhere, logits, places, where)
 
 

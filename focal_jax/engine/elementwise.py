@@ -152,10 +152,12 @@ class ElementwiseLoss:
             z, y, options, invalid = prepare(True, *args)
             found = slopes(z, y, *(options[name] for name in slope_names))
             of_arrays, of_options = slopes_by_name(found, 2, slope_names, self.options)
-            return jax.tree.map(
-                lambda slope: arguments.mask_and_invalidate(slope, invalid, args[-1]),
-                (*of_arrays, of_options),
-            )
+
+            def finish(slope):
+                slope = jnp.zeros_like(z) if slope is None else slope
+                return arguments.mask_and_invalidate(slope, invalid, args[-1])
+
+            return *map(finish, of_arrays), {name: finish(x) for name, x in of_options.items()}
 
         self._core = _with_slopes(losses, all_slopes)
 

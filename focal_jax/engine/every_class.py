@@ -12,21 +12,29 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from focal_jax.engine import arguments, scalar
-from focal_jax.engine.class_sums import cast_logits, class_index, reduce_classes, sum_classes
+from focal_jax.engine.class_sums import (
+    cast_logits,
+    class_index,
+    pick_class,
+    reduce_classes,
+    sum_classes,
+)
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.options import unwrap
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.rows import (
     Row,
+    SlopeSums,
     Split,
     class_terms,
     direct_gradient,
     finite,
+    max_class_on_cpu,
     plain_row,
     row_cotangent,
-    row_gradient,
     shift_logits,
-    split_top,
+    whole_gradient,
+    zero_at_max,
 )
 from focal_jax.engine.sharding import cast_to_common_varying
 
@@ -156,33 +164,50 @@ def _finish(losses: Array, args: ClassArgs) -> Array:
     return arguments.mask_and_invalidate(losses, invalid, args.where)
 
 
-def _split_slopes(spec: _Spec, args: ClassArgs, row: Row, by_n: Array):
-    x = shift_logits(cast_logits(args.logits, args.where), row.max_logit, for_backward=False)
-    return split_top(x, row.exps, by_n)
-
-
 def _forward_on_cpu(spec: _Spec, args: ClassArgs, row: Row):
     # The sums of the slopes are left to the backward pass, which writes the slopes to memory.
-    return _losses_on_cpu(spec, args, row), jax.tree.map(jnp.zeros_like, row.exps)
+    zero = jnp.zeros_like(row.max_logit)
+    return _losses_on_cpu(spec, args, row), SlopeSums(zero, zero)
 
 
 def _forward_elsewhere(spec: _Spec, args: ClassArgs, row: Row):
     by_n = _slopes(spec, args, row, for_backward=False).by_n
-    split = _split_slopes(spec, args, row, by_n)
-    losses, *sums = _sum_together(spec.axis, _summands(spec, args, row), *split)
-    return losses, Split(*sums)
+    x = cast_logits(args.logits, args.where) - row.max_logit
+    rest = zero_at_max(x, by_n)
+    losses, *sums = _sum_together(spec.axis, _summands(spec, args, row), by_n, rest)
+    return losses, SlopeSums(*sums)
 
 
-def _gradient(spec: _Spec, args: ClassArgs, row: Row, by_n: Array, slopes: Split) -> Array:
+def _gradient(spec: _Spec, args: ClassArgs, row: Row, by_n: Array, slopes: SlopeSums) -> Array:
     z = cast_logits(args.logits, args.where)
     x = shift_logits(z, row.max_logit, for_backward=True)
-    dz = direct_gradient(x, row.exps, by_n)
     if args.row is not None:
-        return dz
-    return dz + row_gradient(x, row_cotangent(row.exps, slopes))
+        return direct_gradient(x, row.exps, by_n)
+    return whole_gradient(x, row.exps, by_n, slopes)
 
 
-def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: Row, slopes: Split, losses: Array):
+def _zero_at_place(by_n: Array, index: Array, place: Array) -> Array:
+    return by_n * jnp.minimum(jnp.abs(index - place), 1).astype(by_n.dtype)
+
+
+def _sum_slopes_in_passes(axis: int, logits: Array, by_n: Array, top: Array, where) -> SlopeSums:
+    z = cast_logits(logits, where)
+    place = max_class_on_cpu(z, axis)
+    if place is not None:
+        # The largest logit of one shard of the classes may be below that of all shards.
+        place = jnp.where(pick_class(z, place, axis) < top, -1, place)
+        last = axis == logits.ndim - 1
+        compute = _zero_at_place if last else partial(compile_separately, _zero_at_place)
+        rest = sum_classes(axis, compute(by_n, class_index(z, axis), place))
+        return SlopeSums(rest + pick_class(by_n, place, axis), rest)
+    total = sum_classes(axis, by_n)
+    # XLA:CPU writes to memory what two sums share, a broadcast constant too. The barrier and the
+    # factor of 2 keep this sum from sharing anything with the sums of the forward pass.
+    top, _ = lax.optimization_barrier((top, lax.stop_gradient(total)))
+    return SlopeSums(total, 0.5 * sum_classes(axis, zero_at_max(z - top, by_n, scale=2.0)))
+
+
+def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: Row, slopes: SlopeSums, losses: Array):
     del slopes
     others = args._replace(logits=None, invalid=None)
 
@@ -191,13 +216,12 @@ def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: Row, slopes: Split, loss
 
     # The slopes are written to memory once, where the losses' summands were.
     found = compile_separately(_by_logits(by_n), args.logits, others, row, after=losses)
-    split = _split_slopes(spec, args, row, found)
-    slopes = Split(*(sum_classes(spec.axis, v) for v in split))
+    slopes = _sum_slopes_in_passes(spec.axis, args.logits, found, row.max_logit, args.where)
     gradient = _by_logits(partial(_gradient, spec))
     return compile_separately(gradient, args.logits, others, row, found, slopes), slopes
 
 
-def _gradient_elsewhere(spec: _Spec, args: ClassArgs, row: Row, slopes: Split, losses: Array):
+def _gradient_elsewhere(spec: _Spec, args: ClassArgs, row: Row, slopes: SlopeSums, losses: Array):
     del losses
     found = _slopes(spec, args, row, for_backward=True).by_n
     return _gradient(spec, args, row, found, slopes), slopes
@@ -285,14 +309,14 @@ def _probabilities_backward(axis, args, cts):
     logits, where = args
     t, x, row = _probability_terms(axis, *args, for_backward=True)
     by_n = t.p * (cts[1] - cts[0])
-    split = split_top(x, row.exps, by_n)
 
-    def in_passes(*split):
-        return tuple(sum_classes(axis, v) for v in split)
+    def in_one_pass(logits, by_n, top, where):
+        x = cast_logits(logits, where) - top
+        return SlopeSums(*_sum_together(axis, by_n, zero_at_max(x, by_n)))
 
-    slopes = Split(*by_platform(in_passes, partial(_sum_together, axis), *split))
-    dz = direct_gradient(x, row.exps, by_n)
-    dz = dz + row_gradient(x, row_cotangent(row.exps, slopes))
+    sums = partial(_sum_slopes_in_passes, axis), in_one_pass
+    slopes = by_platform(*sums, logits, by_n, lax.stop_gradient(row.max_logit), where)
+    dz = whole_gradient(x, row.exps, by_n, slopes)
     return arguments.mask_to_zero(dz, where).astype(logits.dtype), None
 
 

@@ -132,7 +132,7 @@ def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, wh
         losses = losses if name is None else lax.psum(losses, name)
         if not head.return_logsumexp:
             return (losses,)
-        log_sum_exp = row.max_logit + rows.row_log_sum(row)
+        log_sum_exp = row.max_logit + rows.log_total(row.exps)
         return losses, arguments.mask_to_zero(log_sum_exp, where)
     if head.loss.row_option is not None or head.return_logsumexp:
         logits = source.for_two_cotangents(logits)

@@ -161,7 +161,9 @@ def known_numbers(value: Any) -> np.ndarray | None:
     elif any(isinstance(leaf, Array) for leaf in jax.tree.leaves(value)):
         return None
     try:
-        known = np.asarray(value)
+        known = np.asarray(float(value) if isinstance(value, numbers.Real) else value)
+    except OverflowError:  # a Python integer that is larger than every float
+        return np.asarray(math.inf)
     except ValueError:  # a ragged list: `as_array` names the argument
         return None
     return known.astype(np.float64) if known.dtype.kind in "biuf" else None

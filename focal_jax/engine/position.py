@@ -235,12 +235,12 @@ def position_loss(
     Example:
       >>> import jax.numpy as jnp
       >>> from focal_jax import engine
-      >>> def value(terms, q):  # generalized cross entropy, (1 - p**q) / q
-      ...     return -jnp.expm1(-q * terms.n) / q
-      >>> loss = engine.position_loss(value, q=0.7)
-      >>> losses = loss(jnp.array([[2.0, 0.0, 0.0]]), jnp.array([0]), alpha=2.0)
+      >>> def value(terms, scale):  # the mean absolute error of a one-hot label, 1 - p
+      ...     return scale * terms.q
+      >>> loss = engine.position_loss(value, scale=1.0)
+      >>> losses = loss(jnp.array([[2.0, 0.0, 0.0]]), jnp.array([0]), scale=2.0)
       >>> [round(x, 4) for x in losses.tolist()]
-      [0.4411]
+      [0.426]
 
     Args:
       value: `value(terms, *options) -> losses`, of the `Terms` of the true class. Parameters after

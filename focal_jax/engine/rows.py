@@ -2,13 +2,13 @@
 
 `1 - p_c` is needed for every class c. Only a class with `p_c > 1/2` cancels there. At most one
 class has that, and it has the largest logit: its `1 - p` is the sum of the other exponentials
-divided by the sum of all. If several classes tie for the largest logit, none of them exceeds 1/2.
-So the sums over a row are kept in two parts, over the classes with the largest logit and over the
-rest, and no index of the largest class is needed.
+divided by the sum of all. So the sum over a row is kept in two parts: 1 for a class with the
+largest logit, and the rest. That class exceeds 1/2 exactly if the rest is below 1. If several
+classes tie for the largest logit, the rest is at least 1. So no index of the class is needed.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from focal_jax.engine import arguments, scalar
 from focal_jax.engine.class_sums import (
     AxisName,
     cast_logits,
+    class_sums_in_passes,
     max_logit,
     reduce_classes,
     sum_classes,
@@ -37,28 +38,45 @@ class Split(NamedTuple):
 class Row(NamedTuple):
     """The exponentials of one position, with a class axis of size 1.
 
-    `max_logit` has no derivative: the losses do not depend on the number that is subtracted.
+    `max_logit` has no derivative: the losses do not depend on the number that is subtracted. `exps`
+    is the sum of `exp(logit - max_logit)`. Its first part is 1, for one class with the largest
+    logit; further classes with that logit count in the rest.
     """
 
     max_logit: Array
-    exps: Split  # of exp(logit - max_logit), so that `at_max` is the number of ties
-
-    @property
-    def total(self) -> Array:
-        """The sum of all exponentials."""
-        return self.exps.at_max + self.exps.rest
+    exps: Split
 
 
 # ---------------------------------------------------------------- sums of exponentials
 
 
+# XLA:CPU finds the index of the largest of this many classes faster than it adds numbers.
+_FEW_CLASSES = 64
+
+
+def max_class_on_cpu(z: Array, axis: int) -> Array | None:
+    """Return the first class with the largest logit, or None if that would be slow."""
+    num_classes = z.shape[axis]
+    if not num_classes or (axis == z.ndim - 1 and num_classes > _FEW_CLASSES):
+        return None
+    return jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
+
+
 def _row_in_passes(axis: int, logits: Array, where: Array | None) -> Row:
     z = cast_logits(logits, where)
+    place = max_class_on_cpu(z, axis)
+    if place is not None:
+        sums = class_sums_in_passes(axis, False, logits, (place,), where)
+        return Row(sums.max_logit, Split(jnp.ones_like(sums.rest), sums.rest))
     top = max_logit(z, axis)
-    # Without a select in the sum, which XLA:CPU would not vectorize: at a tie exp(0) - 1 is 0.
-    ties = (z - top == 0).astype(z.dtype)
-    rest = sum_classes(axis, jnp.exp(z - top) - ties)
-    return Row(top, Split(sum_classes(axis, ties), rest))
+    total = sum_classes(axis, jnp.exp(z - top))
+    # The barrier keeps the sums from sharing `z - top`, which XLA:CPU would write to memory.
+    x = z - lax.optimization_barrier(top)
+    rest = sum_classes(axis, zero_at_max(x, jnp.exp(x)))
+    # The difference is the number of classes with the largest logit. If there are several, the
+    # rest is at least 1, and subtracting 1 from the total does not cancel.
+    rest = jnp.where(total - rest < 1.5, rest, total - 1)
+    return Row(top, Split(jnp.ones_like(rest), rest))
 
 
 def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
@@ -73,7 +91,8 @@ def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
     # With a single class, exp(logit - max) is 1, or 0 if the logit is -inf.
     one = jnp.where(z == -jnp.inf, 0, jnp.ones_like(z))
     operands = Row(jnp.maximum(z, least), Split(one, jnp.zeros_like(z)))
-    return reduce_classes(axis, operands, Row(zero + least, Split(zero, zero)), combine)
+    row = reduce_classes(axis, operands, Row(zero + least, Split(zero, zero)), combine)
+    return row._replace(exps=keep_one_at_max(row.exps))
 
 
 def rescale(exps: Split, shift: Array) -> Split:
@@ -82,6 +101,12 @@ def rescale(exps: Split, shift: Array) -> Split:
     at_max = jnp.where(shift == 0, exps.at_max, 0)
     rest = exps.rest * factor + jnp.where(shift == 0, 0, exps.at_max * factor)
     return Split(at_max, rest)
+
+
+def keep_one_at_max(exps: Split) -> Split:
+    """Return the sums with all but one of the classes with the largest logit moved to the rest."""
+    others = jnp.maximum(lax.stop_gradient(exps.at_max) - 1, 0)
+    return Split(exps.at_max - others, exps.rest + others)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -96,12 +121,10 @@ def _plain_row_jvp(axis, primals, tangents):
     (logits, where), row = primals, plain_row(axis, *primals)
     x = cast_logits(logits, where) - lax.stop_gradient(row.max_logit)
     de = jnp.exp(x) * cast_logits(tangents[0], where)
-    of_exps = _split(partial(sum_classes, axis), de, x == 0)
+    of_exps = Split(
+        sum_classes(axis, jnp.where(x == 0, de, 0)), sum_classes(axis, jnp.where(x == 0, 0, de))
+    )
     return row, Row(jnp.zeros_like(row.max_logit), of_exps)
-
-
-def _split(total: Any, v: Array, at_max: Array) -> Split:
-    return Split(total(jnp.where(at_max, v, 0)), total(jnp.where(at_max, 0, v)))
 
 
 def _row_backward(axis, residuals, cts: Row):
@@ -131,15 +154,16 @@ def row_over_shards(row: Row, class_axis_name: AxisName | None) -> Row:
     if class_axis_name is None:
         return Row(own_top, row.exps)
     top = lax.pmax(own_top, class_axis_name)
-    return Row(top, lax.psum(rescale(row.exps, own_top - top), class_axis_name))
+    exps = lax.psum(rescale(row.exps, own_top - top), class_axis_name)
+    return Row(top, keep_one_at_max(exps))
 
 
-def row_log_sum(row: Row) -> Array:
-    """Return the logarithm of the sum of `exp(logit - max_logit)`.
+def log_total(exps: Split) -> Array:
+    """Return the logarithm of the sum of the exponentials.
 
     `log(1 + rest)` would round a small rest away.
     """
-    return jnp.log1p((row.exps.at_max - 1) + row.exps.rest)
+    return jnp.log1p((exps.at_max - 1) + exps.rest)
 
 
 # ---------------------------------------------------------------- each class as the true class
@@ -161,28 +185,27 @@ def _shift_jvp(for_backward, primals, tangents):
     return _shift(for_backward, *primals), tangents[0] - tangents[1]
 
 
-def is_top_class(x: Array, exps: Split) -> Array:
-    """Return whether a class alone has the largest logit: only its probability exceeds 1/2."""
-    return (x == 0) & (exps.at_max == 1)
+def _dominates(x: Array, exps: Split) -> Array:
+    """Return whether the probability of a class exceeds 1/2: x = 0, and the rest is below 1."""
+    return x >= jnp.where(exps.rest < 1, 0, jnp.ones_like(exps.rest))
 
 
 @jax.custom_jvp
 def class_terms(x: Array, exps: Split) -> Terms:
     """Return the terms of each class in turn, for shifted logits `x`."""
-    total, is_top = exps.at_max + exps.rest, is_top_class(x, exps)
-    log_total, share = jnp.log1p((exps.at_max - 1) + exps.rest), 1 / total
-    p, n = jnp.exp(x) * share, log_total - x
-    q = jnp.where(is_top, exps.rest * share, 1 - p)
-    log_q = jnp.where(is_top, jnp.log(exps.rest) - log_total, scalar.log1p(-jnp.minimum(p, 0.5)))
+    dominates, log_sum, share = _dominates(x, exps), log_total(exps), 1 / (exps.at_max + exps.rest)
+    p, n = jnp.exp(x) * share, log_sum - x
+    q = jnp.where(dominates, exps.rest * share, 1 - p)
+    log_q = jnp.where(dominates, jnp.log(exps.rest) - log_sum, scalar.log1p(-jnp.minimum(p, 0.5)))
     return Terms(p, q, n, jnp.maximum(log_q, scalar.min_log(x)), scalar.n_over_q(n, q))
 
 
 @class_terms.defjvp
 def _class_terms_jvp(primals, tangents):
     (x, exps), (dx, dexps) = primals, tangents
-    t, e, is_top = class_terms(x, exps), jnp.exp(x), is_top_class(x, exps)
-    others = jnp.where(is_top, exps.rest, (exps.rest - e) + exps.at_max)
-    d_others = jnp.where(is_top, dexps.rest, (dexps.rest - e * dx) + dexps.at_max)
+    t, e, dominates = class_terms(x, exps), jnp.exp(x), _dominates(x, exps)
+    others = jnp.where(dominates, exps.rest, (exps.rest - e) + exps.at_max)
+    d_others = jnp.where(dominates, dexps.rest, (dexps.rest - e * dx) + dexps.at_max)
     return t, scalar.terms_tangents(t, dx - scalar.divide(d_others, others))
 
 
@@ -198,22 +221,43 @@ def finite(t: Terms) -> Terms:
 # constant, and the derivative through the row sums. Neither cancels for the dominant class.
 
 
+class SlopeSums(NamedTuple):
+    """Sums of slopes over the classes, with a class axis of size 1."""
+
+    total: Array
+    rest: Array  # without the classes with the largest logit
+
+
 def direct_gradient(x: Array, exps: Split, by_n: Array) -> Array:
     """Return the gradient of the logits with the row sums held constant."""
-    q = jnp.where(is_top_class(x, exps), exps.rest / (exps.at_max + exps.rest), 1)
+    q = jnp.where(_dominates(x, exps), exps.rest / (exps.at_max + exps.rest), 1)
     return -by_n * q
 
 
-def split_top(x: Array, exps: Split, v: Array) -> tuple[Array, Array]:
-    """Return `v` for the class that alone has the largest logit, and `v` for the others."""
-    is_top = is_top_class(x, exps)
-    return jnp.where(is_top, v, 0), jnp.where(is_top, 0, v)
-
-
-def row_cotangent(exps: Split, slopes: Split) -> Split:
-    """Return the gradient of the row sums from the sums of `by_n` (see `split_top`)."""
+def whole_gradient(x: Array, exps: Split, by_n: Array, slopes: SlopeSums) -> Array:
+    """Return the gradient of the logits: the direct one, and the one through the row sums."""
     share = 1 / (exps.at_max + exps.rest)
-    return Split(slopes.rest * share, (slopes.at_max + slopes.rest) * share)
+    dominant = slopes.rest * share - by_n * (exps.rest * share)
+    return jnp.where(_dominates(x, exps), dominant, jnp.exp(x) * (slopes.total * share) - by_n)
+
+
+# A difference of logits times this is at least 1, unless the difference is 0 or subnormal.
+_LARGE = 1e38
+
+
+def zero_at_max(x: Array, v: Array, scale: float = 1.0) -> Array:
+    """Return `scale * v` with 0 for the classes with the largest logit.
+
+    A product: XLA:CPU does not vectorize a sum that is fused with a select.
+    """
+    return v * jnp.minimum(lax.stop_gradient(x) * (-_LARGE * scale), scale)
+
+
+def row_cotangent(exps: Split, slopes: SlopeSums) -> Split:
+    """Return the gradient of the row sums. A dominant class has no derivative through its own."""
+    share = 1 / (exps.at_max + exps.rest)
+    at_max = jnp.where(exps.rest < 1, slopes.rest, slopes.total)
+    return Split(at_max * share, slopes.total * share)
 
 
 def row_gradient(x: Array, of_exps: Split) -> Array:

@@ -136,19 +136,29 @@ def terms_tangents(t: Terms, dx: Array) -> Terms:
     return Terms(dp, -dp, -t.q * dx, -t.p * dx, (t.p * clip_inf(t.n_over_q) - 1) * dx)
 
 
-@jax.custom_jvp
-def sigmoid_terms(x: Array) -> Terms:
-    """Return the terms of a sigmoid whose true class has the logit `x`.
+def sigmoid_terms(logit: Array, positive: Array | None = None) -> Terms:
+    """Return the terms of a sigmoid: `p = sigmoid(logit)`, or `sigmoid(-logit)` for negatives.
 
-    For a positive `x` is the logit, for a negative it is minus the logit.
+    `positive` says which labels are positive; None stands for all.
     """
-    return _terms(x, _exp_neg_abs(x))
+    return _sigmoid_terms(logit, positive)
 
 
-@sigmoid_terms.defjvp
+def _margin(z: Array, positive: Array | None) -> Array:
+    return z if positive is None else jnp.where(positive, z, -z)
+
+
+@jax.custom_jvp
+def _sigmoid_terms(z: Array, positive: Array | None) -> Terms:
+    # The exponential is computed from z and not from the margin, so that it does not wait for the
+    # label: XLA:CPU would write the comparison of the label to memory.
+    return _terms(_margin(z, positive), _exp_neg_abs(z))
+
+
+@_sigmoid_terms.defjvp
 def _sigmoid_terms_jvp(primals, tangents):
-    t = sigmoid_terms(*primals)
-    return t, terms_tangents(t, tangents[0])
+    t = _sigmoid_terms(*primals)
+    return t, terms_tangents(t, _margin(tangents[0], primals[1]))
 
 
 @jax.custom_jvp

@@ -8,10 +8,19 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax.catalogue import declare
-from focal_jax.engine import arguments, position_loss, scalar
+from focal_jax.engine import arguments, position_loss
 from focal_jax.engine.class_sums import class_sums
 
 _cross_entropy = position_loss(lambda terms: terms.n, lambda terms: (jnp.ones_like(terms.n),))
+
+
+@jax.custom_jvp
+def _nan_to_zero(y: Array) -> Array:
+    """Return `y` with 0 for NaN, and the derivative 1: 0 * NaN in second derivatives is NaN."""
+    return jnp.where(jnp.isnan(y), 0, y)
+
+
+_nan_to_zero.defjvps(lambda dy, _, y: dy)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -19,8 +28,8 @@ def _losses(axis: int, logits: Array, labels: Array, where: Array | None) -> Arr
     """Return the losses, with a class axis of size 1 as the labels."""
     last, dtype = logits.shape[axis] - 1, arguments.compute_dtype(logits)
     y = arguments.cast_and_mask(labels, dtype, where)
+    invalid, y = ~((y >= 0) & (y <= last)), _nan_to_zero(y)
     left = lax.stop_gradient(jnp.clip(jnp.floor(y), 0, max(last - 1, 0)))
-    invalid = ~((y >= 0) & (y <= last))
     index = jnp.where(invalid, -1, left).astype(jnp.int32)
     places = index, jnp.where(invalid, -1, jnp.minimum(index + 1, last))
     sums = class_sums(axis, logits, places, where)
@@ -30,8 +39,7 @@ def _losses(axis: int, logits: Array, labels: Array, where: Array | None) -> Arr
         no_other = invalid | (places[0] == places[1])
         other = jnp.where(no_other, -jnp.inf, sums.label_logit[1 - i] - sums.max_logit)
         label_logit, rest = sums.label_logit[i] - sums.max_logit, sums.rest + jnp.exp(other)
-        loss = _cross_entropy.of_sums(label_logit, rest, jnp.ones_like(y), {}, where, invalid)
-        return scalar.weigh(weight, loss)
+        return _cross_entropy.of_sums(label_logit, rest, weight, {}, where, invalid)
 
     return summand(left + 1 - y, 0) + summand(y - left, 1)
 

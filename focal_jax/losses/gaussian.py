@@ -10,14 +10,14 @@ from focal_jax.engine.options import POSITIVE_WEIGHT
 
 
 def _parts(z: Array, y: Array) -> tuple[Array, Array, scalar.Terms, Array, Array]:
-    """Return where the peaks are, the sign of the margin, the terms, `1 - y` and `log(1 - y)`.
+    """Return the peaks, the sign of the margin, the terms, `1 - y` and `log(1 - y)`.
 
     For a peak `1 - y` counts as 1, so that its weight is 1 for every beta.
     """
     peak = y == 1
     sign = jnp.where(peak, 1, -jnp.ones_like(y))
     y = jnp.where(peak, 0, y)
-    return peak, sign, scalar.sigmoid_terms(sign * z), 1 - y, jnp.log1p(-y)
+    return peak, sign, scalar.sigmoid_terms(z, peak), 1 - y, jnp.log1p(-y)
 
 
 def _alpha_weight(peak: Array, y: Array, alpha: Array | None) -> Array:

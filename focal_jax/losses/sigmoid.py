@@ -93,22 +93,17 @@ _soft = elementwise_loss(soft_value, soft_slopes, alpha=POSITIVE_WEIGHT, gamma=e
 # ---------------------------------------------------------------- labels 0 and 1
 
 
-def _margin(z: Array, y: Array) -> Array:
-    """Return the logit of the label's side."""
-    return jnp.where(y == 1, z, -z)
-
-
 def _hard_weight(y: Array, alpha: Array | None) -> Array:
     return jnp.ones((), y.dtype) if alpha is None else jnp.where(y == 1, alpha, 1 - alpha)
 
 
 def _hard_value(z, y, alpha, gamma):
-    t = scalar.sigmoid_terms(_margin(z, y))
+    t = scalar.sigmoid_terms(z, y == 1)
     return scalar.weigh(_hard_weight(y, alpha), scalar.focal(t, gamma))
 
 
 def _hard_slopes(z, y, alpha, gamma):
-    t, weight = scalar.sigmoid_terms(_margin(z, y)), _hard_weight(y, alpha)
+    t, weight = scalar.sigmoid_terms(z, y == 1), _hard_weight(y, alpha)
     focal = scalar.focal(t, gamma)
     by_margin = -weight * (scalar.minus_dfocal_dlog_p(t, gamma) * t.q)
     sign = jnp.where(y == 1, 1, -jnp.ones_like(y))

@@ -1,0 +1,112 @@
+"""Losses of class indices as functions of features, kernel, bias and labels.
+
+A dense head computes an array of logits. The linear head computes the logits in chunks. The
+reference is the plain formula. All heads have one signature, so that one test compares them.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import jit
+
+import focal_jax
+from focal_jax import engine, reference
+
+DEPTH, CLASSES, POSITIONS = 5, 12, (4, 3)
+
+
+def inputs(
+    seed=0, positions=POSITIONS, depth=DEPTH, classes=CLASSES, *, dtype=np.float32, scale=1.0
+):
+    """Return `[features, kernel, bias, alpha, gamma]`, and labels."""
+    rng = np.random.default_rng(seed)
+    shapes = (*positions, depth), (depth, classes), (classes,)
+    arrays = [scale * rng.normal(size=shape) for shape in shapes]
+    arrays += [rng.uniform(0.1, 0.9, classes), rng.uniform(0.2, 4, positions)]
+    labels = jnp.asarray(rng.integers(0, classes, positions), jnp.int32)
+    return [jnp.asarray(x, dtype) for x in arrays], labels
+
+
+# ---------------------------------------------------------------- heads
+
+
+def product(features, kernel, bias):
+    """Return the logits."""
+    logits = features @ kernel
+    return logits if bias is None else logits + jnp.broadcast_to(bias, logits.shape)
+
+
+def dense(loss):
+    """Return the head that passes an array of logits to `loss`."""
+    has_gamma = "gamma" in inspect.signature(loss).parameters
+
+    def head(features, kernel, bias, labels, **options):
+        if not has_gamma:
+            options.pop("gamma", None)
+        return loss(product(features, kernel, bias), labels, **options)
+
+    return head
+
+
+softmax = dense(focal_jax.softmax_focal_loss_with_integer_labels)
+
+
+def linear(features, kernel, bias, labels, **options):
+    """Return the losses of the linear head; 5 does not divide the 12 classes."""
+    loss = focal_jax.linear_softmax_focal_loss_with_integer_labels
+    return loss(features, kernel, labels, bias=bias, **{"chunk_size": 5} | options)
+
+
+def formula(features, kernel, bias, labels, **options):
+    """Return the losses of the plain formula of the linear head."""
+    loss = reference.linear_softmax_focal_loss_with_integer_labels
+    return loss(features, kernel, labels, bias=bias, **options)
+
+
+# ---------------------------------------------------------------- a loss made with the engine
+
+
+def _poly(terms, gamma, epsilon):
+    return engine.power(terms.q, terms.log_q, gamma) * (terms.n + epsilon * terms.q)
+
+
+# The poly focal loss without slopes, with the default options of the package's own loss.
+engine_loss = engine.position_loss(_poly, epsilon=1.0, gamma=engine.exponent(2.0))
+engine_dense = dense(engine_loss)
+engine_formula = dense(reference.softmax_poly_focal_loss_with_integer_labels)
+
+
+def engine_linear(features, kernel, bias, labels, **options):
+    """Return the losses of the linear form of a loss that is made with the engine."""
+    return engine_loss.linear(features, kernel, labels, bias=bias, **{"chunk_size": 5} | options)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def total(head, labels, weights=1.0, **options):
+    """Return the weighted sum of the squares of all outputs, as a function of the arrays."""
+
+    def function(features, kernel, bias, alpha, gamma):
+        outputs = head(features, kernel, bias, labels, alpha=alpha, gamma=gamma, **options)
+        return sum(jnp.sum(weights * x**2) for x in jax.tree.leaves(outputs))
+
+    return function
+
+
+def value_and_gradients(head, arrays, labels, weights=1.0, **options):
+    """Return `total` and its gradients in all arrays, compiled."""
+    function = total(head, labels, weights, **options)
+    return jit(jax.value_and_grad(function, range(len(arrays))))(*arrays)
+
+
+def directional_derivative(function, direction):
+    """Return the derivative of `function` along a direction, by reverse mode."""
+
+    def derivative(*arrays):
+        gradients = jax.grad(function, range(len(arrays)))(*arrays)
+        return sum(jnp.vdot(g, v) for g, v in zip(gradients, direction))
+
+    return derivative
