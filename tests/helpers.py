@@ -350,7 +350,7 @@ KINDS = [
 
 # Losses whose derivatives have a singularity where the score equals a soft label. At a distance of
 # one rounding error of the label, an exponent below 1 multiplies that error without bound.
-_SINGULAR_AT_LABEL = {"quality_focal_loss"}
+_SINGULAR_AT_LABEL = "quality_"
 
 
 def near_labels(row, arguments, dtype):
@@ -359,7 +359,7 @@ def near_labels(row, arguments, dtype):
     The change of a value with the label is the error that the value may have. Labels next to 0 and
     1 are moved by less, so that they stay in their range. Other losses have no such labels.
     """
-    if not (row.soft and row.name in _SINGULAR_AT_LABEL):
+    if not (row.soft and row.name.startswith(_SINGULAR_AT_LABEL)):
         return []
     y = np.asarray(arguments["labels"], np.float64)
     shift = 8 * np.finfo(dtype).eps * np.minimum(y, 1 - y)

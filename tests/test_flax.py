@@ -302,7 +302,7 @@ def test_constructors_reject_invalid_options_of_softmax(framework, options, mess
     ("loss", "options", "message"),
     [
         ("asymmetric_loss", {"margin": 1.5}, "margin: got 1.5"),
-        ("quality_focal_loss", {"beta": -1}, "beta: got -1"),
+        ("gaussian_focal_loss", {"beta": -1}, "beta: got -1"),
         ("sigmoid_focal_loss_star", {"gamma": 0}, "gamma: got 0"),
         ("varifocal_loss", {"stop_weight_gradient": 1}, "stop_weight_gradient: got 1"),
         ("focal_tversky_loss", {"gamma": -0.5}, "gamma: got -0.5"),

@@ -85,7 +85,9 @@ TYPES = {
     "focal_jax.training.positive_count_ema()": "PositiveCountEma",
     "focal_jax.compat.caffe.FocalLossLayer.from_prototxt('')": "FocalLossLayer",
     "focal_jax.reduce_loss(1.0, normalization='mean')": "Array",
-    "focal_jax.softmax_focal_loss_with_integer_labels(1.0, 1)": "Array",
+    "focal_jax.sigmoid_focal_loss(1.0, 1)": "Array",
+    # An array, or with return_logsumexp a pair.
+    "focal_jax.softmax_focal_loss_with_integer_labels(1.0, 1)": "Any",
     "focal_jax.InputError('')": "InputError",
 }
 

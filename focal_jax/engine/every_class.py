@@ -28,7 +28,6 @@ from focal_jax.engine.rows import (
     Split,
     class_terms,
     direct_gradient,
-    finite,
     max_class_on_cpu,
     plain_row,
     row_cotangent,
@@ -84,7 +83,7 @@ def class_slopes(
     loss: Any, x: Array, exps: Split, y: Array, alpha: Array, options: Any
 ) -> ClassSlopes:
     """Return the derivatives of each class's summand."""
-    t = finite(class_terms(x, exps))
+    t = scalar.finite(class_terms(x, exps))
     value = loss.value_of(t, options)
     by_n, of_options = loss.slopes_of(t, options)
     weight = alpha * y

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments, class_sums, every_class, rows
+from focal_jax.engine import arguments, class_sums
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.class_sums import AxisName, ClassSums
-from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options
-from focal_jax.engine.rows import Row
 from focal_jax.engine.sharding import check_not_varying
 
 
@@ -47,10 +45,14 @@ class DenseSource(NamedTuple):
         sums = class_sums.class_sums(self.class_axis, logits, (place,), where)
         return sums._replace(label_logit=sums.label_logit[0])
 
-    def row_sums(self, logits: Array, where: Array | None) -> Row:
+    def row_sums(self, logits: Array, where: Array | None) -> Any:
+        from focal_jax.engine import rows
+
         return rows.row_sums(self.class_axis, logits, where)
 
-    def sum_over_classes(self, loss: Any, args: ClassArgs, smoothing: Smoothing) -> Array:
+    def sum_over_classes(self, loss: Any, args: Any, smoothing: Any) -> Array:
+        from focal_jax.engine import every_class
+
         others = [i for i in range(args.logits.ndim) if i != self.class_axis]
         args = args._replace(alpha=lax.expand_dims(args.alpha, others))
         return every_class.sum_over_classes(loss, self.class_axis, args, smoothing)
@@ -121,19 +123,8 @@ def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, wh
         place, num_classes = labels - start, local * lax.axis_size(name)
     weight, invalid = _label_weight(alpha, labels, num_classes)
     if head.label_smoothing:
-        row: Any = None
-        if name is not None or head.return_logsumexp:
-            logits = source.for_two_cotangents(logits)
-            row = rows.row_over_shards(source.row_sums(logits, where), name)
         weights = _local_weights(alpha, local, start)
-        args = ClassArgs(logits, place, weights, options, where, invalid, row)
-        smoothing = Smoothing(head.label_smoothing, num_classes)
-        losses = source.sum_over_classes(head.loss, args, smoothing)
-        losses = losses if name is None else lax.psum(losses, name)
-        if not head.return_logsumexp:
-            return (losses,)
-        log_sum_exp = row.max_logit + rows.log_total(row.exps)
-        return losses, arguments.mask_to_zero(log_sum_exp, where)
+        return _smoothed(head, logits, place, weights, options, where, invalid, num_classes)
     if head.loss.row_option is not None or head.return_logsumexp:
         logits = source.for_two_cotangents(logits)
     sums = class_sums.sum_over_shards(source.class_sums(logits, place, where), name)
@@ -145,6 +136,26 @@ def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, wh
     if not head.return_logsumexp:
         return (losses,)
     return losses, class_sums.log_sum_exp(sums, invalid, where)
+
+
+def _smoothed(
+    head: _Head, logits: Any, place, weights, options: Any, where, invalid, num_classes: int
+) -> Any:
+    """Return the losses of smoothed labels and, if asked for, the log-sum-exp."""
+    # Imported here, because most programs do not smooth labels.
+    from focal_jax.engine import every_class, rows
+
+    source, name, row = head.source, head.class_axis_name, None
+    if name is not None or head.return_logsumexp:
+        logits = source.for_two_cotangents(logits)
+        row = rows.row_over_shards(source.row_sums(logits, where), name)
+    args = every_class.ClassArgs(logits, place, weights, options, where, invalid, row)
+    smoothing = every_class.Smoothing(head.label_smoothing, num_classes)
+    losses = source.sum_over_classes(head.loss, args, smoothing)
+    losses = losses if name is None else lax.psum(losses, name)
+    if row is None or not head.return_logsumexp:
+        return (losses,)
+    return losses, arguments.mask_to_zero(row.max_logit + rows.log_total(row.exps), where)
 
 
 def _label_weight(alpha: Array, labels: Array, num_classes: int) -> tuple[Array, Array]:

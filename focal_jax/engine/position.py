@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments, every_class, head, rows, scalar
+from focal_jax.engine import arguments, head, scalar
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.class_sums import AxisName, ClassSums
 from focal_jax.engine.cpu import compile_separately
@@ -91,7 +91,8 @@ class PositionLoss:
 
         The arguments are those of `focal_jax.linear_softmax_focal_loss_with_integer_labels`.
         """
-        from focal_jax.engine.linear import linear_source  # here: most programs do not need it
+        # Imported here, because most programs do not use it.
+        from focal_jax.engine.linear import linear_source
 
         if self.row_option is not None:
             raise InputError(f"linear: {self.__name__} needs a whole row of logits at once")
@@ -114,6 +115,8 @@ class PositionLoss:
 
         The arguments are those of `focal_jax.softmax_focal_loss`.
         """
+        from focal_jax.engine import every_class  # see `linear`
+
         check_names(self.__name__, self.options, options)
         logits = arguments.floating_array("logits", logits)
         axis = arguments.static_axis(axis, logits.ndim)
@@ -188,7 +191,7 @@ def _with_slopes(loss: PositionLoss):
     def backward(args, ct):
         label_logit, rest, weight, options, where, invalid = args
         t, w, given = _prepare(label_logit, rest, weight, options, where)
-        t = rows.finite(t)
+        t = scalar.finite(t)
         by_n, of_options = loss.slopes_of(t, given)
 
         def scaled(slope):

@@ -209,11 +209,6 @@ def _class_terms_jvp(primals, tangents):
     return t, scalar.terms_tangents(t, dx - scalar.divide(d_others, others))
 
 
-def finite(t: Terms) -> Terms:
-    """Return the terms with infinities clipped, for slopes: a weight of 0 makes them 0."""
-    return t._replace(n=scalar.clip_inf(t.n), n_over_q=scalar.clip_inf(t.n_over_q))
-
-
 # ---------------------------------------------------------------- gradients
 
 # With G_c for the slope of class c in n, the gradient of the logits is p_j * (sum of all G) - G_j.

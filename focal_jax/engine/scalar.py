@@ -233,6 +233,11 @@ def _shift_log_p_jvp(primals, tangents):
     return t, jax.tree.map(jnp.add, dt, by_shift)
 
 
+def finite(t: Terms) -> Terms:
+    """Return the terms with infinities clipped, for slopes: a weight of 0 makes them 0."""
+    return t._replace(n=clip_inf(t.n), n_over_q=clip_inf(t.n_over_q))
+
+
 # ---------------------------------------------------------------- quotients and powers
 
 

@@ -9,7 +9,6 @@ from jax.typing import ArrayLike
 
 from focal_jax.catalogue import declare
 from focal_jax.engine import arguments, exponent, number, scalar
-from focal_jax.engine.every_class import class_probabilities
 from focal_jax.engine.options import prepare_options, unwrap
 from focal_jax.engine.sharding import cast_to_common_varying
 
@@ -23,6 +22,8 @@ _OPTIONS = {
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _losses(axis, axis_name, logits, labels, options, where):
+    from focal_jax.engine.every_class import class_probabilities  # most programs do not use it
+
     dtype = arguments.compute_dtype(logits)
     y = arguments.cast_and_mask(labels, dtype, where)
     options = arguments.cast_and_mask(options, dtype, None)

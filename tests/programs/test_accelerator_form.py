@@ -130,7 +130,7 @@ CASES = [*_row_cases(), *_integer_cases(), *_linear_cases()]
 
 def test_every_loss_of_the_catalogue_is_compared():
     compared = {name.partition(" ")[0].partition("-")[0] for name, _, _ in CASES}
-    assert compared == set(catalogue.LOSSES)
+    assert compared >= set(catalogue.LOSSES)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,300 @@
+"""Make a plain JAX loss of a formula: signature, checks, masks, and the softmax before it.
+
+Autodiff differentiates the result. It shares nothing with the engine but the declared options and
+the checks of arguments.
+"""
+
+import inspect
+import numbers
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from focal_jax.engine import arguments
+from focal_jax.engine.declaration import Loss
+from focal_jax.engine.options import CLASS_WEIGHTS, Option
+
+
+class Operations(NamedTuple):
+    """The functions that a formula needs beyond arithmetic and powers."""
+
+    exp: Callable[[Any], Any]
+    log: Callable[[Any], Any]
+    sigmoid: Callable[[Any], Any]
+    log_sigmoid: Callable[[Any], Any]
+    where: Callable[[Any, Any, Any], Any]
+    stop_gradient: Callable[[Any], Any]
+
+
+_JAX = Operations(
+    jnp.exp, jnp.log, jax.nn.sigmoid, jax.nn.log_sigmoid, jnp.where, lax.stop_gradient
+)
+
+
+def from_formula(declaration: Loss, formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a plain JAX loss with the signature of the declared loss."""
+    signature = inspect.signature(declaration.function)
+    declared = dict(declaration.options)
+    if declaration.has_class_axis and declaration.kind != "region":
+        declared.pop("alpha", None)  # the class weight, which is not an argument of the formula
+
+    def loss(*args, **keywords):
+        bound = signature.bind(*args, **keywords)
+        bound.apply_defaults()
+        by_kind = _BY_KIND[declaration.kind]
+        return by_kind(formula, declared, SimpleNamespace(**bound.arguments))
+
+    loss.__name__ = loss.__qualname__ = declaration.name
+    loss.__doc__ = (
+        f"Compute `focal_jax.{declaration.name}` from its formula.\n\n"
+        "Arguments, results and errors are the same. Every mode of differentiation works.\n"
+    )
+    loss.__signature__ = signature  # type: ignore[attr-defined]
+    loss.__module__ = formula.__module__
+    return loss
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _float(name: str, x: ArrayLike) -> Array:
+    x = arguments.floating_array(name, x)
+    return x.astype(arguments.compute_dtype(x))
+
+
+def mask_of(where: ArrayLike | None, losses: tuple[int, ...], name: str = "where") -> Array:
+    """Return a mask of the losses' shape; True everywhere for None."""
+    mask: Any = arguments.mask_array(True if where is None else where, losses, name=name)
+    return jnp.broadcast_to(mask, losses)
+
+
+def not_ignored(labels: Array, ignore_label: int | None, where: Array) -> Array:
+    """Return the mask `where`, False also where the label is `ignore_label`."""
+    mask: Any = arguments.not_ignored(labels, ignore_label, where)
+    return mask
+
+
+def real_of(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> Array:
+    """Return `x` at every position, 1 where the mask is False."""
+    x = arguments.real_array(name, x)
+    arguments.check_broadcastable(name, x, where.shape, "the losses")
+    return jnp.where(where, jnp.broadcast_to(x, where.shape).astype(dtype), 1)
+
+
+def _options(declared: Mapping[str, Option], a: Any, where: Array, dtype: Any) -> dict[str, Any]:
+    """Return the options at every position; Python exponents and flags as they are."""
+    out = {}
+    for name, option in declared.items():
+        x = option.check(name, getattr(a, name))
+        if x is None or option.kind == "flag":
+            out[name] = x
+        elif option.kind == "mask":
+            out[name] = mask_of(x, where.shape, name)
+        elif option.kind == "exponent" and isinstance(x, numbers.Real):
+            out[name] = float(x)
+        else:
+            out[name] = real_of(name, x, where, dtype)
+    return out
+
+
+def _class_weights(alpha: ArrayLike | None, dtype: jnp.dtype, num_classes: int) -> Array | None:
+    if CLASS_WEIGHTS.check("alpha", alpha) is None:
+        return None
+    return arguments.class_weights(alpha, num_classes, dtype).astype(dtype)
+
+
+def _weighted(alpha: Array | None, loss: Array) -> Array:
+    return loss if alpha is None else alpha * loss
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
+
+
+# ---------------------------------------------------------------- from a formula to a loss
+# Each function takes the formula, the declaration, and the arguments of the call as attributes.
+
+
+def _elementwise(formula, declared, a) -> Array:
+    z = _float("logits", a.logits)
+    where = mask_of(a.where, z.shape)
+    y = real_of("labels", a.labels, where, z.dtype)
+    z = jnp.where(where, z, 0)
+    losses = formula(_JAX, z, y, **_options(declared, a, where, z.dtype))
+    losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
+    return jnp.where(where, losses, 0)
+
+
+def _distribution(formula, declared, a) -> Array:
+    z, y = _float("logits", a.logits), arguments.real_array("labels", a.labels)
+    axis = arguments.static_axis(a.axis, z.ndim)
+    arguments.check_shape("labels", y, z.shape, "a distribution over the classes, as the logits")
+    where = mask_of(a.where, _without(z.shape, axis))
+    inside = jnp.broadcast_to(jnp.expand_dims(where, axis), z.shape)
+    z, y = jnp.where(inside, z, 0), jnp.where(inside, y.astype(z.dtype), 0)
+    options = _over_classes(_options(declared, a, where, z.dtype), z, axis)
+    alpha = _class_weights(a.alpha, z.dtype, z.shape[axis])
+    if alpha is not None:
+        alpha = lax.broadcast_in_dim(alpha, z.shape, (axis,) if alpha.ndim else ())
+        alpha = jnp.where(inside, alpha, 1)
+    log_p = jax.nn.log_softmax(z, axis)
+    # A class with weight 0 contributes 0, also where log p is -inf.
+    weightless = (y == 0) | (alpha == 0) if alpha is not None else y == 0
+    log_p = jnp.where(weightless & (log_p == -jnp.inf), 0, log_p)
+    losses = jnp.sum(y * _weighted(alpha, formula(_JAX, log_p, **options)), axis)
+    losses = jnp.where(jnp.min(y, axis, initial=0) < 0, jnp.nan, losses)
+    return jnp.where(where, losses, 0)
+
+
+def _over_classes(options: Mapping[str, Any], z: Array, axis: int) -> dict[str, Any]:
+    """Return options of positions for every class."""
+    return {
+        name: jnp.broadcast_to(jnp.expand_dims(x, axis), z.shape) if isinstance(x, Array) else x
+        for name, x in options.items()
+    }
+
+
+def _integer(formula, declared, a) -> Any:
+    z, name = _float("logits", a.logits), a.class_axis_name
+    axis = arguments.static_axis(a.axis, z.ndim)
+    smoothing = arguments.static_label_smoothing(getattr(a, "label_smoothing", 0.0))
+    local, losses = z.shape[axis], _without(z.shape, axis)
+    num_classes = local if name is None else local * lax.axis_size(name)
+    labels = arguments.integer_labels(a.labels, (*losses[:axis], num_classes, *losses[axis:]), axis)
+    where = not_ignored(labels, a.ignore_label, mask_of(a.where, losses))
+    z = jnp.where(jnp.expand_dims(where, axis), z, 0)
+    options = _options(declared, a, where, z.dtype)
+    valid = (labels >= 0) & (labels < num_classes)
+    index = jnp.expand_dims(jnp.where(valid & where, labels, 0), axis)
+    alpha = _class_weights(a.alpha, z.dtype, num_classes)
+
+    total = _logsumexp(z, axis, name)
+    log_p = _pick(z, index, axis, name) - total
+    weight = alpha
+    if alpha is not None:
+        weight = jnp.where(where, alpha[index.squeeze(axis)] if alpha.ndim else alpha, 1)
+    row = {}
+    if "log_probabilities" in inspect.signature(formula).parameters:
+        whole = z if name is None else _gather_shards(z, axis, name)
+        row = {"log_probabilities": jnp.moveaxis(whole - total, axis, -1)}
+    result = _weighted(weight, formula(_JAX, log_p.squeeze(axis), **options, **row))
+    if smoothing:
+        of_all = _sum_over_classes(formula, z - total, alpha, options, axis, name)
+        result = (1 - smoothing) * result + smoothing / num_classes * of_all
+    result = jnp.where(where, jnp.where(valid, result, jnp.nan), 0)
+    return (result, jnp.where(where, total.squeeze(axis), 0)) if a.return_logsumexp else result
+
+
+def _sum_over_classes(
+    formula, log_p: Array, alpha: Array | None, options, axis: int, name
+) -> Array:
+    """Return the sum over the classes of the loss with that class as the label."""
+    if alpha is not None:
+        if alpha.ndim and name is not None:
+            local = log_p.shape[axis]
+            alpha = lax.dynamic_slice_in_dim(alpha, local * lax.axis_index(name), local)
+        alpha = lax.broadcast_in_dim(alpha, log_p.shape, (axis,) if alpha.ndim else ())
+        log_p = jnp.where((alpha == 0) & (log_p == -jnp.inf), 0, log_p)
+    losses = formula(_JAX, log_p, **_over_classes(options, log_p, axis))
+    total = jnp.sum(_weighted(alpha, losses), axis)
+    return total if name is None else lax.psum(total, name)
+
+
+def _gather_shards(z: Array, axis: int, name: str | tuple[str, ...]) -> Array:
+    """Return the logits of all shards of the classes."""
+    is_own = jnp.arange(lax.axis_size(name)) == lax.axis_index(name)
+    is_own = lax.broadcast_in_dim(is_own, (is_own.size, *z.shape), (0,))
+    shards = lax.psum(jnp.where(is_own, jnp.broadcast_to(z, is_own.shape), 0), name)
+    return jnp.concatenate(list(shards), axis)
+
+
+def _logsumexp(z: Array, axis: int, name: str | tuple[str, ...] | None) -> Array:
+    """Return the log-sum-exp over all classes."""
+    if name is None:
+        return jax.nn.logsumexp(z, axis, keepdims=True)
+    top = lax.pmax(lax.stop_gradient(jnp.max(z, axis, keepdims=True)), name)
+    return top + jnp.log(lax.psum(jnp.sum(jnp.exp(z - top), axis, keepdims=True), name))
+
+
+def _pick(z: Array, index: Array, axis: int, name: str | tuple[str, ...] | None) -> Array:
+    """Return the logit of the class `index`, which counts over all shards."""
+    if name is None:
+        return jnp.take_along_axis(z, index, axis)
+    own = lax.broadcasted_iota(jnp.int32, z.shape, axis) + z.shape[axis] * lax.axis_index(name)
+    return lax.psum(jnp.sum(jnp.where(own == index, z, 0), axis, keepdims=True), name)
+
+
+def _linear(formula, declared, a) -> Any:
+    """Return the losses of all logits at once, whatever the chunk size."""
+    features, kernel = _float("features", a.features), _float("kernel", a.kernel)
+    kernel = kernel.T if arguments.static_bool("transpose_kernel", a.transpose_kernel) else kernel
+    wanted = (*features.shape[-1:], *kernel.shape[-1:])
+    arguments.check_shape("kernel", kernel, wanted, "(D, C), with D the last axis of the features")
+    shards = 1 if a.class_axis_name is None else lax.axis_size(a.class_axis_name)
+    positions = features.shape[:-1]
+    shape = (*positions, shards * kernel.shape[1])
+    labels = arguments.integer_labels(a.labels, shape, len(positions))
+    where = not_ignored(labels, a.ignore_label, mask_of(a.where, positions))
+    logits = jnp.where(where[..., None], features, 0) @ kernel
+    if a.bias is not None:
+        bias = _float("bias", a.bias)
+        arguments.check_shape("bias", bias, kernel.shape[1:], "one number per class")
+        logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
+    cap = arguments.static_logit_softcap(a.logit_softcap)
+    if cap is not None:  # a logit of -inf stays -inf
+        logits = jnp.where(logits == -jnp.inf, logits, cap * jnp.tanh(logits / cap))
+    given = {"logits": logits, "labels": labels, "where": where, "axis": -1, "ignore_label": None}
+    return _integer(formula, declared, SimpleNamespace(**vars(a) | given))
+
+
+def _interval(formula, declared, a) -> Array:
+    del declared
+    z, labels = _float("logits", a.logits), arguments.real_array("labels", a.labels)
+    axis = arguments.static_axis(a.axis, z.ndim)
+    arguments.check_label_shape(labels, z.shape, axis)
+    where = mask_of(a.where, labels.shape)
+    y = jnp.where(where, real_of("labels", labels, where, z.dtype), 0)
+    z, last = jnp.where(jnp.expand_dims(where, axis), z, 0), z.shape[axis] - 1
+    left = jnp.clip(jnp.floor(y), 0, max(last - 1, 0))
+    index = jnp.where(jnp.isnan(left), 0, left).astype(jnp.int32)
+    log_p = jax.nn.log_softmax(z, axis)
+
+    def at(index):
+        return jnp.take_along_axis(log_p, jnp.expand_dims(index, axis), axis).squeeze(axis)
+
+    losses = formula(_JAX, y, left, at(index), at(jnp.minimum(index + 1, last)))
+    losses = jnp.where((y < 0) | (y > last), jnp.nan, losses)
+    return jnp.where(where, losses, 0)
+
+
+def _region(formula, declared, a) -> Array:
+    z, y = _float("logits", a.logits), arguments.real_array("labels", a.labels)
+    axis = arguments.static_axis(a.axis, z.ndim)
+    arguments.check_shape("labels", y, z.shape, "one-hot, or a distribution over the classes")
+    where = jnp.expand_dims(mask_of(a.where, _without(z.shape, axis)), axis)
+    where = jnp.broadcast_to(where, z.shape)
+    z, y = jnp.where(where, z, 0), jnp.where(where, y.astype(z.dtype), 0)
+    p = jnp.where(where, jax.nn.softmax(z, axis), 0)
+    y = jnp.where((y < 0) | (y > 1), jnp.nan, y)
+    positions = tuple(i for i in range(z.ndim) if i != axis)
+    counts = [x.sum(positions) for x in (y * p, y * (1 - p), (1 - y) * p)]
+    tp, fn, fp = counts if a.axis_name is None else lax.psum(counts, a.axis_name)
+    options = _options(declared, a, jnp.ones(z.shape[axis], bool), z.dtype)
+    # A class that is absent and not predicted has loss 0.
+    tp = jnp.where(tp + fn + fp + options["smooth"] == 0, 1, tp)
+    return formula(_JAX, tp, fn, fp, **options)
+
+
+_BY_KIND = {
+    "elementwise": _elementwise,
+    "position": _integer,
+    "linear": _linear,
+    "distribution": _distribution,
+    "interval": _interval,
+    "region": _region,
+}
