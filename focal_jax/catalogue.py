@@ -6,13 +6,15 @@ benchmarks and the documentation iterate over it, so that a new loss is one file
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.declaration import Kind, Labels, Loss
 from focal_jax.engine.options import Option
 
 __all__ = ["LOSSES", "Kind", "Labels", "Loss", "declaration_of", "declare", "function_of"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 LOSSES: dict[str, Loss] = {}  # filled by `declare` when `focal_jax.losses` is imported
 
@@ -23,14 +25,14 @@ def declare(
     options: Mapping[str, Option],
     *,
     stop_gradient_weight: bool = False,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[F], F]:
     """Enter a public function in the catalogue (decorator).
 
     Raises at import if the function's signature does not have the declared options with the
     declared defaults.
     """
 
-    def enter(function):
+    def enter(function: Any) -> Any:
         parameters = inspect.signature(function).parameters
         for name, option in options.items():
             if name not in parameters or parameters[name].default != option.default:

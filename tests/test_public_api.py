@@ -81,12 +81,15 @@ def test_imports_run_downward(package, allowed):
 
 def test_reference_shares_only_declarations_and_checks_with_the_losses():
     # A bug of the mathematics cannot be in both. `reduction` has the check of `normalization`.
-    declarations = {"catalogue", "engine.declaration", "engine.options"}
-    assert IMPORTS["reference"] <= {*declarations, "engine.arguments", "reduction"}
+    shared = {"catalogue", "engine.declaration", "engine.options", "engine.arguments", "reduction"}
+    assert IMPORTS["reference"] <= {*shared, "plain"}
+    assert IMPORTS["plain"] <= shared
 
 
 def test_losses_do_not_mention_platforms():
-    platforms = re.compile(r"platform_dependent|default_backend|[\"'](cpu|gpu|tpu|cuda|rocm)[\"']")
+    platforms = re.compile(
+        r"by_platform|platform_dependent|default_backend|[\"'](cpu|gpu|tpu|cuda|rocm)[\"']"
+    )
     for name, path in MODULES.items():
         if _in(name, "losses"):
             found = platforms.search(path.read_text())
@@ -122,8 +125,8 @@ def test_import_executes_at_most_4300_lines(loaded):
     assert sum(LINES[name] for name in package) <= 4300
 
 
-def test_package_has_at_most_7500_lines():
-    assert sum(LINES.values()) <= 7500
+def test_package_has_at_most_8900_lines():
+    assert sum(LINES.values()) <= 8900
 
 
 def test_no_file_has_more_than_450_lines():

@@ -232,7 +232,8 @@ def direct_gradient(x: Array, exps: Split, by_n: Array) -> Array:
 def whole_gradient(x: Array, exps: Split, by_n: Array, slopes: SlopeSums) -> Array:
     """Return the gradient of the logits: the direct one, and the one through the row sums."""
     share = 1 / (exps.at_max + exps.rest)
-    dominant = slopes.rest * share - by_n * (exps.rest * share)
+    # `at_max` is 1 here, but its derivative is that of the exponential of the dominant class.
+    dominant = slopes.rest * (exps.at_max * share) - by_n * (exps.rest * share)
     return jnp.where(_dominates(x, exps), dominant, jnp.exp(x) * (slopes.total * share) - by_n)
 
 
