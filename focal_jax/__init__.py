@@ -2,26 +2,27 @@
 
 Conventions of every loss:
 
-* Losses return one value per position and do not reduce; `reduce_loss` does. Options are keywords.
-* Logits are floating. 16-bit logits are computed in float32 and give float32 losses; gradients
-  have the dtype of their argument. float64 stays float64.
+* Losses return one value per position (`focal_tversky_loss`: per class). `reduce_loss` averages
+  them. Options are keyword-only.
+* Logits have a floating dtype. For 16-bit logits the loss is computed and returned in float32. A
+  gradient has the dtype of its argument.
 * `axis` is the class axis; all other axes are positions. Options broadcast to the losses; class
-  weights are a scalar or `[C]`. A Python exponent is static and compiles to products; an array is
-  traced and differentiable.
+  weights are a scalar or `[C]`. A Python exponent is static, and small multiples of 1/2 compile to
+  products and square roots. An array is traced and differentiable.
 * `where` (bool, broadcasts to the losses) and `ignore_label` mask positions: their loss and
-  gradient are 0, whatever the logits hold, NaN included.
+  gradient are 0, even if the logits are NaN.
 * An invalid label (a class index outside `[0, C)`, a real label outside its range) makes the
   loss and the gradient of its position NaN.
-* A logit of -inf switches a class off: probability 0 and gradient 0. If it is the label's class,
-  the loss is inf and the gradient finite.
+* A class with the logit -inf has probability 0 and gradient 0. If that class is the label, the loss
+  is inf and the gradient is finite.
 * An invalid argument raises `InputError`, which is a ValueError, a TypeError and an AssertionError.
   The values of traced arguments are not checked.
 * Differentiation: reverse mode any number of times, and forward over reverse. Forward mode alone
-  raises; the plain formulas in `focal_jax.reference` have it.
-* The losses work under `jit`, `vmap`, `pmap`, `shard_map` and on meshes. `class_axis_name` shards
-  the classes.
+  raises; the plain formulas in `focal_jax.reference` support it.
+* The losses work under `jit`, `vmap`, `pmap`, `shard_map` and on meshes. With `class_axis_name` the
+  classes may be sharded.
 
-`focal_jax.engine` makes losses with these conventions from a formula.
+`focal_jax.engine` turns a formula into a loss with these conventions.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The catalogue of losses: every loss of the package by name, with its declared options.
 
 The comparison with autodiff, the reference implementation, the Flax modules, the tests, the
-benchmarks and the documentation iterate over it, so that a new loss is one file in `losses/`.
+benchmarks and the documentation read the catalogue, so none of them has its own list of losses.
 """
 
 import inspect
@@ -49,7 +49,7 @@ def declare(
 
 
 def function_of(loss: Any, name: str = "loss", kinds: tuple[Kind, ...] = ()) -> Callable[..., Any]:
-    """Return a loss that is given as a function, or by name if its kind is one of `kinds`."""
+    """Return a loss, given as a function or by the name of a loss of one of the `kinds`."""
     if callable(loss):
         return loss
     known = tuple(each.name for each in LOSSES.values() if not kinds or each.kind in kinds)

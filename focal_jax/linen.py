@@ -24,7 +24,7 @@ class _Fields(reduced.Reduced, nn.Module):
     normalization: str | ArrayLike = "valid"
     loss_weight: ArrayLike = 1.0
     axis_name: str | tuple[str, ...] | None = None
-    options: Any = ()  # pairs, which hash and compare
+    options: Any = ()  # pairs of name and value, which are hashable
 
 
 class Reduced(_Fields):

@@ -1,7 +1,7 @@
-"""Make a plain JAX loss of a formula: signature, checks, masks, and the softmax before it.
+"""Turn a formula into a plain JAX loss: add the signature, checks, masks and the softmax.
 
-Autodiff differentiates the result. It shares nothing with the engine but the declared options and
-the checks of arguments.
+Autodiff differentiates the plain loss. The plain loss and the engine share only the declared
+options and the argument checks.
 """
 
 import inspect
@@ -80,14 +80,14 @@ def not_ignored(labels: Array, ignore_label: int | None, where: Array) -> Array:
 
 
 def real_of(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> Array:
-    """Return `x` at every position, 1 where the mask is False."""
+    """Return `x` broadcast to the shape of the mask, with 1 where the mask is False."""
     x = arguments.real_array(name, x)
     arguments.check_broadcastable(name, x, where.shape, "the losses")
     return jnp.where(where, jnp.broadcast_to(x, where.shape).astype(dtype), 1)
 
 
 def _options(declared: Mapping[str, Option], a: Any, where: Array, dtype: Any) -> dict[str, Any]:
-    """Return the options at every position; Python exponents and flags as they are."""
+    """Return the options broadcast to every position; Python exponents and flags unchanged."""
     out = {}
     for name, option in declared.items():
         x = option.check(name, getattr(a, name))
@@ -143,7 +143,7 @@ def _distribution(formula, declared, a) -> Array:
         alpha = lax.broadcast_in_dim(alpha, z.shape, (axis,) if alpha.ndim else ())
         alpha = jnp.where(inside, alpha, 1)
     log_p = jax.nn.log_softmax(z, axis)
-    # A class with weight 0 contributes 0, also where log p is -inf.
+    # A class with weight 0 contributes 0, even if its log p is -inf.
     weightless = (y == 0) | (alpha == 0) if alpha is not None else y == 0
     log_p = jnp.where(weightless & (log_p == -jnp.inf), 0, log_p)
     losses = jnp.sum(y * _weighted(alpha, formula(_JAX, log_p, **options)), axis)
@@ -152,7 +152,7 @@ def _distribution(formula, declared, a) -> Array:
 
 
 def _over_classes(options: Mapping[str, Any], z: Array, axis: int) -> dict[str, Any]:
-    """Return options of positions for every class."""
+    """Return the options of the positions, broadcast along the class axis."""
     return {
         name: jnp.broadcast_to(jnp.expand_dims(x, axis), z.shape) if isinstance(x, Array) else x
         for name, x in options.items()
@@ -222,7 +222,7 @@ def _logsumexp(z: Array, axis: int, name: str | tuple[str, ...] | None) -> Array
 
 
 def _pick(z: Array, index: Array, axis: int, name: str | tuple[str, ...] | None) -> Array:
-    """Return the logit of the class `index`, which counts over all shards."""
+    """Return the logit of the class `index`, an index into the classes of all shards."""
     if name is None:
         return jnp.take_along_axis(z, index, axis)
     own = lax.broadcasted_iota(jnp.int32, z.shape, axis) + z.shape[axis] * lax.axis_index(name)
@@ -230,7 +230,7 @@ def _pick(z: Array, index: Array, axis: int, name: str | tuple[str, ...] | None)
 
 
 def _linear(formula, declared, a) -> Any:
-    """Return the losses of all logits at once, whatever the chunk size."""
+    """Return the losses of one array with all logits; `chunk_size` is ignored."""
     features, kernel = _float("features", a.features), _float("kernel", a.kernel)
     kernel = kernel.T if arguments.static_bool("transpose_kernel", a.transpose_kernel) else kernel
     wanted = (*features.shape[-1:], *kernel.shape[-1:])

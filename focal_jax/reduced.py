@@ -89,7 +89,7 @@ def checked_option(loss: Callable[..., Any], name: str, value: Any) -> Any:
 
 
 def check_option_names(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raise for an option that the loss does not have, and for one that prevents the reduction."""
+    """Raise for unknown options and for `return_logsumexp`, which a module does not return."""
     parameters = inspect.signature(loss).parameters
     known: dict[str, Any] = {
         name: None
@@ -106,7 +106,7 @@ def check_option_names(loss: Callable[..., Any], options: Mapping[str, Any]) -> 
 
 
 class _ConstructorSignature:
-    """The signature of a class. nnx's metaclass makes `inspect` find `(*args, **kwargs)`."""
+    """The constructor's signature. nnx's metaclass would show `(*args, **kwargs)` instead."""
 
     def __get__(self, module: Any, owner: type) -> inspect.Signature:
         if module is not None:
@@ -165,7 +165,7 @@ class Reduced:
         signature = inspect.signature(self.loss)
         masks: dict[str, Any] = {"axis_name": self.axis_name, "where": options.get("where")}
         if "axis_name" in signature.parameters:
-            # Such a loss applies the mask and sums over the devices itself.
+            # A region loss applies the mask and sums over the devices itself.
             masks, options = {}, {"axis_name": self.axis_name, **options}
         elif options.get("ignore_label") is not None:
             masks["labels"] = signature.bind_partial(*arrays).arguments.get("labels")

@@ -36,7 +36,7 @@ def count_true(where: Array, losses: Array, int32_limit: int = 2**31) -> Array:
 
 
 def check_normalization(normalization: Any, losses: Array) -> None:
-    """Raise unless `normalization` is a word that is valid for the losses."""
+    """Raise unless `normalization` is the name of a denominator of these losses."""
     words = NORMALIZATIONS if losses.ndim else NORMALIZATIONS[:-1]
     if normalization not in words:
         raise InputError(
@@ -112,8 +112,8 @@ def reduce_loss(
         because a sum of weights can be a fraction. A weight of 0 is not a mask: 0 times an
         infinite loss is NaN. A negative weight in a JAX array gives NaN.
       axis_name: names of the mapped axes that shard the batch. The denominator is summed over
-        them and divided by their size, so that `lax.pmean` of results and gradients equals those
-        on one device. A number is already the denominator of the whole batch.
+        them and divided by their size, so that `lax.pmean` of the results and of the gradients
+        gives the values on one device. A number is the denominator of the whole batch.
 
     Returns:
       A scalar. It is 0 if all positions are masked. Counts above 2**31 do not wrap.

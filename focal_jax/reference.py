@@ -1,13 +1,12 @@
 """The same losses as plain textbook formulas, differentiated by JAX.
 
-For reading, for forward mode, and for comparison: `focal_jax.compare_gradients` measures the
-hand-derived gradients against autodiff of these formulas. They share nothing with the other
-implementation but the declared options and the checks of arguments, so that a bug cannot hide in
-both. They have the weaknesses of the textbook: `1 - p` cancels for a confident prediction,
-`(1 - p)**gamma` has a derivative with a pole for gamma < 1, and intermediates are stored for the
-backward pass.
+They support forward mode, and `focal_jax.compare_gradients` measures the hand-derived gradients
+against autodiff of these formulas. The formulas and the engine share only the declared options and
+the argument checks, so the same bug is unlikely in both. The formulas are not numerically stable:
+`1 - p` cancels for a confident prediction, and the derivative of `(1 - p)**gamma` has a pole for
+gamma < 1. Autodiff stores intermediates for the backward pass.
 
-Each formula takes its functions from `ops`, so that tests evaluate the same lines to 60 digits.
+A formula takes its functions from `ops`, so that the tests can evaluate it to 60 digits.
 """
 
 import math
@@ -28,11 +27,11 @@ FORMULAS: dict[str, Callable[..., Any]] = {}
 
 
 def plain(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a public function of a formula that has the name of a loss (decorator).
+    """Make a public function from the formula of the loss with the same name (decorator).
 
     The formula of a loss of one logit is `formula(ops, logit, label, **options)`. The formula of a
-    softmax loss is `formula(ops, log_p, **options)` of a class with the log-probability `log_p`,
-    before it is multiplied by alpha.
+    softmax loss is `formula(ops, log_p, **options)`, where `log_p` is the log-probability of one
+    class. The class weight alpha multiplies the result.
     """
     FORMULAS[formula.__name__] = formula
     return from_formula(catalogue.LOSSES[formula.__name__], formula)
@@ -108,7 +107,7 @@ def asymmetric_loss(
     weight = ops.stop_gradient if stop_weight_gradient else lambda x: x
     s = ops.sigmoid(logit)
     above = s > margin
-    m = ops.where(above, s - margin, 0.5)  # any number: a root of 0 has no derivative
+    m = ops.where(above, s - margin, 0.5)  # not 0, where a root has no derivative
     positive = -(weight(1 - s) ** gamma_positive) * ops.log_sigmoid(logit)
     negative = ops.where(above, -(weight(m) ** gamma_negative) * ops.log(1 - m), 0)
     return label * positive + (1 - label) * negative

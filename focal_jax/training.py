@@ -92,8 +92,8 @@ def class_balanced_alpha(
 
         alpha_c = w_c * C / sum(w),    w_c = (1 - beta) / (1 - beta**counts_c)
 
-    With `beta=0` all classes have the weight 1. As beta approaches 1, the weights approach the
-    inverse class frequencies. The formula is evaluated without cancellation.
+    With `beta=0` all classes with examples have one weight. As beta approaches 1, the weights
+    approach the inverse class frequencies. The formula is evaluated without cancellation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,8 +112,8 @@ def class_balanced_alpha(
         weights. A negative count gives NaN, and so do counts that are all 0.
       beta: a number in [0, 1).
       num_classes: the number of classes, if the counts have another length. Missing counts are
-        0. A count beyond the classes that is not 0 gives NaN, unless it is that of
-        `ignore_label`: the labels contain a class that does not exist.
+        0. A nonzero count of a class that does not exist gives NaN, except the count of
+        `ignore_label`.
       ignore_label: the label that the loss ignores. Its count is set to 0.
 
     Returns:

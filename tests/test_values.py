@@ -26,6 +26,8 @@ from helpers import (
 import focal_jax
 from focal_jax import catalogue
 
+pytestmark = pytest.mark.quick
+
 # ---------------------------------------------------------------- 60 digits
 
 LOGITS = np.concatenate([np.linspace(-87, 87, 17), [0, 1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
@@ -84,17 +86,17 @@ def _arguments(row: Row, dtype):
 def _settings(row: Row, *, static):
     """Return values of the options. Each exponent takes all values of `EXPONENTS`.
 
-    Static settings also have flags, and every other of them leaves out the optional numbers.
+    Two of the static settings set the flags and leave out the optional numbers.
     """
     settings = {}
     for i in range(len(EXPONENTS)):
-        setting = {}
+        setting, special = {}, static and i in (1, 4)
         for j, (name, option) in enumerate(row.options.items()):
             if option.kind == "exponent":
                 setting[name] = EXPONENTS[(i + j) % len(EXPONENTS)]
             elif option.kind == "flag" and static:
-                setting[name] = i in (1, 4)
-            elif option.kind == "number" and not (static and option.optional and i % 2):
+                setting[name] = special
+            elif option.kind == "number" and not (special and option.optional):
                 setting[name] = range_of(option)[0] + 0.25
         settings[tuple(setting.items())] = setting
     return list(settings.values())
@@ -183,7 +185,7 @@ def _to_60_digits(row, dtype, limit):
     # One program for all settings with Python numbers.
     settings = _settings(row, static=True)
 
-    @jax.jit
+    @jit
     def static(own):
         return [_value_and_slopes(row, own, shared | setting) for setting in settings]
 
@@ -196,11 +198,11 @@ def _to_60_digits(row, dtype, limit):
     # have no exact value here; so each position also gets arguments of its own, by `vmap`.
     n, classes = len(inside[row.first]), inside[row.first].shape[-1]
 
-    @jax.jit
+    @jit
     def batch(own, shared):
         return _value_and_slopes(row, own, shared | integer)
 
-    @jax.jit
+    @jit
     @jax.vmap
     def one(own, integer):
         return _value_and_slopes(row, own, integer)
@@ -240,11 +242,11 @@ def _region_to_60_digits(row, dtype, limit):
         loss = functools.partial(row.eager, labels=labels, **options)
         return loss(logits=logits), jax.jacrev(lambda z: loss(logits=z))(logits)
 
-    @jax.jit
+    @jit
     def static(logits, labels):
         return [losses_and_slopes(logits, labels, setting) for setting in settings]
 
-    traced = jax.jit(losses_and_slopes)
+    traced = jit(losses_and_slopes)
     for logits, labels in _regions(dtype):
         for setting, of_numbers in zip(settings, static(logits, labels)):
             options = {name: np.full(3, x, dtype) for name, x in setting.items()}
@@ -259,6 +261,7 @@ def _region_to_60_digits(row, dtype, limit):
                 assert error < limit, setting
 
 
+@pytest.mark.quick(False)
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_float32_to_60_digits(row):
     _to_60_digits(row, np.float32, 1e-5)
@@ -269,7 +272,6 @@ def test_float64_to_60_digits(row, x64):
     _to_60_digits(row, np.float64, 1e-12)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("row", LOSSES, ids=str)
 def test_moderate_values_equal_the_reference(row):
     # For moderate logits the formula as written is accurate.

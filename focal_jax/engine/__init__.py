@@ -1,9 +1,8 @@
-"""Build your own focal loss: declare a value, its slopes and its options, and get everything else.
+"""Make your own focal loss from a value, its slopes (derivatives) and its options.
 
 `elementwise_loss` makes a loss of one logit and its label, `position_loss` a loss of one softmax
-position and its class index. Both have the conventions of all losses (see `focal_jax.__doc__`):
-masks, dtypes, invalid labels, derivatives of every order, `vmap` and `shard_map`. A loss of a
-position also has label smoothing, sharded classes and a memory-efficient linear head.
+position and its class index. Both have the conventions in `focal_jax.__doc__`. A loss of a position
+also has label smoothing, sharded classes and a memory-efficient linear head.
 """
 
 from focal_jax.engine.arguments import InputError

@@ -1,7 +1,6 @@
-"""Check an argument and return it as an array that is ready for the mathematics.
+"""Checks and conversions of arguments, and conversions of cotangents.
 
-Everything that a public function does to its arguments, and to the cotangents that it returns for
-them, is here. Error messages have the form `name: got ..., wanted ...`.
+Error messages have the form `name: got ..., wanted ...`.
 """
 
 import numbers
@@ -147,7 +146,7 @@ def _chex(check: Any, *args: Any, message: str) -> None:
 
 
 def check_integer(name: str, x: Array, hint: str = "") -> None:
-    """Raise unless `x` has an integer dtype. bool is not an integer dtype."""
+    """Raise unless `x` has an integer dtype. bool is not an integer dtype here."""
     message = f"{name}: got dtype {x.dtype}, wanted an integer dtype{hint}"
     _chex(chex.assert_type, x, int, message=message)
 
@@ -174,7 +173,7 @@ def check_broadcastable(name: str, x: Array, to: Sequence[int], what: str) -> No
 
 
 def check_label_shape(labels: Array, logits: Sequence[int], axis: int | None) -> None:
-    """Raise unless `labels` has the logits' shape without the class axis; give a hint."""
+    """Raise, with a hint, unless `labels` has the logits' shape without the class axis."""
     if axis is None:
         return check_shape("labels", labels, logits, "the shape of the losses")
     wanted = tuple(n for i, n in enumerate(logits) if i != axis)
@@ -230,7 +229,7 @@ def static_bool(name: str, value: Any) -> bool:
 
 
 def check_axis_name(name: str, value: Any) -> None:
-    """Raise if `value` is a number: JAX would take that for a positional axis."""
+    """Raise if `value` is a number, which JAX would take for a positional axis."""
     names = value if isinstance(value, tuple | list) else (value,)
     if any(isinstance(each, int) for each in names):
         raise InputError(f"{name}: got {shown(value)}, wanted the name of a mapped axis, or None")
@@ -321,7 +320,7 @@ def scale_cotangent(ct: Array, slope: Array) -> Array:
     """Return `ct * slope`, and 0 where a zero cotangent meets a NaN slope.
 
     The slope of an invalid label is NaN. A loss with a zero cotangent is not used, so its label
-    may be anything.
+    may be invalid.
     """
     return ct * jnp.where((ct == 0) & jnp.isnan(slope), 0, slope)
 

@@ -1,7 +1,7 @@
-"""The logits `features @ kernel + bias`, computed chunk by chunk and never stored.
+"""The linear head: computes `features @ kernel + bias` for one chunk of classes at a time.
 
-The class sums, the sums over all classes, and their gradients are loops over chunks of the classes.
-The backward pass computes the logits of each chunk again.
+The class sums, the sums over all classes (label smoothing) and their gradients are loops over the
+chunks. The backward pass computes the logits of each chunk again.
 """
 
 from collections.abc import Callable
@@ -55,8 +55,8 @@ class _Chunk(NamedTuple):
     kernel: Array  # [D, size], or [size, D]
     logits: Array  # [..., size]
     class_index: Array  # aligned with the logits
-    through_softcap: Callable[[Array], Array]  # from the gradient after the cap to that before it
-    take: Callable[[Array], Array]  # from an array with all classes on the kernel's class axis
+    through_softcap: Callable[[Array], Array]  # multiplies by the derivative of the cap
+    take: Callable[[Array], Array]  # slices an array of all classes
 
 
 def _matmul(class_axis: int, x: Array, kernel: Array) -> Array:
@@ -92,7 +92,7 @@ def _fold(step: Callable[..., Any], carry: Any, spec: ChunkSpec, linear: Linear)
 
     The last chunk is smaller if the chunk size does not divide the number of classes. It is
     computed first: the loop depends on it, so XLA frees its arrays before the loop. After the
-    loop, XLA may compute its products before the loop and keep them during the loop.
+    loop, XLA could compute the chunk's products early and keep them during the loop.
     """
     whole, rest = divmod(linear.kernel.shape[spec.class_axis], max(1, spec.size))
     if rest:
@@ -208,13 +208,13 @@ def _place_in(chunk: _Chunk, place: Array) -> Array:
     return place - chunk.class_index[..., :1]
 
 
-# In one pass, logits exceed the largest logit of the earlier chunks by at most this.
+# In one pass, a logit may exceed the largest logit of the earlier chunks by at most this.
 _MAX_JUMP = 64.0
 
 
 @custom_vmap
 def _all_small(jump: Array) -> Array:
-    """Return whether no jump exceeds the bound. A NaN does."""
+    """Return whether all jumps are within the bound. A NaN is not."""
     return jnp.all(jump <= _MAX_JUMP)
 
 
@@ -248,7 +248,7 @@ def _sums_in_one_pass(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSum
         sums = ClassSums(top, sums.label_logit + label_logit, rest * factor)
         return sums, jnp.maximum(jump, top - carry[0].max_logit)
 
-    # A few classes give the first chunk a maximum, as the earlier chunks do for the others.
+    # The first chunk has no earlier chunk. Its largest logit is estimated from a few classes.
     initial = _no_sums(linear)
     few = _chunk(spec, linear, min(128, linear.kernel.shape[spec.class_axis]), jnp.int32(0))
     sums = initial._replace(max_logit=jnp.maximum(initial.max_logit, _max_logit(few.logits)))
@@ -387,21 +387,21 @@ def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[
 
 
 @partial(jax.jit, static_argnums=0)
-def _every(spec: _Spec, args: ClassArgs) -> Array:
+def _smoothed(spec: _Spec, args: ClassArgs) -> Array:
     return _losses(spec, False, args, _row_of(spec, args))[0]
 
 
 @partial(jax.jit, static_argnums=0)
-def _every_forward(spec: _Spec, args: ClassArgs):
+def _smoothed_forward(spec: _Spec, args: ClassArgs):
     row = _row_of(spec, args)
     losses, slopes = _losses(spec, True, args, row)
     return losses, (args, row, slopes, losses)
 
 
 @partial(jax.jit, static_argnums=0)
-def _every_backward(spec: _Spec, residuals, ct: Array):
+def _smoothed_backward(spec: _Spec, residuals, ct: Array):
     args, row, slopes, losses = residuals
-    # A NaN cotangent makes everything NaN that an invalid label has a part in.
+    # A NaN cotangent makes every gradient NaN to which an invalid label contributes.
     one = arguments.mask_and_invalidate(jnp.ones_like(losses), jnp.isnan(losses), args.where)
     ct = arguments.scale_cotangent(ct, one)
 
@@ -431,13 +431,13 @@ def _every_backward(spec: _Spec, residuals, ct: Array):
     return (ClassArgs(of_linear, None, of_alpha, of_options, None, None, of_row),)
 
 
-_every_core = jax.custom_vjp(_every, nondiff_argnums=(0,))
-_every_core.defvjp(_every_forward, _every_backward)
+_smoothed_core = jax.custom_vjp(_smoothed, nondiff_argnums=(0,))
+_smoothed_core.defvjp(_smoothed_forward, _smoothed_backward)
 
 
 def sum_over_classes(loss: Any, chunks: ChunkSpec, args: ClassArgs, smoothing: Smoothing) -> Array:
     """Return the loss of smoothed labels for each position, with a class axis of size 1.
 
-    As `every_class.sum_over_classes`, with `Linear` for the logits and `alpha` of shape `[C]`.
+    Like `every_class.sum_over_classes`, but `args.logits` is a `Linear` and `args.alpha` is `[C]`.
     """
-    return _every_core(_Spec(loss, chunks, smoothing), cast_to_common_varying(args)[0])
+    return _smoothed_core(_Spec(loss, chunks, smoothing), cast_to_common_varying(args)[0])

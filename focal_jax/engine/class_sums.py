@@ -27,7 +27,7 @@ class ClassSums(NamedTuple):
 
     Attributes:
       max_logit: the largest logit; finite even if every logit is -inf.
-      label_logit: the logit of the label's class; 0 if that is not one of these classes.
+      label_logit: the logit of the label's class; 0 if the label is not one of these classes.
       rest: the sum over the other classes of `exp(logit - max_logit)`.
     """
 
@@ -215,10 +215,10 @@ def sum_over_shards(sums: ClassSums, class_axis_name: AxisName | None) -> ClassS
 
 
 def log_sum_exp(sums: ClassSums, invalid: Array, where: Array | None) -> Array:
-    """Return the log-sum-exp of the logits, 0 where masked; also valid for invalid labels.
+    """Return the log-sum-exp of the logits, 0 where masked; also correct for invalid labels.
 
-    The sum of `exp(logit - max)` is at least 1. Its excess over 1 keeps its digits if the label's
-    class dominates. An invalid label has no part in the sum.
+    The sum of `exp(logit - max)` is at least 1. Its excess over 1 is computed without cancellation
+    if the label's class dominates. An invalid label adds nothing to the sum.
     """
     top = lax.stop_gradient(sums.max_logit)
     label_logit = jnp.where(invalid, -jnp.inf, sums.label_logit - top)

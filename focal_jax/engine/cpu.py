@@ -1,7 +1,7 @@
 """Workarounds for XLA's CPU backend.
 
 `compile_separately(f, *args)` returns `f(*args)`. It changes the speed on CPUs and nothing else. On
-other platforms, and with JAX versions that lack the internals it uses, it is a plain call.
+other platforms, and with JAX versions without the internals that it needs, it is a plain call.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from focal_jax.engine.sharding import on_explicit_mesh
 def _make_single_device_primitive() -> Any:
     """Return a primitive that is True if the program runs on one device.
 
-    Tracing does not know the devices; lowering does. Executed eagerly it is False. Returns None if
+    The devices are known at lowering, not at tracing. Eager execution gives False. Returns None if
     JAX has moved the internal names that are needed.
     """
     try:
@@ -51,7 +51,7 @@ single_device_primitive = _make_single_device_primitive()
 
 @custom_vmap
 def _false_at_runtime(*after: Array) -> Array:
-    """Return False, which the compiler does not know, once `after` has been computed."""
+    """Return a False that XLA cannot fold to a constant and that depends on `after`."""
     false = lax.optimization_barrier(jnp.array(False))
     for x in after:
         if x.size:
@@ -86,16 +86,16 @@ def compile_separately(
     * It may schedule the backward pass before the sum of the losses, so that both are in memory
       at the same time.
 
-    The first two need to see the inside of `function`. So `function` is a branch of a `cond` whose
-    predicate is false at run time. Inside the branch the arrays are flat, and the predicate waits
-    for `after`. A sharded array would be gathered by flattening: on several devices the arrays keep
+    The first two happen when XLA fuses `function` with other code. So `function` is a branch of a
+    `cond` whose predicate is false at run time. The predicate depends on `after`. Inside the branch
+    the arrays are flat. Flattening would gather a sharded array: on several devices the arrays keep
     their shape, and calls with `after` are plain.
 
     Args:
       function: an elementwise function of trees of arrays that have one rank and broadcast to the
         first argument. The result has the shape of the first argument.
       *args: the arguments.
-      after: an array whose memory the result may take, unless it is used elsewhere.
+      after: an array whose memory the result may reuse if nothing else needs the array.
     """
     first, *_ = args
     if not first.size or single_device_primitive is None:

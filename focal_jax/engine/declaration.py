@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from focal_jax.engine.options import Option
 
-# What one loss value is a function of.
+# The arguments of one loss value.
 #   elementwise    one logit and its label
 #   position       the softmax of one position and the index of its class
 #   distribution   the softmax of one position and one weight per class
@@ -14,7 +14,7 @@ from focal_jax.engine.options import Option
 #   region         the softmax of all positions: one loss value per class
 Kind = Literal["elementwise", "position", "distribution", "linear", "interval", "region"]
 
-# What the labels may be.
+# The valid labels.
 #   hard           0 or 1
 #   soft           a real number in [0, 1]
 #   one-hot        1 for one class, 0 for the others

@@ -204,7 +204,7 @@ def _with_slopes(losses: Callable[..., Array], all_slopes: Callable[..., Any]):
         def cotangent(pick: Callable[[Any], Array], primal: Array) -> Array | None:
             if not arguments.is_differentiable(primal):
                 return None
-            # The residual `result` is there for its memory only: on CPU a new array costs more
+            # The slope reuses the memory of the residual `result`: on CPU a new array costs more
             # than the arithmetic.
             slope = compile_separately(lambda *args: pick(traced(*args)), *args, after=result)
             return arguments.cotangent_like(primal, arguments.scale_cotangent(ct, slope))
@@ -247,8 +247,8 @@ def elementwise_loss(
         any order.
       slopes: None, or a function like `value` that returns a tuple: the derivative of the value
         in the logit, in the label, and in each of its options in the order of its own parameters,
-        without masks and flags. None stands for a derivative that is 0. The logits that it
-        gets are finite. JAX differentiates it for derivatives of higher order. Without slopes JAX
+        without masks and flags. None stands for a derivative that is 0. `slopes` gets finite
+        logits. JAX differentiates `slopes` for derivatives of higher order. Without slopes JAX
         differentiates the value.
       label_is_invalid: returns where labels are invalid. The loss is NaN there.
       **options: declarations: `exponent(2.0)`, `number(1.0, low=0)`, `mask()`, `flag(False)`, or

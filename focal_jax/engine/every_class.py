@@ -39,7 +39,7 @@ from focal_jax.engine.sharding import cast_to_common_varying
 
 
 class ClassArgs(NamedTuple):
-    """Arguments of the sum over the classes, of one rank with the class axis."""
+    """Arguments of the sum over the classes. All arrays have the rank of the logits."""
 
     logits: Any  # an array, or a `chunks.Linear`
     # The weights of the classes; or the label's class index, for smoothed labels.
@@ -48,7 +48,7 @@ class ClassArgs(NamedTuple):
     options: dict[str, Any]
     where: Array | None
     invalid: Array | None = None  # invalid class indices, for smoothed labels
-    # The row sums over all classes if the logits are a slice of them, or are used elsewhere.
+    # The row sums over all classes, if the logits are a slice or the sums are used elsewhere.
     row: Row | None = None
     class_index: Array | None = None  # for smoothed labels
 
@@ -116,7 +116,7 @@ class _Spec(NamedTuple):
 
 def _with_row(spec: _Spec, args: ClassArgs) -> tuple[ClassArgs, Row]:
     """Return the arguments with the class indices, and the row sums."""
-    # As an argument: inside `compile_separately` the arrays may be flat.
+    # Computed here, because the arrays may be flat inside `compile_separately`.
     if spec.smoothing is not None:
         args = args._replace(class_index=class_index(args.logits, spec.axis))
     row = plain_row(spec.axis, args.logits, args.where) if args.row is None else args.row
@@ -200,8 +200,8 @@ def _sum_slopes_in_passes(axis: int, logits: Array, by_n: Array, top: Array, whe
         rest = sum_classes(axis, compute(by_n, class_index(z, axis), place))
         return SlopeSums(rest + pick_class(by_n, place, axis), rest)
     total = sum_classes(axis, by_n)
-    # XLA:CPU writes to memory what two sums share, a broadcast constant too. The barrier and the
-    # factor of 2 keep this sum from sharing anything with the sums of the forward pass.
+    # XLA:CPU writes an expression that two sums share to memory, even a broadcast constant. The
+    # barrier and the factor of 2 keep this sum different from the sums of the forward pass.
     top, _ = lax.optimization_barrier((top, lax.stop_gradient(total)))
     return SlopeSums(total, 0.5 * sum_classes(axis, zero_at_max(z - top, by_n, scale=2.0)))
 
@@ -213,7 +213,7 @@ def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: Row, slopes: SlopeSums, 
     def by_n(args, row):
         return _slopes(spec, args, row, for_backward=False).by_n
 
-    # The slopes are written to memory once, where the losses' summands were.
+    # The slopes are written to memory once, into the freed buffer of the losses' summands.
     found = compile_separately(_by_logits(by_n), args.logits, others, row, after=losses)
     slopes = _sum_slopes_in_passes(spec.axis, args.logits, found, row.max_logit, args.where)
     gradient = _by_logits(partial(_gradient, spec))
@@ -249,7 +249,7 @@ def _backward(spec: _Spec, residuals, ct: Array):
     found = _slopes(spec, args, row, for_backward=True)
 
     def scaled(slope):
-        # One invalid label makes its whole position NaN, as it does the loss.
+        # One invalid label makes the slopes of its whole position NaN, like the loss.
         slope = arguments.mask_and_invalidate(slope, jnp.isnan(losses), args.where)
         return arguments.scale_cotangent(ct, slope)
 

@@ -87,8 +87,8 @@ def integer_losses(
     smoothing = arguments.static_label_smoothing(label_smoothing)
     if smoothing and loss.row_option is not None:
         raise InputError(
-            f"label_smoothing: got {smoothing}, wanted 0: {loss.__name__} compares the label's "
-            "class with one other class, not every class with every other"
+            f"label_smoothing: got {smoothing}, wanted 0: {loss.__name__} is defined for the class "
+            "of the label only, not for every class"
         )
     arguments.check_axis_name("class_axis_name", class_axis_name)
     shards = 1 if class_axis_name is None else lax.axis_size(class_axis_name)

@@ -1,4 +1,4 @@
-"""The linear source of logits: `features @ kernel + bias`, checked, with its chunk size."""
+"""Checks and chunk size of the linear head, whose logits are `features @ kernel + bias`."""
 
 import math
 import numbers
@@ -43,7 +43,7 @@ class LinearSource(chunks.ChunkSpec):
         return chunks.row_sums(self, linear, where)
 
     def sum_over_classes(self, loss: Any, args: ClassArgs, smoothing: Smoothing) -> Array:
-        # In the dtype of the loss, in which the chunks' cotangents are added up.
+        # The cotangents of the chunks are added up in the dtype of the loss.
         dtype = self.dtype(args.logits)
         options = arguments.cast_and_mask(args.options, dtype, None)
         args = args._replace(options=options, alpha=args.alpha.astype(dtype))
@@ -105,7 +105,7 @@ def _replicate_on_mesh(x: Array, like: Array) -> Array:
 
 
 def _chunk_size(chunk_size: int | None, positions: int, num_classes: int) -> int:
-    """Return the number of classes per chunk; the default is the public function's."""
+    """Return the number of classes per chunk; the public function documents the default."""
     if chunk_size is None:
         unit = 16 if num_classes < 40 * 128 else 128
         fortieth = unit * -(-num_classes // (40 * unit))

@@ -1,4 +1,4 @@
-"""The largest logit below a bound, such as the logit of the label's class."""
+"""The largest logit below a bound, for example below the logit of the label's class."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ def _largest_in_one_pass(axis: int, z: Array) -> _Next:
         first = (a.z > b.z) | ((a.z == b.z) & (a.place < b.place))
         return jax.tree.map(partial(jnp.where, first), a, b)
 
-    # Added to an array of zeros, the index is sharded as the logits are.
+    # The sum with zeros of the logits' shape gives the index the sharding of the logits.
     index = class_index(z, axis) + jnp.zeros_like(z, jnp.int32)
     initial = _Next(jnp.asarray(-jnp.inf, z.dtype), jnp.int32(INT32.max))
     return reduce_classes(axis, _Next(z, index), initial, combine)
@@ -70,7 +70,7 @@ def _below_forward(axis, *args):
 
 
 def _below_backward(axis, args, ct):
-    # A comparison with the index: the derivative of a gather is a scatter.
+    # A comparison with the index, because the transpose of a gather would be a scatter.
     logits, bound, where = args
     is_next = class_index(logits, axis) == _next_below(axis, *args).place
     ct = jnp.where(is_next & (cast_logits(logits, where) < bound), ct, 0)
@@ -84,9 +84,9 @@ _below.defvjp(_below_forward, _below_backward)
 def largest_below(
     axis: int, logits: Array, bound: Array, where: Array | None, class_axis_name: AxisName | None
 ) -> Array:
-    """Return the largest logit below the bound, with a class axis of size 1; -inf if none is.
+    """Return the largest logit below the bound, with a class axis of size 1, or -inf.
 
-    If several classes have it, the first gets the derivative. The bound has no derivative.
+    If several classes tie, the first gets the derivative. The bound has no derivative.
     """
     bound = lax.stop_gradient(bound)
     below: Array = _below(axis, *cast_to_common_varying(logits, bound, where))

@@ -39,7 +39,7 @@ class MaybeStatic:
 
     @classmethod
     def tree_unflatten(cls, static, leaves):
-        """Return what `tree_flatten` took apart."""
+        """Return the object from its leaves and its static part."""
         return cls(*leaves) if static is None else cls(static)
 
 
@@ -105,8 +105,8 @@ class Option:
         known = known_numbers(value)
         if known is None:
             return
-        # A Python number becomes a float32: one that is too large or too small for that is
-        # infinite or 0 there.
+        # A Python number becomes a float32. A number that is too large or too small for float32
+        # would be infinite or 0.
         largest = float(jnp.finfo(jnp.float32).max)
         smallest = float(jnp.finfo(jnp.float32).tiny) if self.above_low and self.low == 0 else None
         high = min(self.high, largest) if math.isfinite(self.low) else self.high
@@ -197,7 +197,7 @@ def flag(default: bool) -> Option:
     return Option("flag", default)
 
 
-# The weight of the positives of a sigmoid, and one weight per class of a softmax.
+# alpha of a sigmoid loss: the weight of the positives. alpha of a softmax loss: class weights.
 POSITIVE_WEIGHT = number(None, low=0.0, high=1.0)
 CLASS_WEIGHTS = number(None, low=0.0, per_class=True)
 

@@ -36,8 +36,8 @@ def by_platform(
 def forced_form(form: Form) -> Iterator[None]:
     """Select one form on every platform for programs that are traced in this context.
 
-    Tests compare the forms on one machine with it. JAX's caches are cleared at both ends, because
-    their keys do not contain the form.
+    Tests use it to compare the forms on one machine. JAX's caches are cleared on entry and exit,
+    because their keys do not contain the form.
     """
     global _forced
     outer, _forced = _forced, form

@@ -250,8 +250,8 @@ def position_loss(
         the first have the options' names, in any order. The engine multiplies the value by the
         class weight `alpha`, which is an option of every loss of a position.
       slopes: None, or a function like `value` that returns a tuple: the derivative of the value
-        in `n = -log p`, and in each of its options in the order of its own parameters. The terms
-        that it gets are finite. JAX differentiates it for derivatives of higher order. Without
+        in `n = -log p`, and in each of its options in the order of its own parameters. `slopes`
+        gets finite terms. JAX differentiates `slopes` for derivatives of higher order. Without
         slopes JAX differentiates the value.
       **options: declarations: `exponent(2.0)`, `number(1.0, low=0)`, or a plain number, the
         default of a `number`.

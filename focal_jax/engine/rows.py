@@ -1,10 +1,10 @@
 """The exponentials of a row of logits, with each class in turn as the true class.
 
-`1 - p_c` is needed for every class c. Only a class with `p_c > 1/2` cancels there. At most one
-class has that, and it has the largest logit: its `1 - p` is the sum of the other exponentials
-divided by the sum of all. So the sum over a row is kept in two parts: 1 for a class with the
-largest logit, and the rest. That class exceeds 1/2 exactly if the rest is below 1. If several
-classes tie for the largest logit, the rest is at least 1. So no index of the class is needed.
+Every class c needs `1 - p_c`, and this difference cancels only if `p_c > 1/2`. At most one class
+has such a probability: a class with the largest logit. Its `1 - p` is computed as the sum of the
+other exponentials divided by the sum of all. So the sum over a row is kept in two parts: 1 for a
+class with the largest logit, and the rest. The probability of that class exceeds 1/2 exactly if the
+rest is below 1. A tie for the largest logit makes the rest at least 1, so no class index is needed.
 """
 
 from functools import partial
@@ -50,12 +50,12 @@ class Row(NamedTuple):
 # ---------------------------------------------------------------- sums of exponentials
 
 
-# XLA:CPU finds the index of the largest of this many classes faster than it adds numbers.
+# Along the last axis, XLA:CPU computes an argmax of at most this many classes faster than a sum.
 _FEW_CLASSES = 64
 
 
 def max_class_on_cpu(z: Array, axis: int) -> Array | None:
-    """Return the first class with the largest logit, or None if that would be slow."""
+    """Return the first class with the largest logit, or None if an argmax would be slow."""
     num_classes = z.shape[axis]
     if not num_classes or (axis == z.ndim - 1 and num_classes > _FEW_CLASSES):
         return None
@@ -96,7 +96,7 @@ def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
 
 
 def rescale(exps: Split, shift: Array) -> Split:
-    """Return sums of exponentials relative to a largest logit that is larger by `-shift`."""
+    """Return the sums for a new largest logit; `shift` is the old one minus the new one."""
     factor = jnp.exp(shift)
     at_max = jnp.where(shift == 0, exps.at_max, 0)
     rest = exps.rest * factor + jnp.where(shift == 0, 0, exps.at_max * factor)
@@ -181,7 +181,7 @@ def _shift(for_backward: bool, z: Array, top: Array) -> Array:
 
 @_shift.defjvp
 def _shift_jvp(for_backward, primals, tangents):
-    # At z = top the derivative of the minimum is 1/2 in each argument. This one is 1.
+    # At z = top, JAX's derivative of the minimum would be 1/2 in each argument.
     return _shift(for_backward, *primals), tangents[0] - tangents[1]
 
 
@@ -237,20 +237,20 @@ def whole_gradient(x: Array, exps: Split, by_n: Array, slopes: SlopeSums) -> Arr
     return jnp.where(_dominates(x, exps), dominant, jnp.exp(x) * (slopes.total * share) - by_n)
 
 
-# A difference of logits times this is at least 1, unless the difference is 0 or subnormal.
+# A difference of logits times this is at least 1, unless the difference is below 1e-38.
 _LARGE = 1e38
 
 
 def zero_at_max(x: Array, v: Array, scale: float = 1.0) -> Array:
     """Return `scale * v` with 0 for the classes with the largest logit.
 
-    A product: XLA:CPU does not vectorize a sum that is fused with a select.
+    Computed as a product, because XLA:CPU does not vectorize a sum that is fused with a select.
     """
     return v * jnp.minimum(lax.stop_gradient(x) * (-_LARGE * scale), scale)
 
 
 def row_cotangent(exps: Split, slopes: SlopeSums) -> Split:
-    """Return the gradient of the row sums. A dominant class has no derivative through its own."""
+    """Return the gradient of the row sums, without a dominant class's slope in its own sum."""
     share = 1 / (exps.at_max + exps.rest)
     at_max = jnp.where(exps.rest < 1, slopes.rest, slopes.total)
     return Split(at_max * share, slopes.total * share)

@@ -44,7 +44,7 @@ def max_finite(x: Array) -> float:
 
 
 def min_log(x: Array) -> float:
-    """Return the number that stands for `log 0`: 0 times it, or times its square, is 0."""
+    """Return the finite number that replaces `log 0`, so that 0 times its square is 0."""
     return -math.sqrt(max_finite(x))
 
 
@@ -55,12 +55,12 @@ def clip_inf(x: Array) -> Array:
 
 @jax.custom_jvp
 def prevent_cse(x: Array) -> Array:
-    """Return `x` for the backward pass, written so that XLA does not merge it with the forward.
+    """Return `x` for the backward pass, in a form that XLA does not merge with the forward pass.
 
     If the forward and the backward pass contain the same expensive expression, XLA's common-
-    subexpression elimination (CSE) computes it once and writes it to memory, which costs more
-    than computing it twice. `lax.optimization_barrier` also prevents that, but doubles the cycles
-    on a TPU. As a side effect infinities become finite.
+    subexpression elimination (CSE) computes the expression once and writes it to memory, which
+    costs more than computing it twice. `lax.optimization_barrier` also prevents the merge, but
+    doubles the cycles on a TPU. As a side effect infinities become finite.
     """
     return clip_inf(x)
 
@@ -73,9 +73,9 @@ def _prevent_cse_jvp(primals, tangents):
 # ---------------------------------------------------------------- terms of a logit
 
 
-# Coefficients of artanh(x) / x in powers of x**2 for |x| <= 1/3, by the bytes of the dtype. For
-# float64 they are the Taylor series. For float32 they are the polynomial that interpolates it at
-# five Chebyshev nodes, with an error of 4e-9; the series would need seven terms.
+# Coefficients of artanh(x) / x in powers of x**2 for |x| <= 1/3, by the item size of the dtype. For
+# float64 they are the Taylor series. For float32 they are the polynomial that interpolates the
+# function at five Chebyshev nodes, with an error of 4e-9; the series would need seven terms.
 _ARTANH = {
     4: (1.000000004, 0.333331608, 0.200122976, 0.139825789, 0.140788891),
     8: tuple(1 / (2 * k + 1) for k in range(16)),
@@ -139,7 +139,7 @@ def terms_tangents(t: Terms, dx: Array) -> Terms:
 def sigmoid_terms(logit: Array, positive: Array | None = None) -> Terms:
     """Return the terms of a sigmoid: `p = sigmoid(logit)`, or `sigmoid(-logit)` for negatives.
 
-    `positive` says which labels are positive; None stands for all.
+    `positive` marks the positive labels; None means that all are positive.
     """
     return _sigmoid_terms(logit, positive)
 
@@ -219,7 +219,7 @@ def _softmax_terms_jvp(primals, tangents):
 
 @jax.custom_jvp
 def shift_log_p(t: Terms, shift: Array) -> Terms:
-    """Return the terms unchanged; their derivatives in `shift` are those in `log p`."""
+    """Return the terms; their derivative in `shift` is their derivative in `log p`."""
     del shift
     return t
 
@@ -234,7 +234,7 @@ def _shift_log_p_jvp(primals, tangents):
 
 
 def finite(t: Terms) -> Terms:
-    """Return the terms with infinities clipped, for slopes: a weight of 0 makes them 0."""
+    """Return the terms with infinities clipped, so that a slope times a weight of 0 is 0."""
     return t._replace(n=clip_inf(t.n), n_over_q=clip_inf(t.n_over_q))
 
 
@@ -258,7 +258,7 @@ def divide(a: Array, b: Array) -> Array:
     return a * _reciprocal(b)
 
 
-# Up to this exponent `power` multiplies: five squarings and as many more factors.
+# Up to this exponent `power` uses at most five squarings and five other products.
 _MAX_PRODUCT_EXPONENT = 32
 
 
@@ -283,7 +283,7 @@ def _static_power(gamma: int | float, q: Array, log_q: Array) -> Array:
 
 @_static_power.defjvp
 def _static_power_jvp(gamma, primals, tangents):
-    # Through log q: its derivative is bounded, the derivative of a root of q is not.
+    # Differentiate through log q, because the derivative of a root of q is unbounded.
     value = _static_power(gamma, *primals)
     return value, gamma * value * tangents[1]
 
@@ -304,8 +304,8 @@ def _abs_power(signed: bool, x: Array, log_abs_x: Array, gamma: MaybeStatic) -> 
     if isinstance(g, int | float) and g >= 0:
         value = power(abs_x, log_abs_x, g)
     else:
-        # Exponents are negative in derivatives only. To keep these finite, the power is 0 at the
-        # pole x = 0 and bounded near it.
+        # Exponents are negative in derivatives only. To keep the derivatives finite, the power is
+        # 0 at the pole x = 0 and bounded near the pole.
         bound = -0.9 * math.log(jnp.finfo(x.dtype).tiny)
         at_pole = (abs_x == 0) & (g < 0)
         value = jnp.where(at_pole, 0, jnp.exp(jnp.minimum(g * log_abs_x, bound)))
@@ -314,8 +314,8 @@ def _abs_power(signed: bool, x: Array, log_abs_x: Array, gamma: MaybeStatic) -> 
 
 @_abs_power.defjvp
 def _abs_power_jvp(signed, primals, tangents):
-    # Not through log|x|: at x = 0 the derivatives of x**2 are 0 and 2, and a product with the
-    # derivative of the logarithm gives 0 for both.
+    # Do not differentiate through log|x|: at x = 0 the derivatives of x**2 are 0 and 2, and a
+    # product with the derivative of the logarithm gives 0 for both.
     (x, log_abs_x, gamma), (dx, _, dgamma) = primals, tangents
     value = _abs_power(signed, *primals)
     one_less = MaybeStatic(gamma.value - 1)

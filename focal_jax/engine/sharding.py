@@ -21,9 +21,9 @@ def cast_to_common_varying(*arrays: Any) -> Any:
     """Return the arrays cast to vary over every mapped axis over which any of them varies.
 
     With `check_vma=True`, `jax.shard_map` requires that the arguments and the cotangents of a
-    `custom_vjp` vary over the same axes, and the carry of a scan before and after a step. The
+    `custom_vjp` vary over the same axes, and that a scan does not change the axes of its carry. The
     transpose of the cast is the psum that the gradient of a replicated argument needs. The cast
-    stands outside the `custom_vjp`, so that JAX inserts the psum in every mode. Outside
+    is outside the `custom_vjp`, so that JAX inserts the psum in every mode. Outside
     `jax.shard_map` the arrays are returned unchanged. None stays None.
     """
     union = frozenset[Any]().union(*map(_varying_axes, jax.tree.leaves(arrays)))

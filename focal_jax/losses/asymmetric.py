@@ -18,7 +18,7 @@ def _shifted_terms(z: Array, margin: Array) -> Terms:
     """
     t = scalar.sigmoid_terms(z)
     q, p = jnp.maximum(t.p - margin, 0), jnp.minimum(t.q + margin, 1)
-    # If p underflows the margin is 0, and -log p is that of the logit.
+    # If p underflows, the margin is 0 and -log p equals -log sigmoid(-z).
     n = jnp.where(q < 0.5, -scalar.log1p(-jnp.minimum(q, 0.5)), jnp.minimum(-jnp.log(p), -t.log_q))
     near_one = scalar.log1p(-jnp.minimum(p, 0.5))
     log_q = jnp.where(p < 0.5, near_one, jnp.maximum(jnp.log(q), scalar.min_log(q)))
@@ -52,7 +52,7 @@ def _value(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
 def _slopes(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
     t, m, not_y = scalar.sigmoid_terms(z), _shifted_terms(z, margin), 1 - y
 
-    # The terms of the weights, and the factor by which their derivatives count.
+    # The terms and exponents in the derivatives of the weights; constant weights have none.
     of_weights = (t.q, t.log_q), (m.q, m.log_q)
     g_positive, g_negative = gamma_positive, gamma_negative
     if stop_weight_gradient:
@@ -120,7 +120,7 @@ def asymmetric_loss(
       gamma_positive: focusing exponent of the positives, at least 0.
       gamma_negative: focusing exponent of the negatives, at least 0.
       margin: number in [0, 1) that the score of a negative is reduced by. At `s = margin` the
-        derivative is 0, as relu's is at 0.
+        derivative is 0, like that of relu at 0.
       stop_weight_gradient: whether the weights are constant under differentiation. The authors'
         code calls this `disable_torch_grad_focal_loss`.
       where: mask of the losses.

@@ -25,7 +25,7 @@ _nan_to_zero.defjvps(lambda dy, _, y: dy)
 
 @partial(jax.jit, static_argnums=0)
 def _losses(axis: int, logits: Array, labels: Array, where: Array | None) -> Array:
-    """Return the losses, with a class axis of size 1 as the labels."""
+    """Return the losses. Labels, mask and losses have a class axis of size 1."""
     last, dtype = logits.shape[axis] - 1, arguments.compute_dtype(logits)
     y = arguments.cast_and_mask(labels, dtype, where)
     invalid, y = ~((y >= 0) & (y <= last)), _nan_to_zero(y)
@@ -35,7 +35,7 @@ def _losses(axis: int, logits: Array, labels: Array, where: Array | None) -> Arr
     sums = class_sums(axis, logits, places, where)
 
     def summand(weight, i):
-        # The other one of the two classes belongs to the rest, unless the row has one class.
+        # The rest includes the other one of the two classes, if there are two.
         no_other = invalid | (places[0] == places[1])
         other = jnp.where(no_other, -jnp.inf, sums.label_logit[1 - i] - sums.max_logit)
         label_logit, rest = sums.label_logit[i] - sums.max_logit, sums.rest + jnp.exp(other)
@@ -54,8 +54,8 @@ def distribution_focal_loss(
 
         loss = (c + 1 - y) * CE(c) + (y - c) * CE(c + 1)
 
-    The loss is smallest if the softmax has these two classes only, and the mean `y`. A distance is
-    predicted as the mean of a distribution over `0, 1, ..., n - 1`.
+    The loss is smallest if only these two classes have a positive probability and the mean is `y`.
+    A distance is predicted as the mean of a distribution over `0, 1, ..., n - 1`.
 
     Example:
       >>> import jax.numpy as jnp

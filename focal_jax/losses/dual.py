@@ -1,4 +1,4 @@
-"""Dual focal loss: its weight also depends on the most probable class below the label's class."""
+"""Dual focal loss: the weight depends on the label's class and on the next less probable class."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def _share(
     sums: ClassSums,
     where: Array | None,
 ) -> Array:
-    """Return `p_j / (1 - p_t)`, the share of the next class below among the other classes."""
+    """Return `p_j / (1 - p_t)`, the share of the next less probable class in `1 - p_t`."""
     below = largest_below(axis, logits, sums.label_logit, where, class_axis_name)
     return jnp.exp(below - sums.max_logit - _log(sums.rest))
 
@@ -42,7 +42,7 @@ def _log_jvp(primals, tangents):
 def _enlarge(t: Terms, share: Array) -> Terms:
     """Return the terms with `1 - p_t + p_j` for q, where `p_j = share * (1 - p_t)`.
 
-    p becomes minus the derivative of that q in `log p_t`.
+    The returned p is minus the derivative of the returned q in `log p_t`, for a constant share.
     """
     factor = 1 + share
     log_q = t.log_q + scalar.log1p(share)
@@ -82,7 +82,7 @@ def dual_focal_loss_with_integer_labels(
 
         loss = alpha_t * (1 - p_t + p_j)**gamma * (-log p_t)
 
-    The loss calibrates: its weight falls with the distance between `p_t` and `p_j`, and not with
+    The loss improves calibration: its weight decreases with `p_t - p_j`, not with
     `p_t` alone. `p_j` is differentiated. If several classes have the probability `p_j`, the first
     gets the derivative.
 

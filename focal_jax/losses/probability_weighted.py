@@ -43,8 +43,8 @@ def softmax_probability_weighted_loss_with_integer_labels(
         loss = alpha_t * p_t * (-log p_t)
 
     The weight `p_t` is constant under differentiation, so the gradient of the logits is `p_t` times
-    that of the cross entropy. This is dynamic fine-tuning: a language model learns little from
-    tokens that it finds improbable, where supervised fine-tuning learns most from them.
+    that of the cross entropy. For language models this is dynamic fine-tuning: improbable
+    tokens have small gradients, while in supervised fine-tuning their gradients are the largest.
 
     The arguments are those of `softmax_focal_loss_with_integer_labels`.
 

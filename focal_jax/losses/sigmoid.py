@@ -110,7 +110,7 @@ def _hard_slopes(z, y, alpha, gamma):
     return sign * by_margin, None, sign * focal, weight * focal * t.log_q
 
 
-# bool and integer labels have a margin, and need fewer operations than labels in [0, 1].
+# For bool and integer labels the loss is a function of the margin, with fewer operations.
 _hard = elementwise_loss(
     _hard_value,
     _hard_slopes,

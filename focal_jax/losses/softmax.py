@@ -103,15 +103,15 @@ def softmax_focal_loss_with_integer_labels(
       gamma: focusing exponent, at least 0.
       axis: the class axis.
       label_smoothing: Python number `s` in [0, 1). The losses are those of `softmax_focal_loss`
-        for the labels `(1 - s) * one_hot + s / C`. A class with the logit -inf makes them infinite
-        unless its class weight is 0.
+        for the labels `(1 - s) * one_hot + s / C`. A class with the logit -inf makes the losses
+        infinite unless its class weight is 0.
       ignore_label: positions with this label have loss 0 and gradient 0.
       where: mask of the losses.
       class_axis_name: mapped axes (`shard_map`, `pmap`, `vmap`) over which the classes are
         sharded: the logits are this device's slice of the classes, all slices have one length and
         are in the order of the devices. Labels and alpha refer to all classes. All arguments but
         the logits have to be equal on all devices of these axes; so are the losses. The devices
-        exchange three numbers per position.
+        exchange three numbers per position, four with label smoothing.
       return_logsumexp: whether to return `(losses, logsumexp)`. A z-loss is then
         `losses + 1e-4 * logsumexp**2`.
 
@@ -150,9 +150,9 @@ def linear_softmax_focal_loss_with_integer_labels(
 
         loss = alpha_t * (1 - p_t)**gamma * (-log p_t)
 
-    For a large vocabulary the logits are the largest array of a training step. Here they are
-    computed for a chunk of the classes at a time, once for the loss and again for the gradient.
-    That takes four matrix products; the layer and the loss apart take three.
+    For a large vocabulary the logits are the largest array of a training step. This loss computes
+    one chunk of classes at a time, once for the loss and again for the gradient, with four matrix
+    products. A linear layer followed by a loss takes three.
 
     Example:
       >>> import jax.numpy as jnp
@@ -175,8 +175,8 @@ def linear_softmax_focal_loss_with_integer_labels(
       bias: None or `[C]`.
       alpha: class weights: None, a scalar, or `[C]`, from which the label selects.
       gamma: focusing exponent, at least 0.
-      label_smoothing: as in `softmax_focal_loss_with_integer_labels`. It takes one more matrix
-        product.
+      label_smoothing: as in `softmax_focal_loss_with_integer_labels`, with five matrix products, or
+        eight with `class_axis_name` or `return_logsumexp`.
       logit_softcap: None or a number > 0: the logits are `cap * tanh(logits / cap)`. A logit of
         -inf stays -inf.
       ignore_label: positions with this label have loss 0 and gradient 0.
@@ -187,11 +187,11 @@ def linear_softmax_focal_loss_with_integer_labels(
       return_logsumexp: whether to return `(losses, logsumexp)`.
       transpose_kernel: whether the kernel is `[C, D]`, such as a tied embedding. Neither the kernel
         nor its gradient is then transposed in memory.
-      chunk_size: classes per chunk. By default a fortieth of the classes, so that the logits of a
-        chunk and their gradient take at most a tenth of the memory of all logits. For many
-        positions it is as many classes as have 2**23 logits (32 MiB, which fit on a TPU's chip),
-        but at least 1,024, because every chunk reads all features. It is a multiple of 128, the
-        width of a matrix unit, or of 16 below 5,120 classes.
+      chunk_size: classes per chunk. By default a fortieth of the classes: the logits of a chunk and
+        their gradient take about a twentieth of the memory of all logits. Chunks of more than
+        1,024 classes are reduced to 2**23 logits, which fit into a TPU's on-chip memory, but not
+        below 1,024 classes, because every chunk reads all features. The default is a multiple of
+        128, the width of a matrix unit, or of 16 below 5,120 classes.
 
     Returns:
       The losses, `[...]`; or with `return_logsumexp` a pair with the log-sum-exp, as in

@@ -33,8 +33,8 @@ def _value(z, y, gamma, beta):
 def _slopes(z, y, gamma, beta):
     u = _margin(z, y, gamma, beta)
     q, inverse = scalar.sigmoid_terms(u).q, 1 / gamma
-    # In the derivative in gamma, the loss and the logit cancel. With z = (u - beta) / gamma, the
-    # entropy is their difference.
+    # The derivative in gamma is -(n + q * (u - beta)) / gamma**2. The sum n + q * u cancels; it is
+    # the entropy, which is computed without cancellation.
     by_gamma = -(_entropy(u) - beta * q) * inverse * inverse
     return (1 - 2 * y) * q, -2 * z * q, by_gamma, -q * inverse
 

@@ -109,6 +109,6 @@ def focal_tversky_loss(
     options = prepare_options(_OPTIONS, given, (num_classes,), dtype)
     positions = logits.shape[:axis] + logits.shape[axis + 1 :]
     mask = arguments.mask_array(where, positions, axis)
-    # The options are not cast: the sums over the devices do not vary over the mesh axes.
+    # The options are not cast, because the sums over the devices do not vary over the mesh axes.
     logits, labels, mask = cast_to_common_varying(logits, labels, mask)
     return _losses(axis, axis_name, logits, labels, options, mask)

@@ -17,7 +17,7 @@ def _value(z, y, alpha, gamma, positive, stop_weight_gradient):
     del stop_weight_gradient  # the value is the same
     positive = is_positive(y, positive)
     y = jnp.where(positive, y, 0)
-    s = scalar.sigmoid_terms(-z)  # whose q is the score
+    s = scalar.sigmoid_terms(-z)  # s.q is the score
     power = jnp.where(positive, 1, scalar.power(s.q, s.log_q, gamma))
     return scalar.weigh(jnp.where(positive, y, alpha), power * scalar.cross_entropy(z, y))
 

@@ -37,10 +37,12 @@ def _chain(*links: tuple[_Slopes, Any]) -> _Slopes:
     """Return the sum of slopes that are each multiplied by a factor (the chain rule)."""
     out: dict[Hashable, _Slope] = {}
     for slopes, factor in links:
-        for variable, slope in slopes.items():
-            sums = out.get(variable, _ZERO)
-            magnitude = sums.magnitude + slope.magnitude * abs(factor)
-            out[variable] = _Slope(sums.value + slope.value * factor, magnitude)
+        size = abs(factor)
+        for variable, (value, magnitude) in slopes.items():
+            value, magnitude = value * factor, magnitude * size
+            if variable in out:
+                value, magnitude = value + out[variable].value, magnitude + out[variable].magnitude
+            out[variable] = _Slope(value, magnitude)
     return out
 
 
@@ -71,7 +73,9 @@ class _Dual:
         return _Dual(value, _chain((self.slopes, in_base), (other.slopes, in_exponent)))
 
     def __neg__(self) -> "_Dual":
-        return self * -1
+        return _Dual(
+            -self.value, {k: _Slope(-x.value, x.magnitude) for k, x in self.slopes.items()}
+        )
 
     def __sub__(self, other: Any) -> "_Dual":
         return self + -_dual(other)
