@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 # Set before JAX and PyTorch start. On a GPU PyTorch needs a part of the memory. On a CPU idle
@@ -42,11 +41,12 @@ from benchmarks.peers import (
     FOCAL_JAX,
     OTHER_VERSION,
     PLAIN_JAX,
+    Version,
+    compile_losses,
     import_version,
     jax_programs,
     linear_programs,
     losses,
-    summed,
     torch_programs,
 )
 from benchmarks.workloads import FAMILY, WORKLOADS, Workload, growth, minimum_bytes
@@ -65,7 +65,7 @@ Case = tuple[str, int, Callable[..., Rows]]
 def losses_rows(
     workload: Workload,
     dtype: str,
-    other_version: ModuleType | None,
+    other_version: Version | None,
     rounds: int,
     on_round: Callable[[], None],
 ) -> Rows:
@@ -97,18 +97,19 @@ def losses_rows(
 
 def plain_comparison_rows(
     workload: Workload,
-    other_version: ModuleType | None,
+    other_version: Version | None,
     rounds: int,
     on_round: Callable[[], None],
     **fields: Any,
 ) -> Rows:
     """Measure focal_jax and plain JAX, value and gradient in float32."""
     logits, labels = jax.device_put(workload.inputs("float32"))
-    programs = [
-        compile_program(label, GRADIENT, summed(loss, GRADIENT), logits, labels)
+    compared = {
+        label: loss
         for label, loss in losses(workload, other_version).items()
         if label in (FOCAL_JAX, PLAIN_JAX, OTHER_VERSION)
-    ]
+    }
+    programs = compile_losses(compared, [GRADIENT], (logits, labels), other_version)
     fields |= {"workload": workload.name, "shape": workload.shape, "dtype": "float32"}
     return add_ratios(measure(programs, rounds, on_round, **fields), PLAIN_JAX, logits.nbytes)
 
@@ -116,7 +117,7 @@ def plain_comparison_rows(
 def linear_rows(
     shape: tuple[int, int, int],
     dtype: str,
-    other_version: ModuleType | None,
+    other_version: Version | None,
     rounds: int,
     on_round: Callable[[], None],
 ) -> Rows:
@@ -136,7 +137,7 @@ def _scaling_rows(devices: int, anchors: int, rounds: int, on_round: Callable[[]
     return scaling.rows(devices, anchors, rounds)
 
 
-def cases(options: argparse.Namespace, other_version: ModuleType | None) -> Iterator[Case]:
+def cases(options: argparse.Namespace, other_version: Version | None) -> Iterator[Case]:
     """Yield the cases of the selected sections."""
     quick, rounds = options.quick, options.rounds
 

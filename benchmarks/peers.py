@@ -1,11 +1,13 @@
 """Build the programs that are measured: focal_jax, plain JAX, optax, Keras's formula, PyTorch."""
 
+import contextlib
+import dataclasses
 import importlib
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -20,11 +22,63 @@ from jax import Array
 import focal_jax
 from benchmarks.measure import MODES, VALUE, Program, compile_program
 from benchmarks.workloads import SIGMOID, SOFT, SOFTMAX, Workload
+from focal_jax import reduce_loss
 
 # The labels of the implementations in tables and figures. "plain JAX" is the formula as a user
 # writes it, differentiated by JAX, in the dtype of the logits and without a mask.
 FOCAL_JAX, PLAIN_JAX, LINEAR = "focal_jax", "plain JAX", "focal_jax linear"
 OTHER_VERSION, LINEAR_OTHER_VERSION = "other version", "other version, linear"
+
+# ---------------------------------------------------------------- other versions
+
+_PACKAGE = focal_jax.__name__
+
+
+def _remove_modules() -> dict[str, ModuleType]:
+    """Remove the modules of the package from `sys.modules` and return them."""
+    names = [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """The package in another checkout, imported in addition to the current package."""
+
+    checkout: Path
+    modules: dict[str, ModuleType] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Replace the modules of the current package by those of this version.
+
+        The functions of this version are called in this context, because the package imports some
+        modules on first use.
+        """
+        current = _remove_modules()
+        sys.modules.update(self.modules)
+        sys.path.insert(0, str(self.checkout))
+        try:
+            yield
+        finally:
+            sys.path.remove(str(self.checkout))
+            self.modules.update(_remove_modules())
+            sys.modules.update(current)
+
+    def find(self, name: str) -> Callable[..., Array] | None:
+        """Return a function of this version, or None if this version lacks the function."""
+        with self.active():
+            return getattr(self.modules[_PACKAGE], name, None)
+
+
+def import_version(checkout: Path) -> Version:
+    """Import the package of another checkout."""
+    version = Version(checkout)
+    with version.active():
+        found = importlib.import_module(_PACKAGE)
+        if not Path(found.__file__ or "").is_relative_to(checkout):
+            raise FileNotFoundError(f"{checkout}: got a folder without {_PACKAGE}")
+    return version
+
 
 # ---------------------------------------------------------------- JAX
 
@@ -70,44 +124,20 @@ _PEERS = {
 
 
 def losses(
-    workload: Workload, other_version: ModuleType | None = None
+    workload: Workload, other_version: Version | None = None
 ) -> dict[str, Callable[[Array, Array], Array]]:
     """Return all JAX implementations of a workload's loss, by label.
 
     Each implementation is a function of logits and labels that returns one loss per position.
     Where this module has no plain JAX formula, `focal_jax.reference` provides it.
-
-    Args:
-      workload: the workload.
-      other_version: the package in another version, which may lack the loss.
     """
     name = workload.loss
     plain = _PLAIN_JAX.get(name) or getattr(focal_jax.reference, name)
     found = {FOCAL_JAX: getattr(focal_jax, name), PLAIN_JAX: plain, **_PEERS.get(name, {})}
-    if hasattr(other_version, name):
-        found[OTHER_VERSION] = getattr(other_version, name)
+    other = other_version and other_version.find(name)
+    if other is not None:
+        found[OTHER_VERSION] = other
     return {label: partial(loss, **workload.keywords) for label, loss in found.items()}
-
-
-def import_version(checkout: Path) -> ModuleType:
-    """Import the `focal_jax` package of another checkout and keep the current one in place."""
-    package = focal_jax.__name__
-
-    def remove_modules() -> dict[str, ModuleType]:
-        names = [name for name in sys.modules if name.partition(".")[0] == package]
-        return {name: sys.modules.pop(name) for name in names}
-
-    current = remove_modules()
-    sys.path.insert(0, str(checkout))
-    try:
-        found = importlib.import_module(package)
-        if not Path(found.__file__ or "").is_relative_to(checkout):
-            raise FileNotFoundError(f"{checkout}: got a folder without {package}")
-        return found
-    finally:
-        sys.path.remove(str(checkout))
-        remove_modules()
-        sys.modules.update(current)
 
 
 def summed(loss: Callable[..., Array], mode: str, argnums: Any = 0) -> Callable[..., Any]:
@@ -120,20 +150,34 @@ def summed(loss: Callable[..., Array], mode: str, argnums: Any = 0) -> Callable[
     """
 
     def total(*args):
-        return focal_jax.reduce_loss(loss(*args), normalization="sum")
+        return reduce_loss(loss(*args), normalization="sum")
 
     return total if mode == VALUE else jax.value_and_grad(total, argnums)
 
 
+def compile_losses(
+    losses: Mapping[str, Callable[..., Array]],
+    modes: Sequence[str],
+    args: Sequence[Array],
+    other_version: Version | None,
+    argnums: Any = 0,
+) -> list[Program]:
+    """Compile the sum of the losses of every implementation in every mode."""
+    programs = []
+    for label, loss in losses.items():
+        is_other = label in (OTHER_VERSION, LINEAR_OTHER_VERSION)
+        with other_version.active() if is_other and other_version else contextlib.nullcontext():
+            programs += [
+                compile_program(label, mode, summed(loss, mode, argnums), *args) for mode in modes
+            ]
+    return programs
+
+
 def jax_programs(
-    workload: Workload, logits: Array, labels: Array, other_version: ModuleType | None = None
+    workload: Workload, logits: Array, labels: Array, other_version: Version | None = None
 ) -> list[Program]:
     """Compile every JAX implementation in every mode."""
-    return [
-        compile_program(label, mode, summed(loss, mode), logits, labels)
-        for label, loss in losses(workload, other_version).items()
-        for mode in MODES
-    ]
+    return compile_losses(losses(workload, other_version), MODES, (logits, labels), other_version)
 
 
 # ---------------------------------------------------------------- PyTorch
@@ -227,7 +271,7 @@ def torch_programs(workload: Workload, logits: np.ndarray, labels: np.ndarray) -
 
 
 def linear_losses(
-    other_version: ModuleType | None = None,
+    other_version: Version | None = None,
 ) -> dict[str, Callable[[Array, Array, Array], Array]]:
     """Return all implementations of the loss of `features @ kernel`, by label.
 
@@ -241,17 +285,15 @@ def linear_losses(
     loss = losses(Workload("linear", SOFTMAX, ()))
     name = focal_jax.linear_softmax_focal_loss_with_integer_labels.__name__
     linear = {LINEAR: getattr(focal_jax, name)}
-    if hasattr(other_version, name):
-        linear[LINEAR_OTHER_VERSION] = getattr(other_version, name)
+    other = other_version and other_version.find(name)
+    if other is not None:
+        linear[LINEAR_OTHER_VERSION] = other
     return {label: with_logits(loss[label]) for label in (FOCAL_JAX, PLAIN_JAX)} | linear
 
 
 def linear_programs(
-    features: Array, kernel: Array, labels: Array, other_version: ModuleType | None = None
+    features: Array, kernel: Array, labels: Array, other_version: Version | None = None
 ) -> list[Program]:
     """Compile the implementations of the linear head in every mode."""
-    return [
-        compile_program(label, mode, summed(head, mode, (0, 1)), features, kernel, labels)
-        for label, head in linear_losses(other_version).items()
-        for mode in MODES
-    ]
+    args = features, kernel, labels
+    return compile_losses(linear_losses(other_version), MODES, args, other_version, (0, 1))

@@ -21,7 +21,7 @@ INTEGER_KINDS = [row for row in KINDS if row.integer]
 def test_sixteen_bits_give_the_rounded_result_of_float32(row):
     options, static = row.scalars(), row.axis(-1)
 
-    @jax.jit  # with XLA's optimizations, both programs are equal to the last bit
+    @jax.jit  # with all of XLA's optimizations, both programs are equal to the last bit
     def losses_and_gradients(logits, labels):
         out = []
         for exponents in ({}, *(dict.fromkeys(row.exponents, x) for x in (2, 1.3))):
@@ -100,7 +100,8 @@ def test_options_are_cast_to_the_dtype_of_the_loss_first(row):
             for name in narrow:
                 assert got[name][1].pop(name).dtype == dtype
                 want[name][1].pop(name)
-                assert_close(got[name], want[name], 1e-7)
+                # Entries of the gradient of a region are differences that may cancel.
+                assert_close(got[name], want[name], 1e-6 if row.region else 1e-7)
 
 
 # ---------------------------------------------------------------- integer labels

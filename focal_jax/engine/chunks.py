@@ -381,9 +381,9 @@ def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[
     zero = masked.zeros()
     losses, *slopes = _fold(step, [zero] * (3 if with_slopes else 1), spec.chunks, masked)
     invalid = jnp.array(False) if args.invalid is None else args.invalid
-    return arguments.mask_and_invalidate(losses, invalid, args.where), SlopeSums(
-        *slopes or (zero, zero)
-    )
+    losses = arguments.mask_and_invalidate(losses, invalid, args.where)
+    total, rest = slopes or (zero, zero)
+    return losses, SlopeSums(total - rest, rest)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -95,15 +95,35 @@ def class_slopes(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _sum_together(axis: int, *arrays: Array) -> tuple[Array, ...]:
-    """Return the sums along the class axis, by one reduction."""
-    zeros = tuple(jnp.zeros((), x.dtype) for x in arrays)
-    return reduce_classes(axis, arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)))
+def _sum_in_one_pass(axis: int, at_max: Array, by_n: Array, *others: Array):
+    """Return the sums of the slopes, and a tuple of the sums of the others, by one reduction.
+
+    XLA:GPU writes the slopes to memory if the operands of the reduction use them twice. So they
+    are one operand, and the combination selects the classes with the largest logit.
+    """
+
+    def select(at_max, v, rest):
+        return jnp.where(at_max, v, 0), jnp.where(at_max, rest, rest + v)
+
+    def combine(a, b):
+        slopes = jax.tree.map(jnp.add, select(*a[:3]), select(*b[:3]))
+        return jnp.ones_like(a[0]), *slopes, jax.tree.map(jnp.add, a[3], b[3])
+
+    zero = jnp.zeros((), by_n.dtype)
+    initial = jnp.array(True), zero, zero, (zero,) * len(others)
+    operands = at_max, by_n, jnp.zeros_like(by_n), others
+    *slopes, sums = reduce_classes(axis, operands, initial, combine)
+    # A reduction of one class may not have combined anything.
+    own, rest = slopes[1:] if by_n.shape[axis] > 1 else select(*slopes)
+    return SlopeSums(own, rest), sums
 
 
-@_sum_together.defjvp
-def _sum_together_jvp(axis, primals, tangents):
-    return _sum_together(axis, *primals), tuple(sum_classes(axis, dx) for dx in tangents)
+@_sum_in_one_pass.defjvp
+def _sum_in_one_pass_jvp(axis, primals, tangents):
+    _, dv, *d_others = tangents
+    total = partial(sum_classes, axis)
+    slopes = SlopeSums(total(jnp.where(primals[0], dv, 0)), total(jnp.where(primals[0], 0, dv)))
+    return _sum_in_one_pass(axis, *primals), (slopes, tuple(map(total, d_others)))
 
 
 class _Spec(NamedTuple):
@@ -171,10 +191,9 @@ def _forward_on_cpu(spec: _Spec, args: ClassArgs, row: Row):
 
 def _forward_elsewhere(spec: _Spec, args: ClassArgs, row: Row):
     by_n = _slopes(spec, args, row, for_backward=False).by_n
-    x = cast_logits(args.logits, args.where) - row.max_logit
-    rest = zero_at_max(x, by_n)
-    losses, *sums = _sum_together(spec.axis, _summands(spec, args, row), by_n, rest)
-    return losses, SlopeSums(*sums)
+    at_max = cast_logits(args.logits, args.where) == row.max_logit
+    slopes, (losses,) = _sum_in_one_pass(spec.axis, at_max, by_n, _summands(spec, args, row))
+    return losses, slopes
 
 
 def _gradient(spec: _Spec, args: ClassArgs, row: Row, by_n: Array, slopes: SlopeSums) -> Array:
@@ -198,12 +217,13 @@ def _sum_slopes_in_passes(axis: int, logits: Array, by_n: Array, top: Array, whe
         last = axis == logits.ndim - 1
         compute = _zero_at_place if last else partial(compile_separately, _zero_at_place)
         rest = sum_classes(axis, compute(by_n, class_index(z, axis), place))
-        return SlopeSums(rest + pick_class(by_n, place, axis), rest)
+        return SlopeSums(pick_class(by_n, place, axis), rest)
     total = sum_classes(axis, by_n)
     # XLA:CPU writes an expression that two sums share to memory, even a broadcast constant. The
     # barrier and the factor of 2 keep this sum different from the sums of the forward pass.
     top, _ = lax.optimization_barrier((top, lax.stop_gradient(total)))
-    return SlopeSums(total, 0.5 * sum_classes(axis, zero_at_max(z - top, by_n, scale=2.0)))
+    rest = 0.5 * sum_classes(axis, zero_at_max(z - top, by_n, scale=2.0))
+    return SlopeSums(total - rest, rest)
 
 
 def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: Row, slopes: SlopeSums, losses: Array):
@@ -306,17 +326,22 @@ def _probabilities_forward(axis, *args):
 
 def _probabilities_backward(axis, args, cts):
     logits, where = args
-    t, x, row = _probability_terms(axis, *args, for_backward=True)
+    t, _, row = _probability_terms(axis, *args, for_backward=True)
     by_n = t.p * (cts[1] - cts[0])
 
     def in_one_pass(logits, by_n, top, where):
-        x = cast_logits(logits, where) - top
-        return SlopeSums(*_sum_together(axis, by_n, zero_at_max(x, by_n)))
+        return _sum_in_one_pass(axis, cast_logits(logits, where) == top, by_n)[0]
 
     sums = partial(_sum_slopes_in_passes, axis), in_one_pass
     slopes = by_platform(*sums, logits, by_n, lax.stop_gradient(row.max_logit), where)
-    dz = whole_gradient(x, row.exps, by_n, slopes)
-    return arguments.mask_to_zero(dz, where).astype(logits.dtype), None
+
+    def gradient(logits, by_n, row, slopes, where):
+        x = shift_logits(cast_logits(logits, where), row.max_logit, for_backward=True)
+        return arguments.mask_to_zero(whole_gradient(x, row.exps, by_n, slopes), where)
+
+    row = row._replace(max_logit=lax.stop_gradient(row.max_logit))
+    dz = compile_separately(gradient, logits, by_n, row, slopes, where)
+    return dz.astype(logits.dtype), None
 
 
 _probabilities_core = jax.custom_vjp(_probabilities, nondiff_argnums=(0,))

@@ -86,13 +86,12 @@ def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
     def combine(a, b):
         top = jnp.maximum(a.max_logit, b.max_logit)
         parts = [rescale(side.exps, side.max_logit - top) for side in (a, b)]
-        return Row(top, jax.tree.map(jnp.add, *parts))
+        return Row(top, keep_one_at_max(jax.tree.map(jnp.add, *parts)))
 
     # With a single class, exp(logit - max) is 1, or 0 if the logit is -inf.
     one = jnp.where(z == -jnp.inf, 0, jnp.ones_like(z))
     operands = Row(jnp.maximum(z, least), Split(one, jnp.zeros_like(z)))
-    row = reduce_classes(axis, operands, Row(zero + least, Split(zero, zero)), combine)
-    return row._replace(exps=keep_one_at_max(row.exps))
+    return reduce_classes(axis, operands, Row(zero + least, Split(zero, zero)), combine)
 
 
 def rescale(exps: Split, shift: Array) -> Split:
@@ -219,8 +218,8 @@ def _class_terms_jvp(primals, tangents):
 class SlopeSums(NamedTuple):
     """Sums of slopes over the classes, with a class axis of size 1."""
 
-    total: Array
-    rest: Array  # without the classes with the largest logit
+    at_max: Array  # over the classes with the largest logit
+    rest: Array  # over the other classes
 
 
 def direct_gradient(x: Array, exps: Split, by_n: Array) -> Array:
@@ -231,10 +230,11 @@ def direct_gradient(x: Array, exps: Split, by_n: Array) -> Array:
 
 def whole_gradient(x: Array, exps: Split, by_n: Array, slopes: SlopeSums) -> Array:
     """Return the gradient of the logits: the direct one, and the one through the row sums."""
-    share = 1 / (exps.at_max + exps.rest)
-    # `at_max` is 1 here, but its derivative is that of the exponential of the dominant class.
-    dominant = slopes.rest * (exps.at_max * share) - by_n * (exps.rest * share)
-    return jnp.where(_dominates(x, exps), dominant, jnp.exp(x) * (slopes.total * share) - by_n)
+    # A sum of products per class: XLA:GPU writes a number per position to memory.
+    dominates, share = _dominates(x, exps), 1 / (exps.at_max + exps.rest)
+    others = slopes.rest + jnp.where(dominates, 0, slopes.at_max)
+    q = jnp.where(dominates, exps.rest * share, 1)
+    return (jnp.exp(x) * share) * others - q * by_n
 
 
 # A difference of logits times this is at least 1, unless the difference is below 1e-38.
@@ -252,8 +252,8 @@ def zero_at_max(x: Array, v: Array, scale: float = 1.0) -> Array:
 def row_cotangent(exps: Split, slopes: SlopeSums) -> Split:
     """Return the gradient of the row sums, without a dominant class's slope in its own sum."""
     share = 1 / (exps.at_max + exps.rest)
-    at_max = jnp.where(exps.rest < 1, slopes.rest, slopes.total)
-    return Split(at_max * share, slopes.total * share)
+    total = slopes.at_max + slopes.rest
+    return Split(jnp.where(exps.rest < 1, slopes.rest, total) * share, total * share)
 
 
 def row_gradient(x: Array, of_exps: Split) -> Array:
