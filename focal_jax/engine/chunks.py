@@ -303,20 +303,20 @@ def _row(spec: ChunkSpec, linear: Linear, where: Array | None) -> Row:
         z = _chunk(spec, masked, size, start).logits
         top = jnp.maximum(row.max_logit, _max_logit(z))
         x = z - top
-        e, at_max = jnp.exp(x), x == 0
+        e, near = jnp.exp(x), rows.is_near_max(x)
         before = rows.rescale(row.exps, row.max_logit - top)
         return Row(
             top,
             Split(
-                before.at_max + jnp.sum(jnp.where(at_max, e, 0), -1, keepdims=True),
-                before.rest + jnp.sum(jnp.where(at_max, 0, e), -1, keepdims=True),
+                before.at_max + jnp.sum(jnp.where(near, e, 0), -1, keepdims=True),
+                before.rest + jnp.sum(jnp.where(near, 0, e), -1, keepdims=True),
             ),
         )
 
     zero = linear.zeros()
     initial = Row(jnp.full_like(zero, jnp.finfo(zero.dtype).min), Split(zero, zero))
     row = _fold(step, initial, spec, masked)
-    return row._replace(exps=rows.keep_one_at_max(row.exps))
+    return row._replace(exps=rows.normalize(row.exps))
 
 
 def _row_forward(spec, *args):
@@ -375,7 +375,7 @@ def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[
         arrays = [every_class.class_values(*inputs)]
         if with_slopes:
             by_n = every_class.class_slopes(*inputs).by_n
-            arrays += [by_n, rows.zero_at_max(inputs[1], by_n)]
+            arrays += [by_n, rows.zero_near_max(inputs[1], by_n)]
         return [total + jnp.sum(x, -1, keepdims=True) for total, x in zip(carry, arrays)]
 
     zero = masked.zeros()

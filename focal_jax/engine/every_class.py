@@ -28,12 +28,13 @@ from focal_jax.engine.rows import (
     Split,
     class_terms,
     direct_gradient,
+    is_near_max,
     max_class_on_cpu,
     plain_row,
     row_cotangent,
     shift_logits,
     whole_gradient,
-    zero_at_max,
+    zero_near_max,
 )
 from focal_jax.engine.sharding import cast_to_common_varying
 
@@ -191,8 +192,8 @@ def _forward_on_cpu(spec: _Spec, args: ClassArgs, row: Row):
 
 def _forward_elsewhere(spec: _Spec, args: ClassArgs, row: Row):
     by_n = _slopes(spec, args, row, for_backward=False).by_n
-    at_max = cast_logits(args.logits, args.where) == row.max_logit
-    slopes, (losses,) = _sum_in_one_pass(spec.axis, at_max, by_n, _summands(spec, args, row))
+    near = is_near_max(cast_logits(args.logits, args.where) - row.max_logit)
+    slopes, (losses,) = _sum_in_one_pass(spec.axis, near, by_n, _summands(spec, args, row))
     return losses, slopes
 
 
@@ -222,7 +223,7 @@ def _sum_slopes_in_passes(axis: int, logits: Array, by_n: Array, top: Array, whe
     # XLA:CPU writes an expression that two sums share to memory, even a broadcast constant. The
     # barrier and the factor of 2 keep this sum different from the sums of the forward pass.
     top, _ = lax.optimization_barrier((top, lax.stop_gradient(total)))
-    rest = 0.5 * sum_classes(axis, zero_at_max(z - top, by_n, scale=2.0))
+    rest = 0.5 * sum_classes(axis, zero_near_max(z - top, by_n, scale=2.0))
     return SlopeSums(total - rest, rest)
 
 
@@ -330,7 +331,7 @@ def _probabilities_backward(axis, args, cts):
     by_n = t.p * (cts[1] - cts[0])
 
     def in_one_pass(logits, by_n, top, where):
-        return _sum_in_one_pass(axis, cast_logits(logits, where) == top, by_n)[0]
+        return _sum_in_one_pass(axis, is_near_max(cast_logits(logits, where) - top), by_n)[0]
 
     sums = partial(_sum_slopes_in_passes, axis), in_one_pass
     slopes = by_platform(*sums, logits, by_n, lax.stop_gradient(row.max_logit), where)

@@ -140,7 +140,8 @@ class PositionLoss:
         """Return the derivative of the value in n, and the derivatives in the options by name."""
         found = self._slopes(t, *(options[name] for name in self._slope_names))
         (by_n,), of_options = slopes_by_name(found, 1, self._slope_names, self._inner)
-        return by_n, of_options
+        zero = jnp.zeros_like(t.n)
+        return by_n, {name: zero if x is None else x for name, x in of_options.items()}
 
     def of_sums(self, label_logit, rest, weight, options, where, invalid) -> Array:
         """Return the losses from the class sums, see `scalar.softmax_terms`."""

@@ -1,10 +1,10 @@
 """The exponentials of a row of logits, with each class in turn as the true class.
 
-Every class c needs `1 - p_c`, and this difference cancels only if `p_c > 1/2`. At most one class
-has such a probability: a class with the largest logit. Its `1 - p` is computed as the sum of the
-other exponentials divided by the sum of all. So the sum over a row is kept in two parts: 1 for a
-class with the largest logit, and the rest. The probability of that class exceeds 1/2 exactly if the
-rest is below 1. A tie for the largest logit makes the rest at least 1, so no class index is needed.
+Every class c needs `1 - p_c`, and this difference cancels only if `p_c` is well above 1/2. At most
+one class has such a probability: a class with the largest logit. Its `1 - p` is computed as the sum
+of the other exponentials divided by the sum of all. So the sum over a row is kept in two parts: 1
+for a class with the largest logit, and the rest. That class dominates if the rest is below 1/2;
+then it is the only class near the largest logit. So no class index is needed.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ from focal_jax.engine.sharding import cast_to_common_varying
 class Split(NamedTuple):
     """A sum over the classes in two parts, with a class axis of size 1."""
 
-    at_max: Array  # over the classes with the largest logit
+    at_max: Array  # over the classes near the largest logit
     rest: Array  # over the other classes
 
 
@@ -67,16 +67,13 @@ def _row_in_passes(axis: int, logits: Array, where: Array | None) -> Row:
     place = max_class_on_cpu(z, axis)
     if place is not None:
         sums = class_sums_in_passes(axis, False, logits, (place,), where)
-        return Row(sums.max_logit, Split(jnp.ones_like(sums.rest), sums.rest))
+        return Row(sums.max_logit, Split(jnp.exp(sums.label_logit[0] - sums.max_logit), sums.rest))
     top = max_logit(z, axis)
     total = sum_classes(axis, jnp.exp(z - top))
     # The barrier keeps the sums from sharing `z - top`, which XLA:CPU would write to memory.
     x = z - lax.optimization_barrier(top)
-    rest = sum_classes(axis, zero_at_max(x, jnp.exp(x)))
-    # The difference is the number of classes with the largest logit. If there are several, the
-    # rest is at least 1, and subtracting 1 from the total does not cancel.
-    rest = jnp.where(total - rest < 1.5, rest, total - 1)
-    return Row(top, Split(jnp.ones_like(rest), rest))
+    rest = sum_classes(axis, zero_near_max(x, jnp.exp(x)))
+    return Row(top, normalize(Split(total - rest, rest)))
 
 
 def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
@@ -86,7 +83,7 @@ def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
     def combine(a, b):
         top = jnp.maximum(a.max_logit, b.max_logit)
         parts = [rescale(side.exps, side.max_logit - top) for side in (a, b)]
-        return Row(top, keep_one_at_max(jax.tree.map(jnp.add, *parts)))
+        return Row(top, normalize(jax.tree.map(jnp.add, *parts)))
 
     # With a single class, exp(logit - max) is 1, or 0 if the logit is -inf.
     one = jnp.where(z == -jnp.inf, 0, jnp.ones_like(z))
@@ -96,16 +93,23 @@ def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
 
 def rescale(exps: Split, shift: Array) -> Split:
     """Return the sums for a new largest logit; `shift` is the old one minus the new one."""
-    factor = jnp.exp(shift)
-    at_max = jnp.where(shift == 0, exps.at_max, 0)
-    rest = exps.rest * factor + jnp.where(shift == 0, 0, exps.at_max * factor)
-    return Split(at_max, rest)
+    at_max, rest = (x * jnp.exp(shift) for x in exps)
+    near = is_near_max(shift)
+    return Split(jnp.where(near, at_max, 0), rest + jnp.where(near, 0, at_max))
 
 
-def keep_one_at_max(exps: Split) -> Split:
-    """Return the sums with all but one of the classes with the largest logit moved to the rest."""
-    others = jnp.maximum(lax.stop_gradient(exps.at_max) - 1, 0)
-    return Split(exps.at_max - others, exps.rest + others)
+def normalize(exps: Split) -> Split:
+    """Return the sums with 1 for the class with the largest logit; 0 if every logit is -inf.
+
+    `exps.at_max` is a sum over all classes near the maximum. If the total is below 1.5, there is
+    one such class. Otherwise subtracting 1 from the total does not cancel.
+    """
+    total = exps.at_max + exps.rest
+    one = jnp.where(total < 0.5, 0, jnp.ones_like(total))
+    tangent = exps.at_max - lax.stop_gradient(exps.at_max)
+    dominates = total < 1.5
+    at_max = one + jnp.where(dominates, tangent, 0)
+    return Split(at_max, jnp.where(dominates, exps.rest, total - one))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -120,8 +124,9 @@ def _plain_row_jvp(axis, primals, tangents):
     (logits, where), row = primals, plain_row(axis, *primals)
     x = cast_logits(logits, where) - lax.stop_gradient(row.max_logit)
     de = jnp.exp(x) * cast_logits(tangents[0], where)
+    near = is_near_max(x)
     of_exps = Split(
-        sum_classes(axis, jnp.where(x == 0, de, 0)), sum_classes(axis, jnp.where(x == 0, 0, de))
+        sum_classes(axis, jnp.where(near, de, 0)), sum_classes(axis, jnp.where(near, 0, de))
     )
     return row, Row(jnp.zeros_like(row.max_logit), of_exps)
 
@@ -154,7 +159,7 @@ def row_over_shards(row: Row, class_axis_name: AxisName | None) -> Row:
         return Row(own_top, row.exps)
     top = lax.pmax(own_top, class_axis_name)
     exps = lax.psum(rescale(row.exps, own_top - top), class_axis_name)
-    return Row(top, keep_one_at_max(exps))
+    return Row(top, normalize(exps))
 
 
 def log_total(exps: Split) -> Array:
@@ -184,16 +189,30 @@ def _shift_jvp(for_backward, primals, tangents):
     return _shift(for_backward, *primals), tangents[0] - tangents[1]
 
 
+# A class near the maximum has a logit of at least the largest one minus this. XLA may compute a
+# logit again in another fusion, with another rounding, so `x == 0` does not find the maximum.
+_NEAR = 0.5
+
+
+def is_near_max(x: Array) -> Array:
+    """Return whether a shifted logit is near 0."""
+    return x > -_NEAR
+
+
 def _dominates(x: Array, exps: Split) -> Array:
-    """Return whether the probability of a class exceeds 1/2: x = 0, and the rest is below 1."""
-    return x >= jnp.where(exps.rest < 1, 0, jnp.ones_like(exps.rest))
+    """Return whether `1 - p` of a class may cancel.
+
+    If the rest is below 1/2, so is every other exponential, and only the dominant class is near
+    the maximum. Otherwise every probability is at most 2/3.
+    """
+    return x > jnp.where(exps.rest < 0.5, jnp.full_like(exps.rest, -_NEAR), jnp.inf)
 
 
 @jax.custom_jvp
 def class_terms(x: Array, exps: Split) -> Terms:
     """Return the terms of each class in turn, for shifted logits `x`."""
     dominates, log_sum, share = _dominates(x, exps), log_total(exps), 1 / (exps.at_max + exps.rest)
-    p, n = jnp.exp(x) * share, log_sum - x
+    p, n = jnp.exp(x) * share, log_sum - jnp.where(dominates, 0, x)
     q = jnp.where(dominates, exps.rest * share, 1 - p)
     log_q = jnp.where(dominates, jnp.log(exps.rest) - log_sum, scalar.log1p(-jnp.minimum(p, 0.5)))
     return Terms(p, q, n, jnp.maximum(log_q, scalar.min_log(x)), scalar.n_over_q(n, q))
@@ -237,25 +256,26 @@ def whole_gradient(x: Array, exps: Split, by_n: Array, slopes: SlopeSums) -> Arr
     return (jnp.exp(x) * share) * others - q * by_n
 
 
-# A difference of logits times this is at least 1, unless the difference is below 1e-38.
-_LARGE = 1e38
+# A difference of logits times this is at least 1, unless the difference is below 1e-30.
+_LARGE = 1e30
 
 
-def zero_at_max(x: Array, v: Array, scale: float = 1.0) -> Array:
-    """Return `scale * v` with 0 for the classes with the largest logit.
+def zero_near_max(x: Array, v: Array, scale: float = 1.0) -> Array:
+    """Return `scale * v` with 0 for the classes near the maximum.
 
     Computed as a product, because XLA:CPU does not vectorize a sum that is fused with a select.
     """
-    return v * jnp.minimum(lax.stop_gradient(x) * (-_LARGE * scale), scale)
+    far = (lax.stop_gradient(x) + _NEAR) * (-_LARGE * scale)
+    return v * jnp.clip(far, 0, scale)
 
 
 def row_cotangent(exps: Split, slopes: SlopeSums) -> Split:
     """Return the gradient of the row sums, without a dominant class's slope in its own sum."""
     share = 1 / (exps.at_max + exps.rest)
     total = slopes.at_max + slopes.rest
-    return Split(jnp.where(exps.rest < 1, slopes.rest, total) * share, total * share)
+    return Split(jnp.where(exps.rest < 0.5, slopes.rest, total) * share, total * share)
 
 
 def row_gradient(x: Array, of_exps: Split) -> Array:
     """Return the gradient of the logits from the gradient of the row sums."""
-    return jnp.exp(x) * jnp.where(x == 0, of_exps.at_max, of_exps.rest)
+    return jnp.exp(x) * jnp.where(is_near_max(x), of_exps.at_max, of_exps.rest)
