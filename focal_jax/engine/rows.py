@@ -213,8 +213,9 @@ def class_terms(x: Array, exps: Split) -> Terms:
     """Return the terms of each class in turn, for shifted logits `x`."""
     dominates, log_sum, share = _dominates(x, exps), log_total(exps), 1 / (exps.at_max + exps.rest)
     p, n = jnp.exp(x) * share, log_sum - jnp.where(dominates, 0, x)
-    q = jnp.where(dominates, exps.rest * share, 1 - p)
-    log_q = jnp.where(dominates, jnp.log(exps.rest) - log_sum, scalar.log1p(-jnp.minimum(p, 0.5)))
+    # Above 1/2 it is the probability of the class with the largest logit.
+    q = jnp.where(p > 0.5, exps.rest * share, 1 - p)
+    log_q = jnp.where(p > 0.5, jnp.log(exps.rest) - log_sum, scalar.log1p(-jnp.minimum(p, 0.5)))
     return Terms(p, q, n, jnp.maximum(log_q, scalar.min_log(x)), scalar.n_over_q(n, q))
 
 
