@@ -7,6 +7,7 @@ for a class with the largest logit, and the rest. That class dominates if the re
 then it is the only class near the largest logit. So no class index is needed.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -213,9 +214,10 @@ def class_terms(x: Array, exps: Split) -> Terms:
     """Return the terms of each class in turn, for shifted logits `x`."""
     dominates, log_sum, share = _dominates(x, exps), log_total(exps), 1 / (exps.at_max + exps.rest)
     p, n = jnp.exp(x) * share, log_sum - jnp.where(dominates, 0, x)
-    # Above 1/2 it is the probability of the class with the largest logit.
-    q = jnp.where(p > 0.5, exps.rest * share, 1 - p)
-    log_q = jnp.where(p > 0.5, jnp.log(exps.rest) - log_sum, scalar.log1p(-jnp.minimum(p, 0.5)))
+    # A probability above 1/2 is that of the class with the largest logit.
+    above_half = x > log_sum - math.log(2)
+    q = jnp.where(above_half, exps.rest * share, 1 - p)
+    log_q = jnp.where(above_half, jnp.log(exps.rest) - log_sum, scalar.log1p(-jnp.minimum(p, 0.5)))
     return Terms(p, q, n, jnp.maximum(log_q, scalar.min_log(x)), scalar.n_over_q(n, q))
 
 
@@ -264,10 +266,11 @@ _LARGE = 1e30
 def zero_near_max(x: Array, v: Array, scale: float = 1.0) -> Array:
     """Return `scale * v` with 0 for the classes near the maximum.
 
-    Computed as a product, because XLA:CPU does not vectorize a sum that is fused with a select.
+    Computed without a select and a clamp, which keep XLA:CPU from vectorizing a sum. Calls with
+    different scales share no constant: XLA:CPU would write its broadcast to memory.
     """
-    far = (lax.stop_gradient(x) + _NEAR) * (-_LARGE * scale)
-    return v * jnp.clip(far, 0, scale)
+    far = lax.stop_gradient(x) * (-_LARGE * scale) - _NEAR * _LARGE * scale
+    return v * jnp.minimum(far + jnp.abs(far), scale)  # far + |far| is 0 near the maximum
 
 
 def row_cotangent(exps: Split, slopes: SlopeSums) -> Split:
