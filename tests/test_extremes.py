@@ -42,14 +42,31 @@ def _first_and_second(function, inside):
     return jax.jvp(first, (inside,), (_ones_like(inside),))
 
 
-def _first_to_third(function, inside):
-    """Return also the third derivatives along ones, by reverse mode three times."""
+def _first_to_third(function, inside, *, forward):
+    """Return the first derivatives, and the second and third along directions of ones.
 
-    def along_ones(gradient):
-        return lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(gradient(x)))
+    The first two are reverse over reverse. The third is forward or reverse over these.
+    """
 
-    third = jax.grad(along_ones(jax.grad(along_ones(jax.grad(function)))))
-    return *_first_and_second(function, inside), third(inside)
+    def sum_of(derivatives):
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(derivatives))
+
+    def first(x):
+        gradient = jax.grad(function)(x)
+        return sum_of(gradient), gradient
+
+    def second(x):
+        return jax.grad(first, has_aux=True)(x)
+
+    def sum_of_second(x):
+        derivatives = second(x)
+        return sum_of(derivatives[0]), derivatives
+
+    if forward:
+        derivatives, (third, _) = jax.jvp(second, (inside,), (_ones_like(inside),))
+    else:
+        third, derivatives = jax.grad(sum_of_second, has_aux=True)(inside)
+    return derivatives[1], derivatives[0], third
 
 
 # ---------------------------------------------------------------- saturation
@@ -106,7 +123,8 @@ def test_derivatives_to_third_order_are_finite_at_saturation(row):
     def derivatives(inside, exponent):
         inside = inside | {k: jnp.full(inside[k].shape, exponent) for k in row.exponents}
         of_labels = jax.grad(lambda y: jnp.sum(row.eager(**inside, **fixed, **y)))(labels)
-        return of_labels, _first_to_third(total(row.eager, **fixed, **labels), inside)
+        function = total(row.eager, **fixed, **labels)
+        return of_labels, _first_to_third(function, inside, forward=True)
 
     for exponent in EXPONENTS if row.exponents else (0,):
         assert _all_finite(derivatives(inside, jnp.float32(exponent))), exponent
@@ -333,7 +351,8 @@ def test_masked_positions_have_no_effect_to_third_order(row):
     @jit
     def derivatives(inside, fixed):
         function = total(row.eager, **fixed, **static)
-        return row.eager(**inside, **fixed, **static), _first_to_third(function, inside)
+        losses = row.eager(**inside, **fixed, **static)
+        return losses, _first_to_third(function, inside, forward=False)
 
     def call(arguments):
         return derivatives(*row.split({k: v for k, v in arguments.items() if k not in static}))
