@@ -125,8 +125,8 @@ def test_import_executes_at_most_4300_lines(loaded):
     assert sum(LINES[name] for name in package) <= 4300
 
 
-def test_package_has_at_most_8900_lines():
-    assert sum(LINES.values()) <= 8900
+def test_package_has_at_most_8950_lines():
+    assert sum(LINES.values()) <= 8950
 
 
 def test_no_file_has_more_than_450_lines():
