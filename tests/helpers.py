@@ -308,7 +308,10 @@ def _integer(rng, shape, axis):
 
 
 def _one_hot(rng, shape, axis):
-    return np.moveaxis(np.eye(shape[axis])[_integer(rng, shape, axis)], -1, axis)
+    labels = np.expand_dims(_integer(rng, shape, axis), axis)
+    out = np.zeros(shape)
+    np.put_along_axis(out, labels, 1, axis)
+    return out
 
 
 def _distribution(rng, shape, axis):

@@ -91,7 +91,7 @@ def test_arrays(call, row):
         (
             LINEAR,
             {"kernel": jnp.zeros((3, 6)), "transpose_kernel": True},
-            "kernel: got shape .*, wanted",
+            r"kernel: got shape \(3, 6\), wanted",
         ),
         (LINEAR, {"features": jnp.float32(1)}, r"kernel: got shape \(3, 3\), wanted"),
         (LINEAR, {"bias": jnp.zeros(6)}, r"bias: got shape \(6,\), wanted \(3,\)"),

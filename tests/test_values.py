@@ -30,8 +30,8 @@ pytestmark = pytest.mark.quick
 
 # ---------------------------------------------------------------- 60 digits
 
-LOGITS = np.concatenate([np.linspace(-87, 87, 17), [0, 1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
-WIDE = np.concatenate([np.linspace(-300, 300, 17), [1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
+LOGITS = np.concatenate([np.linspace(-87, 87, 31), [0, 1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
+WIDE = np.concatenate([np.linspace(-300, 300, 31), [1e-6, -1e-6, -1e-3, 0.3, -0.7, 12, -12]])
 HARD, SOFT = [0, 1], [1e-4, 0.3, 0.5, 0.9, 1 - 1e-4, 1 - 2**-20]
 
 
@@ -267,6 +267,7 @@ def test_float32_to_60_digits(row):
     _to_60_digits(row, np.float32, 1e-5)
 
 
+@pytest.mark.quick(False)
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_float64_to_60_digits(row, x64):
     _to_60_digits(row, np.float64, 1e-12)
