@@ -5,12 +5,11 @@ benchmarks and the documentation read the catalogue, so none of them has its own
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.declaration import Kind, Labels, Loss
-from focal_jax.engine.options import Option
 
 __all__ = ["LOSSES", "Kind", "Labels", "Loss", "declaration_of", "declare", "function_of"]
 
@@ -22,15 +21,19 @@ LOSSES: dict[str, Loss] = {}  # filled by `declare` when `focal_jax.losses` is i
 def declare(
     kind: Kind,
     labels: tuple[Labels, ...],
-    options: Mapping[str, Option],
+    options: Any,
     *,
     stop_gradient_weight: bool = False,
 ) -> Callable[[F], F]:
     """Enter a public function in the catalogue (decorator).
 
+    `options` is a loss of the engine, which the function calls, or a mapping of declarations.
+
     Raises at import if the function's signature does not have the declared options with the
     declared defaults.
     """
+    made: Loss | None = getattr(options, "declaration", None)
+    engine_loss, options = (None, options) if made is None else (options, made.options)
 
     def enter(function: Any) -> Any:
         parameters = inspect.signature(function).parameters
@@ -41,7 +44,8 @@ def declare(
                     f"has {parameters.get(name)}"
                 )
         ordered = {name: options[name] for name in parameters if name in options}
-        loss = Loss(function.__name__, kind, labels, ordered, function, stop_gradient_weight)
+        name, held = function.__name__, stop_gradient_weight
+        loss = Loss(name, kind, labels, ordered, function, held, engine_loss)
         LOSSES[loss.name] = function.declaration = loss
         return function
 

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments
 from focal_jax.engine.declaration import Loss
-from focal_jax.engine.options import CLASS_WEIGHTS, Option
+from focal_jax.engine.options import CLASS_WEIGHTS, TEMPERATURE, Option
 
 
 class Operations(NamedTuple):
@@ -232,9 +232,11 @@ def _pick(z: Array, index: Array, axis: int, name: str | tuple[str, ...] | None)
 def _linear(formula, declared, a) -> Any:
     """Return the losses of one array with all logits; `chunk_size` is ignored."""
     features, kernel = _float("features", a.features), _float("kernel", a.kernel)
-    kernel = kernel.T if arguments.static_bool("transpose_kernel", a.transpose_kernel) else kernel
-    wanted = (*features.shape[-1:], *kernel.shape[-1:])
-    arguments.check_shape("kernel", kernel, wanted, "(D, C), with D the last axis of the features")
+    transposed = arguments.static_bool("transpose_kernel", a.transpose_kernel)
+    depth, classes = features.shape[-1:], kernel.shape[:1] if transposed else kernel.shape[-1:]
+    wanted, shape = (classes + depth, "(C, D)") if transposed else (depth + classes, "(D, C)")
+    arguments.check_shape("kernel", kernel, wanted, f"{shape}, with D the features' last axis")
+    kernel = kernel.T if transposed else kernel
     shards = 1 if a.class_axis_name is None else lax.axis_size(a.class_axis_name)
     positions = features.shape[:-1]
     shape = (*positions, shards * kernel.shape[1])
@@ -248,6 +250,8 @@ def _linear(formula, declared, a) -> Any:
     cap = arguments.static_logit_softcap(a.logit_softcap)
     if cap is not None:  # a logit of -inf stays -inf
         logits = jnp.where(logits == -jnp.inf, logits, cap * jnp.tanh(logits / cap))
+    divisor = TEMPERATURE.check("temperature", a.temperature)
+    logits = logits / real_of("temperature", divisor, where, logits.dtype)[..., None]
     given = {"logits": logits, "labels": labels, "where": where, "axis": -1, "ignore_label": None}
     return _integer(formula, declared, SimpleNamespace(**vars(a) | given))
 

@@ -9,7 +9,7 @@ from focal_jax.engine.arguments import InputError
 from focal_jax.engine.declaration import Loss
 from focal_jax.engine.elementwise import ElementwiseLoss, elementwise_loss
 from focal_jax.engine.options import Option, exponent, flag, mask, number
-from focal_jax.engine.position import PositionLoss, position_loss
+from focal_jax.engine.position import PositionLoss, of_log_probability, position_loss
 from focal_jax.engine.scalar import (
     Terms,
     abs_power,
@@ -47,6 +47,7 @@ __all__ = [
     "mask",
     "minus_dfocal_dlog_p",
     "number",
+    "of_log_probability",
     "position_loss",
     "power",
     "sigmoid_terms",

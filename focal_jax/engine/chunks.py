@@ -4,6 +4,7 @@ The class sums, the sums over all classes (label smoothing) and their gradients 
 chunks. The backward pass computes the logits of each chunk again.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from focal_jax.engine import arguments, every_class, rows
+from focal_jax.engine import arguments, every_class, rows, scalar
 from focal_jax.engine.class_sums import ClassSums, pick_class
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.options import unwrap
@@ -36,10 +37,15 @@ class Linear(NamedTuple):
     features: Array  # [..., D]
     kernel: Array  # [D, C], or [C, D] for a transposed kernel
     bias: Array | None  # [C]
+    temperature: Array | None = None  # broadcasts to the positions, with a class axis of size 1
 
     def mask(self, where: Array | None) -> "Linear":
-        """Return the arrays with features 0 where the mask is False."""
-        return self._replace(features=arguments.mask_to_zero(self.features, where))
+        """Return the arrays with features 0 and temperature 1 where the mask is False."""
+        if where is None:
+            return self
+        divisor = None if self.temperature is None else jnp.where(where, self.temperature, 1)
+        features = arguments.mask_to_zero(self.features, where)
+        return self._replace(features=features, temperature=divisor)
 
     def zeros(self) -> Array:
         """Return 0 for each position, with a class axis of size 1.
@@ -55,7 +61,7 @@ class _Chunk(NamedTuple):
     kernel: Array  # [D, size], or [size, D]
     logits: Array  # [..., size]
     class_index: Array  # aligned with the logits
-    through_softcap: Callable[[Array], Array]  # multiplies by the derivative of the cap
+    through: Callable[[Array], Array]  # from their gradient to that of `features @ kernel + bias`
     take: Callable[[Array], Array]  # slices an array of all classes
 
 
@@ -112,10 +118,14 @@ def _chunk(spec: ChunkSpec, linear: Linear, size: int, start: Array) -> _Chunk:
     if linear.bias is not None:
         logits += arguments.align(take(linear.bias).astype(logits.dtype), logits.shape)
     class_index = arguments.align(start + jnp.arange(size, dtype=jnp.int32), logits.shape)
-    if spec.softcap is None:
-        return _Chunk(kernel, logits, class_index, lambda slope: slope, take)
-    logits, factor = _apply_softcap(spec.softcap, logits)
-    return _Chunk(kernel, logits, class_index, lambda slope: slope * factor, take)
+    factors = []
+    if spec.softcap is not None:
+        logits, factor = _apply_softcap(spec.softcap, logits)
+        factors.append(factor)
+    if linear.temperature is not None:
+        factors.append(1 / linear.temperature)
+        logits = logits * factors[-1]
+    return _Chunk(kernel, logits, class_index, lambda slope: math.prod(factors, start=slope), take)
 
 
 # A step is recomputed, not stored, if a gradient is differentiated again.
@@ -140,12 +150,16 @@ def _gradients(
     @_recomputed
     def parts(size, start):
         chunk = _chunk(spec, masked, size, start)
-        slope, *more = of_chunk(chunk)
-        slope = arguments.mask_to_zero(chunk.through_softcap(slope), where)
+        slope, terms, of_classes = of_chunk(chunk)
+        of_temperature = None
+        if linear.temperature is not None:
+            moved = arguments.mask_to_zero(slope * scalar.clip_inf(chunk.logits), where)
+            of_temperature = -jnp.sum(moved, -1, keepdims=True)
+        slope = arguments.mask_to_zero(chunk.through(slope), where)
         _, transpose = jax.vjp(partial(_matmul, spec.class_axis, masked.features), chunk.kernel)
         of_bias = None if linear.bias is None else jnp.sum(slope, range(slope.ndim - 1))
         of_features = _matmul(-1 - spec.class_axis, slope, chunk.kernel)
-        return of_features, (*transpose(slope), of_bias), *more
+        return of_features, (*transpose(slope), of_bias), (terms, of_temperature), of_classes
 
     def step(size, carry, start):
         def put(whole, part):
@@ -166,10 +180,14 @@ def _gradients(
     initial = (linear.kernel, linear.bias), per_class
     parameters, per_class = jax.tree.map(lax.stop_gradient, initial)
     features = jnp.zeros_like(linear.features, arguments.compute_dtype(linear.features))
-    carry = features, parameters, totals, per_class
-    features, parameters, totals, per_class = _fold(step, carry, spec, linear)
+    temperature = None if linear.temperature is None else linear.zeros()
+    carry = features, parameters, (totals, temperature), per_class
+    features, parameters, (totals, temperature), per_class = _fold(step, carry, spec, linear)
     features = arguments.mask_to_zero(features, where).astype(linear.features.dtype)
-    return Linear(features, *parameters), totals, per_class
+    if linear.temperature is not None:
+        of_temperature = temperature / linear.temperature
+        temperature = arguments.cotangent_like(linear.temperature, of_temperature)
+    return Linear(features, *parameters, temperature), totals, per_class
 
 
 # ---------------------------------------------------------------- class sums

@@ -35,6 +35,8 @@ class Loss(NamedTuple):
     # Whether the loss holds a weight constant under differentiation, so that its gradient is
     # not the derivative of its value.
     stop_gradient_weight: bool = False
+    # The `PositionLoss` or `ElementwiseLoss` that the function calls, if there is one.
+    engine_loss: Any = None
 
     @property
     def has_class_axis(self) -> bool:

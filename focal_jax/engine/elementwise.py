@@ -119,6 +119,8 @@ class ElementwiseLoss:
         names = parameter_order("value", value, 2, options)
         slope_names = names if slopes is None else parameter_order("slopes", slopes, 2, options)
         slopes = slopes_of(value, names, options) if slopes is None else slopes
+        self._value, self._names = value, names
+        self._slopes, self._slope_names = slopes, slope_names
         self.__name__ = getattr(value, "__name__", "loss").strip("_")
         self.__doc__ = value.__doc__
         self.declaration = Loss(self.__name__, "elementwise", ("hard", "soft"), self.options, self)
@@ -143,21 +145,15 @@ class ElementwiseLoss:
 
         def losses(*args):
             z, y, options, invalid = prepare(False, *args)
-            result = value(z, y, *(options[name] for name in names))
+            result = self.value_of(z, y, options)
             if jnp.shape(result) != z.shape:
                 raise InputError(f"value: got shape {jnp.shape(result)}, wanted {z.shape}")
             return arguments.mask_and_invalidate(result, invalid, args[-1])
 
         def all_slopes(*args):
             z, y, options, invalid = prepare(True, *args)
-            found = slopes(z, y, *(options[name] for name in slope_names))
-            of_arrays, of_options = slopes_by_name(found, 2, slope_names, self.options)
-
-            def finish(slope):
-                slope = jnp.zeros_like(z) if slope is None else slope
-                return arguments.mask_and_invalidate(slope, invalid, args[-1])
-
-            return *map(finish, of_arrays), {name: finish(x) for name, x in of_options.items()}
+            finish = partial(arguments.mask_and_invalidate, invalid=invalid, where=args[-1])
+            return jax.tree.map(finish, self.slopes_of(z, y, options))
 
         self._core = _with_slopes(losses, all_slopes)
 
@@ -179,6 +175,48 @@ class ElementwiseLoss:
         mask = arguments.mask_array(where, logits.shape)
         labels = arguments.align(labels, logits.shape)
         return self._core(*cast_to_common_varying(logits, labels, prepared, mask))
+
+    def linear(
+        self,
+        features: ArrayLike,
+        kernel: ArrayLike,
+        labels: ArrayLike,
+        *,
+        bias: ArrayLike | None = None,
+        where: ArrayLike | None = None,
+        class_axis_name: str | tuple[str, ...] | None = None,
+        transpose_kernel: bool = False,
+        chunk_size: int | None = None,
+        **options: Any,
+    ) -> Array:
+        """Return the losses of `features @ kernel + bias`, summed over the classes.
+
+        The arguments are those of `focal_jax.linear_sigmoid_focal_loss`. The logits are computed
+        in chunks of classes and never stored.
+        """
+        # Imported here, because most programs do not use it.
+        from focal_jax.engine.multilabel import linear_losses
+
+        own = {"bias": bias, "where": where, "class_axis_name": class_axis_name}
+        own |= {"transpose_kernel": transpose_kernel, "chunk_size": chunk_size}
+        return linear_losses(self, features, kernel, labels, **own, **options)
+
+    def value_of(self, z: Array, y: Array, options: Mapping[str, Any]) -> Array:
+        """Return the value for options by name."""
+        return self._value(z, y, *(options[name] for name in self._names))
+
+    def slopes_of(
+        self, z: Array, y: Array, options: Mapping[str, Any]
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """Return the derivatives of the value in the logit, the label and the options by name."""
+        found = self._slopes(z, y, *(options[name] for name in self._slope_names))
+        found = slopes_by_name(found, 2, self._slope_names, self.options)
+        (by_logit, by_label), of_options = jax.tree.map(
+            lambda slope: jnp.broadcast_to(0 if slope is None else slope, z.shape).astype(z.dtype),
+            found,
+            is_leaf=lambda slope: slope is None,
+        )
+        return by_logit, by_label, of_options
 
 
 _ARRAYS = ("logits", "labels")

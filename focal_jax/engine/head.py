@@ -50,6 +50,11 @@ class DenseSource(NamedTuple):
 
         return rows.row_sums(self.class_axis, logits, where)
 
+    def row_statistics(self, logits: Array, places: Array, where: Array | None) -> Any:
+        from focal_jax.engine import row_statistics
+
+        return row_statistics.of_array(self.class_axis, logits, places, where)
+
     def sum_over_classes(self, loss: Any, args: Any, smoothing: Any) -> Array:
         from focal_jax.engine import every_class
 
@@ -121,7 +126,7 @@ def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, wh
     if name is not None:
         start = local * lax.axis_index(name)
         place, num_classes = labels - start, local * lax.axis_size(name)
-    weight, invalid = _label_weight(alpha, labels, num_classes)
+    weight, invalid = label_weight(alpha, labels, num_classes)
     if head.label_smoothing:
         weights = _local_weights(alpha, local, start)
         return _smoothed(head, logits, place, weights, options, where, invalid, num_classes)
@@ -158,7 +163,7 @@ def _smoothed(
     return losses, arguments.mask_to_zero(row.max_logit + rows.log_total(row.exps), where)
 
 
-def _label_weight(alpha: Array, labels: Array, num_classes: int) -> tuple[Array, Array]:
+def label_weight(alpha: Array, labels: Array, num_classes: int) -> tuple[Array, Array]:
     """Return the weight of each position's label, and where the label is not a class."""
     invalid = (labels < 0) | (labels >= num_classes)
     if not alpha.ndim:

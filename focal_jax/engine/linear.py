@@ -15,6 +15,7 @@ from focal_jax.engine.arguments import InputError
 from focal_jax.engine.chunks import Linear
 from focal_jax.engine.class_sums import ClassSums
 from focal_jax.engine.every_class import ClassArgs, Smoothing
+from focal_jax.engine.options import TEMPERATURE
 from focal_jax.engine.rows import Row
 
 
@@ -31,7 +32,8 @@ class LinearSource(chunks.ChunkSpec):
         return arguments.compute_dtype(linear.features)
 
     def replicated(self, linear: Linear) -> dict[str, Array]:
-        return {"features": linear.features}
+        same = {"features": linear.features, "temperature": linear.temperature}
+        return {name: x for name, x in same.items() if x is not None}
 
     def for_two_cotangents(self, linear: Linear) -> Linear:
         return linear  # wider features would make the products slower
@@ -41,6 +43,11 @@ class LinearSource(chunks.ChunkSpec):
 
     def row_sums(self, linear: Linear, where: Array | None) -> Row:
         return chunks.row_sums(self, linear, where)
+
+    def row_statistics(self, linear: Linear, places: Array, where: Array | None) -> Any:
+        from focal_jax.engine import row_statistics
+
+        return row_statistics.of_linear(self, linear, places, where)
 
     def sum_over_classes(self, loss: Any, args: ClassArgs, smoothing: Smoothing) -> Array:
         # The cotangents of the chunks are added up in the dtype of the loss.
@@ -57,6 +64,7 @@ def linear_source(
     transpose_kernel: bool,
     logit_softcap: float | None,
     chunk_size: int | None,
+    temperature: ArrayLike = 1.0,
 ) -> tuple[LinearSource, Linear]:
     """Return the source and its arrays, checked."""
     features = arguments.floating_array("features", features)
@@ -79,7 +87,18 @@ def linear_source(
     size = _chunk_size(chunk_size, math.prod(features.shape[:-1]), num_classes)
     softcap = arguments.static_logit_softcap(logit_softcap)
     source = LinearSource(size, softcap, 0 if class_axis == 0 else -1)
-    return source, Linear(features, _replicate_on_mesh(kernel, features), bias)
+    dtype, positions = arguments.compute_dtype(features), features.shape[:-1]
+    divisor = prepare_temperature(temperature, positions, dtype, len(positions))
+    return source, Linear(features, _replicate_on_mesh(kernel, features), bias, divisor)
+
+
+def prepare_temperature(
+    temperature: ArrayLike, losses: tuple[int, ...], dtype: jnp.dtype, axis: int
+) -> Array | None:
+    """Return the divisor of the logits, aligned with the logits; None for the number 1."""
+    divisor = TEMPERATURE.prepare("temperature", temperature, losses, dtype, axis)
+    is_one = isinstance(temperature, numbers.Real) and temperature == 1
+    return None if is_one else divisor.astype(dtype)
 
 
 def _check_classes_not_sharded(name: str, x: Array, axis: int) -> None:

@@ -200,6 +200,8 @@ def flag(default: bool) -> Option:
 # alpha of a sigmoid loss: the weight of the positives. alpha of a softmax loss: class weights.
 POSITIVE_WEIGHT = number(None, low=0.0, high=1.0)
 CLASS_WEIGHTS = number(None, low=0.0, per_class=True)
+# The divisor of the logits, one number or one per position.
+TEMPERATURE = number(1.0, low=0.0, above_low=True)
 
 
 def declared(options: Mapping[str, Any]) -> dict[str, Option]:

@@ -86,7 +86,7 @@ _loss = elementwise_loss(
 )
 
 
-@declare("elementwise", ("hard", "soft"), _loss.options)
+@declare("elementwise", ("hard", "soft"), _loss)
 def asymmetric_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -133,3 +133,51 @@ def asymmetric_loss(
       Classification](https://arxiv.org/abs/2009.14119).
     """
     return _loss(**locals())
+
+
+def linear_asymmetric_loss(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    gamma_positive: ArrayLike = 0.0,
+    gamma_negative: ArrayLike = 4.0,
+    margin: ArrayLike = 0.05,
+    stop_weight_gradient: bool = False,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+    transpose_kernel: bool = False,
+    chunk_size: int | None = None,
+) -> Array:
+    r"""Compute the asymmetric loss of many labels without storing the logits.
+
+    With `logits = features @ kernel + bias`, and `y_c = 1` for the classes in `labels`, else 0:
+
+        loss = sum over c of asymmetric_loss(logits_c, y_c)
+
+    The arguments that are not listed are those of `linear_sigmoid_focal_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import linear_asymmetric_loss
+      >>> kernel = jnp.array([[2.0, 0.0, -2.0], [0.0, 1.0, 0.0]])
+      >>> losses = linear_asymmetric_loss(jnp.array([[1.0, 0.0]]), kernel, jnp.array([[0]]))
+      >>> [round(x, 4) for x in losses.tolist()]
+      [0.1515]
+
+    Args:
+      labels: `[..., L]`, integer: the indices of the positive classes, padded with -1.
+      gamma_positive: as in `asymmetric_loss`, and so are the next three.
+      gamma_negative: focusing exponent of the negatives, at least 0.
+      margin: number in [0, 1) that the score of a negative is reduced by.
+      stop_weight_gradient: whether the weights are constant under differentiation.
+
+    Returns:
+      The sums of the losses over the classes, `[...]`.
+
+    References:
+      [Ridnik et al. 2021, Asymmetric Loss For Multi-Label
+      Classification](https://arxiv.org/abs/2009.14119).
+    """
+    return _loss.linear(**locals())

@@ -11,7 +11,6 @@ from focal_jax.catalogue import declare
 from focal_jax.engine import exponent, scalar
 from focal_jax.engine.class_sums import AxisName, ClassSums
 from focal_jax.engine.next_class import largest_below
-from focal_jax.engine.options import CLASS_WEIGHTS
 from focal_jax.engine.position import PositionLoss
 from focal_jax.engine.scalar import Terms
 
@@ -62,7 +61,7 @@ def _slopes(terms, gamma, share):
 _loss = PositionLoss(_value, _slopes, {"gamma": exponent(5.0)}, row_option=("share", _share))
 
 
-@declare("position", ("integer",), {"alpha": CLASS_WEIGHTS} | _loss.options)
+@declare("position", ("integer",), _loss)
 def dual_focal_loss_with_integer_labels(
     logits: ArrayLike,
     labels: ArrayLike,

@@ -48,7 +48,7 @@ _loss = elementwise_loss(
 )
 
 
-@declare("elementwise", ("hard", "soft"), _loss.options)
+@declare("elementwise", ("hard", "soft"), _loss)
 def gaussian_focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,

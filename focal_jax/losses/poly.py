@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from focal_jax.catalogue import declare
 from focal_jax.engine import elementwise_loss, exponent, number, position_loss, scalar
-from focal_jax.engine.options import CLASS_WEIGHTS, POSITIVE_WEIGHT
+from focal_jax.engine.options import POSITIVE_WEIGHT
 from focal_jax.losses.sigmoid import label_weight, soft_slopes, soft_terms
 
 
@@ -57,7 +57,7 @@ def _softmax_slopes(terms, epsilon, gamma):
 _softmax = position_loss(_softmax_value, _softmax_slopes, epsilon=number(1.0), gamma=exponent(2.0))
 
 
-@declare("elementwise", ("hard", "soft"), _sigmoid.options)
+@declare("elementwise", ("hard", "soft"), _sigmoid)
 def sigmoid_poly_focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -98,7 +98,7 @@ def sigmoid_poly_focal_loss(
     return _sigmoid(**locals())
 
 
-@declare("position", ("integer",), {"alpha": CLASS_WEIGHTS} | _softmax.options)
+@declare("position", ("integer",), _softmax)
 def softmax_poly_focal_loss_with_integer_labels(
     logits: ArrayLike,
     labels: ArrayLike,

@@ -7,7 +7,6 @@ from jax.typing import ArrayLike
 
 from focal_jax.catalogue import declare
 from focal_jax.engine import position_loss, scalar
-from focal_jax.engine.options import CLASS_WEIGHTS
 
 
 def _value(terms):
@@ -21,9 +20,7 @@ def _slopes(terms):
 _loss = position_loss(_value, _slopes)
 
 
-@declare(
-    "position", ("integer",), {"alpha": CLASS_WEIGHTS} | _loss.options, stop_gradient_weight=True
-)
+@declare("position", ("integer",), _loss, stop_gradient_weight=True)
 def softmax_probability_weighted_loss_with_integer_labels(
     logits: ArrayLike,
     labels: ArrayLike,

@@ -34,7 +34,7 @@ def _slopes(z, y, beta):
 _loss = elementwise_loss(_value, _slopes, beta=exponent(2.0))
 
 
-@declare("elementwise", ("hard", "soft"), _loss.options)
+@declare("elementwise", ("hard", "soft"), _loss)
 def quality_focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,

@@ -44,7 +44,7 @@ _loss = elementwise_loss(
 )
 
 
-@declare("elementwise", ("hard",), _loss.options)
+@declare("elementwise", ("hard",), _loss)
 def sigmoid_focal_loss_star(
     logits: ArrayLike,
     labels: ArrayLike,

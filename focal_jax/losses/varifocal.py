@@ -47,7 +47,7 @@ _loss = elementwise_loss(
 )
 
 
-@declare("elementwise", ("hard", "soft"), _loss.options)
+@declare("elementwise", ("hard", "soft"), _loss)
 def varifocal_loss(
     logits: ArrayLike,
     labels: ArrayLike,

@@ -1,0 +1,146 @@
+"""Sums over the classes of a loss of one logit, with the logits `features @ kernel` in chunks."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from focal_jax.engine import arguments, chunks
+from focal_jax.engine.chunks import ChunkSpec, Linear
+from focal_jax.engine.class_sums import AxisName
+from focal_jax.engine.linear import linear_source
+from focal_jax.engine.options import check_names, prepare_options, unwrap
+from focal_jax.engine.sharding import cast_to_common_varying, check_not_varying
+
+# Up to this number of labels, comparisons with the class index replace a scatter.
+_FEW = 16
+
+
+class _Args(NamedTuple):
+    """The arrays of a sum over the classes."""
+
+    linear: Linear
+    places: Array  # [..., L]: the positive classes, as indices into the rows of this kernel
+    options: dict[str, Any]  # aligned with the logits
+    where: Array | None
+    invalid: Array  # [..., 1]
+
+
+class _Spec(NamedTuple):
+    """The static arguments."""
+
+    loss: Any  # an ElementwiseLoss
+    chunks: ChunkSpec
+
+
+def _is_positive(class_index: Array, places: Array, z: Array) -> Array:
+    """Return which classes of a chunk are labels, in the shape of the chunk's logits."""
+    if places.shape[-1] > _FEW:
+        local = places - class_index[..., :1]
+        local = jnp.where(local < 0, z.shape[-1], local)  # -1 would be the last class
+        labels = jnp.zeros(z.shape, bool)
+        return jnp.put_along_axis(labels, local, True, -1, inplace=False, mode="drop")
+    positive = jnp.zeros(z.shape, bool)
+    for k in range(places.shape[-1]):
+        positive |= class_index == places[..., k : k + 1]
+    return positive
+
+
+def _inputs(args: _Args, chunk: Any) -> tuple[Array, Array, dict[str, Any]]:
+    z = chunk.logits
+    positive = _is_positive(chunk.class_index, args.places, z)
+    options = arguments.cast_and_mask(args.options, z.dtype, args.where)
+    return z, positive.astype(z.dtype), {name: unwrap(x) for name, x in options.items()}
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses(spec: _Spec, args: _Args) -> Array:
+    masked = args.linear.mask(args.where)
+
+    @chunks._recomputed
+    def step(size, total, start):
+        chunk = chunks._chunk(spec.chunks, masked, size, start)
+        values = spec.loss.value_of(*_inputs(args, chunk))
+        return total + jnp.sum(values, -1, keepdims=True)
+
+    losses = chunks._fold(step, masked.zeros(), spec.chunks, masked)
+    return arguments.mask_and_invalidate(losses, args.invalid, args.where)
+
+
+def _forward(spec: _Spec, args: _Args):
+    return _losses(spec, args), args
+
+
+@partial(jax.jit, static_argnums=0)
+def _backward(spec: _Spec, args: _Args, ct: Array):
+    # A NaN cotangent makes every gradient NaN to which an invalid label contributes.
+    one = arguments.mask_and_invalidate(jnp.ones_like(ct), args.invalid, args.where)
+    ct = arguments.scale_cotangent(ct, one)
+    names = [name for name, option in spec.loss.options.items() if option.differentiable]
+    names = [name for name in names if jax.tree.leaves(args.options[name])]
+
+    def of_chunk(chunk):
+        by_logit, _, of_options = spec.loss.slopes_of(*_inputs(args, chunk))
+        sums = {name: jnp.sum(ct * of_options[name], -1, keepdims=True) for name in names}
+        return ct * by_logit, sums, ()
+
+    totals = {name: jnp.zeros_like(ct) for name in names}
+    found = chunks._gradients(spec.chunks, args.linear, args.where, of_chunk, totals, ())
+    of_linear, sums, _ = found
+
+    def of_option(name):
+        like = lambda x: arguments.cotangent_like(x, sums[name]) if name in sums else None  # noqa: E731
+        return jax.tree.map(like, args.options[name])
+
+    return (_Args(of_linear, None, {name: of_option(name) for name in args.options}, None, None),)
+
+
+_core = jax.custom_vjp(_losses, nondiff_argnums=(0,))
+_core.defvjp(_forward, _backward)
+
+
+def linear_losses(
+    loss: Any,
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None,
+    where: ArrayLike | None,
+    class_axis_name: AxisName | None,
+    transpose_kernel: bool,
+    chunk_size: int | None,
+    **options: Any,
+) -> Array:
+    """Return the sum over the classes for each position; see `ElementwiseLoss.linear`."""
+    check_names(loss.__name__, loss.options, options)
+    source, linear = linear_source(features, kernel, bias, transpose_kernel, None, chunk_size)
+    *positions, local = source.logits_shape(linear)
+    arguments.check_axis_name("class_axis_name", class_axis_name)
+    places = arguments.as_array("labels", labels, "an array of integers")
+    arguments.check_integer("labels", places)
+    wanted = (*positions, *places.shape[-1:])
+    why = "the positive classes of each position, padded with -1"
+    arguments.check_shape("labels", places, wanted, why)
+    places = arguments.saturate_int32(places)
+    prepared = prepare_options(
+        loss.options, options, tuple(positions), source.dtype(linear), len(positions)
+    )
+    mask = arguments.mask_array(where, tuple(positions), len(positions))
+    num_classes, start = local, 0
+    if class_axis_name is not None:
+        same = {"labels": places, "where": mask, **prepared}
+        for name, x in (source.replicated(linear) | same).items():
+            check_not_varying(name, x, class_axis_name)
+        num_classes = local * lax.axis_size(class_axis_name)
+        start = local * lax.axis_index(class_axis_name)
+    invalid = jnp.any((places < -1) | (places >= num_classes), -1, keepdims=True)
+    # A label of -1 is padding. It must not be a class of another shard.
+    places = jnp.where(places < 0, -1, places - start)
+    args = _Args(linear, places, prepared, mask, invalid)
+    losses = _core(_Spec(loss, source), cast_to_common_varying(args)[0])
+    losses = losses if class_axis_name is None else lax.psum(losses, class_axis_name)
+    return jnp.squeeze(losses, -1)

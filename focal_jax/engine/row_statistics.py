@@ -1,0 +1,208 @@
+"""The largest class of each row of logits, and sums over all other classes.
+
+Only the class with the largest logit can have a probability above 1/2. All results are functions
+of that class and of sums over the others, so none of them is a difference of nearly equal numbers:
+
+    1 - p of the largest class = rest / (1 + rest)
+    log-sum-exp                = max_logit + log1p(rest)
+    entropy                    = log1p(rest) + spread / (1 + rest)
+
+The rows are an array of logits, or `features @ kernel` in chunks. In both cases the classes may be
+sharded over devices.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from focal_jax.engine import arguments, chunks, scalar
+from focal_jax.engine.chunks import ChunkSpec, Linear
+from focal_jax.engine.class_sums import AxisName, cast_logits, class_index, pick_class
+from focal_jax.engine.sharding import cast_to_common_varying
+
+# Up to this number of picked classes, comparisons with the class index replace a scatter.
+_FEW = 16
+
+
+class RowStatistics(NamedTuple):
+    """Statistics of each row, with a class axis of size 1. Every array but an index is exact.
+
+    Attributes:
+      max_logit: the largest logit; finite even if every logit is -inf.
+      max_class: the index of the first class with that logit; -1 if there is no class.
+      rest: the sum over the other classes of `exp(x)`, with `x = logit - max_logit`.
+      spread: the sum over the other classes of `-x * exp(x)`.
+      picked: the logits of K given classes, with a class axis of size K; 0 for an index that is
+        not one of the classes.
+    """
+
+    max_logit: Array
+    max_class: Array
+    rest: Array
+    spread: Array
+    picked: Array
+
+
+def _columns(places: Array, axis: int) -> list[Array]:
+    return [lax.index_in_dim(places, k, axis) for k in range(places.shape[axis])]
+
+
+def _pick(z: Array, places: Array, axis: int) -> Array:
+    if not 0 < places.shape[axis] <= _FEW:
+        return pick_class(z, places, axis)
+    return jnp.concatenate([pick_class(z, place, axis) for place in _columns(places, axis)], axis)
+
+
+def of_classes(axis: int, z: Array, index: Array, places: Array) -> RowStatistics:
+    """Return the statistics of the classes whose logits are `z` and whose indices are `index`."""
+    start = lax.index_in_dim(index, 0, axis)
+    own = jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
+    top = jnp.maximum(pick_class(z, own, axis), jnp.finfo(z.dtype).min)
+    x = scalar.clip_inf(z - top)
+    e = jnp.where(index == own + start, 0, jnp.exp(x))
+    rest, spread = (jnp.sum(v, axis, keepdims=True) for v in (e, -x * e))
+    return RowStatistics(top, own + start, rest, spread, _pick(z, places - start, axis))
+
+
+def _gradient(axis: int, z: Array, index: Array, places: Array, row: RowStatistics, cts) -> Array:
+    """Return the gradient of the logits. The largest class moves the `x` of all others."""
+    x = scalar.clip_inf(z - row.max_logit)
+    of_others = jnp.exp(x) * (cts.rest - (1 + x) * cts.spread)
+    of_max = cts.max_logit - row.rest * cts.rest + (row.rest - row.spread) * cts.spread
+    dz = jnp.where(index == row.max_class, of_max, of_others)
+    if places.shape[axis] > _FEW:
+        local = places - lax.index_in_dim(index, 0, axis)
+        return dz + jax.linear_transpose(lambda z: pick_class(z, local, axis), z)(cts.picked)[0]
+    for place, ct in zip(_columns(places, axis), _columns(cts.picked, axis)):
+        dz = dz + jnp.where(index == place, ct, 0)
+    return dz
+
+
+def _rescaled(row: RowStatistics, shift: Array, largest: Array) -> tuple[Array, Array]:
+    """Return `rest` and `spread` for a largest logit that is higher by `-shift`.
+
+    `largest` marks the rows that keep their largest class; otherwise it joins the other classes.
+    """
+    others = row.rest + jnp.where(largest | (row.max_class < 0), 0, jnp.ones_like(row.rest))
+    shift = jnp.where(largest, 0, scalar.clip_inf(shift))
+    return jnp.exp(shift) * others, jnp.exp(shift) * (row.spread - shift * others)
+
+
+def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
+    """Return the statistics of the classes of `a` and, with larger indices, of `b`."""
+    first = a.max_logit >= b.max_logit
+    top, max_class = (jnp.where(first, *pair) for pair in zip(a[:2], b[:2]))
+    sums = _rescaled(a, a.max_logit - top, first), _rescaled(b, b.max_logit - top, ~first)
+    rest, spread = jax.tree.map(jnp.add, *sums)
+    return RowStatistics(top, max_class, rest, spread, a.picked + b.picked)
+
+
+def over_shards(row: RowStatistics, name: AxisName, start: Array) -> RowStatistics:
+    """Return the statistics of all classes from those of this device's classes.
+
+    The collectives exchange four numbers per row, an index, and K logits.
+    """
+    own, device = lax.stop_gradient(row.max_logit), lax.axis_index(name)
+    holds = jnp.where(own == lax.pmax(own, name), device, lax.axis_size(name))
+    largest = lax.pmin(holds, name) == device
+    mine = jnp.where(largest, row.max_logit, 0), jnp.where(largest, row.max_class + start, 0)
+    top, max_class = lax.psum(mine, name)
+    sums = _rescaled(row, row.max_logit - top, largest)
+    return RowStatistics(top, max_class, *lax.psum((*sums, row.picked), name))
+
+
+def of_source(
+    source: Any,
+    logits: Any,
+    places: Array,
+    where: Array | None,
+    class_axis_name: AxisName | None,
+    start: Any,
+) -> RowStatistics:
+    """Return the statistics of all classes; `start` is the index of this device's first class."""
+    if class_axis_name is None:
+        return source.row_statistics(logits, places, where)
+    return over_shards(source.row_statistics(logits, places - start, where), class_axis_name, start)
+
+
+def of_picked(row: RowStatistics, places: Array) -> tuple[Array, Array]:
+    """Return `logit - max_logit` of each picked class, and the sum of the other exponentials."""
+    is_max = places == row.max_class
+    x = jnp.where(is_max, 0, row.picked - row.max_logit)
+    # Only the largest class can be more than half of the sum, so this difference does not cancel.
+    others = (row.rest - jnp.exp(jnp.minimum(x, 0))) + 1
+    return x, jnp.where(is_max, row.rest, others)
+
+
+# ---------------------------------------------------------------- an array of logits
+
+
+@partial(jax.jit, static_argnums=0)
+def _dense(axis: int, logits: Array, places: Array, where: Array | None) -> RowStatistics:
+    z = cast_logits(logits, where)
+    return of_classes(axis, z, class_index(z, axis), places)
+
+
+@partial(jax.jit, static_argnums=0)
+def _dense_backward(axis, residuals, cts):
+    (logits, places, where), row = residuals
+    z = cast_logits(logits, where)
+    dz = _gradient(axis, z, class_index(z, axis), places, row, cts)
+    return arguments.mask_to_zero(dz, where).astype(logits.dtype), None, None
+
+
+def _forward(function, static, *args):
+    row = function(static, *args)
+    return row, (args, row)
+
+
+_dense_core = jax.custom_vjp(_dense, nondiff_argnums=(0,))
+_dense_core.defvjp(partial(_forward, _dense), _dense_backward)
+
+
+def of_array(axis: int, logits: Array, places: Array, where: Array | None) -> RowStatistics:
+    """Return the statistics of an array of logits; `places` has K along the class axis."""
+    return _dense_core(axis, *cast_to_common_varying(logits, places, where))
+
+
+# ---------------------------------------------------------------- features @ kernel
+
+
+@partial(jax.jit, static_argnums=0)
+def _linear(spec: ChunkSpec, linear: Linear, places: Array, where: Array | None) -> RowStatistics:
+    masked = linear.mask(where)
+
+    @chunks._recomputed
+    def step(size, row, start):
+        chunk = chunks._chunk(spec, masked, size, start)
+        axis = chunk.logits.ndim - 1
+        return _merge(row, of_classes(axis, chunk.logits, chunk.class_index, places))
+
+    zero = masked.zeros()
+    nothing = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero.astype(jnp.int32) - 1
+    # A sum with zeros, so that inside `shard_map` the carry varies over the axes of the features.
+    initial = RowStatistics(*nothing, zero, zero, zero + jnp.zeros(places.shape, zero.dtype))
+    return chunks._fold(step, initial, spec, masked)
+
+
+@partial(jax.jit, static_argnums=0)
+def _linear_backward(spec, residuals, cts):
+    (linear, places, where), row = residuals
+
+    def of_chunk(chunk):
+        axis = chunk.logits.ndim - 1
+        return _gradient(axis, chunk.logits, chunk.class_index, places, row, cts), (), ()
+
+    return chunks._gradients(spec, linear, where, of_chunk, (), ())[0], None, None
+
+
+_linear_core = jax.custom_vjp(_linear, nondiff_argnums=(0,))
+_linear_core.defvjp(partial(_forward, _linear), _linear_backward)
+
+
+def of_linear(spec: ChunkSpec, linear: Linear, places: Array, where: Any) -> RowStatistics:
+    """Return the statistics of `features @ kernel`; `places` is `[..., K]`."""
+    return _linear_core(spec, *cast_to_common_varying(linear, places, where))

@@ -1,0 +1,59 @@
+"""Losses of a few weighted classes per position: K pairs of a class index and a weight."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from focal_jax.engine import arguments, row_statistics
+from focal_jax.engine.class_sums import AxisName
+from focal_jax.engine.head import label_weight
+from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options
+from focal_jax.engine.sharding import check_not_varying
+
+
+def sparse_losses(
+    loss: Any,
+    source: Any,
+    logits: Any,
+    indices: ArrayLike,
+    weights: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: AxisName | None = None,
+    **options: Any,
+) -> Array:
+    """Return `sum over k of alpha_k weight_k value(p_k)` for each position."""
+    check_names(loss.__name__, loss.options, options)
+    arguments.check_axis_name("class_axis_name", class_axis_name)
+    axis, shape, dtype = source.axis(logits), source.logits_shape(logits), source.dtype(logits)
+    losses, local = shape[:axis] + shape[axis + 1 :], shape[axis]
+    num_classes, start = local, None
+    places = arguments.as_array("indices", indices, "an array of integers")
+    arguments.check_integer("indices", places)
+    why = "K class indices for each position, on the last axis, padded with -1"
+    arguments.check_shape("indices", places, (*losses, *places.shape[-1:]), why)
+    weights = arguments.real_array("weights", weights)
+    arguments.check_shape("weights", weights, places.shape, "one weight per class index")
+    prepared = prepare_options(loss.options, options, losses, dtype, axis)
+    mask = arguments.mask_array(where, losses, axis)
+    if class_axis_name is not None:
+        same = {"indices": places, "weights": weights, "where": mask, **prepared}
+        for name, x in (source.replicated(logits) | same).items():
+            check_not_varying(name, x, class_axis_name)
+        num_classes = local * lax.axis_size(class_axis_name)
+        start = local * lax.axis_index(class_axis_name)
+    alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
+    places = jnp.moveaxis(arguments.saturate_int32(places), -1, axis)
+    weights = arguments.cast_and_mask(jnp.moveaxis(weights, -1, axis), dtype, mask)
+    row = row_statistics.of_source(source, logits, places, mask, class_axis_name, start)
+    x, rest = row_statistics.of_picked(row, places)
+    of_class, invalid = label_weight(alpha, places, num_classes)
+    padding = places == -1
+    invalid = (invalid & ~padding) | ~(weights >= 0)
+    keep = ~padding if mask is None else mask & ~padding
+    weight = of_class.astype(dtype) * jnp.where(invalid, 0, weights)
+    found = loss.of_sums(x, rest, weight, prepared, keep, invalid)
+    return jnp.sum(found, axis)

@@ -1,0 +1,177 @@
+"""Statistics of tokens: log-probability, log-sum-exp, entropy and argmax of a softmax."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from focal_jax.engine import arguments, row_statistics
+from focal_jax.engine.arguments import InputError
+from focal_jax.engine.class_sums import cast_logits
+from focal_jax.engine.head import DenseSource
+from focal_jax.engine.linear import linear_source, prepare_temperature
+from focal_jax.engine.sharding import check_not_varying
+
+__all__ = ["TokenStatistics", "linear_token_statistics", "token_statistics"]
+
+
+class TokenStatistics(NamedTuple):
+    """Statistics of the softmax of each position, in the shape of the labels.
+
+    Attributes:
+      log_probability: the logarithm of the probability of the label's class.
+      logsumexp: `log(sum(exp(logits)))`.
+      entropy: `-sum(p * log(p))`, in nats, at least 0.
+      argmax: int32, the index of the first class with the largest logit. It has no derivative.
+    """
+
+    log_probability: Array
+    logsumexp: Array
+    entropy: Array
+    argmax: Array
+
+
+def token_statistics(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: int = -1,
+    temperature: ArrayLike = 1.0,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+) -> TokenStatistics:
+    r"""Compute log-probability, log-sum-exp, entropy and argmax of each position.
+
+    With `z = logits / temperature`, `p = softmax(z)` and the label `t`:
+
+        log_probability = log p_t
+        logsumexp       = log(sum over c of exp(z_c))
+        entropy         = -sum over c of p_c log p_c
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import token_statistics
+      >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+      >>> found = token_statistics(logits, jnp.array([0, 2]))
+      >>> [[round(x, 4) for x in row.tolist()] for row in found[:3]]
+      [[-0.2395, -1.0986], [2.2395, 1.0986], [0.6656, 1.0986]]
+      >>> found.argmax.tolist()
+      [0, 0]
+
+    Args:
+      logits: `[..., C, ...]`: unnormalized log-probabilities.
+      labels: class indices, of the logits' shape without the class axis. An invalid label makes
+        the log-probability NaN; the other statistics do not depend on it.
+      axis: the class axis.
+      temperature: a number > 0, or an array that broadcasts to the labels.
+      ignore_label: all statistics of positions with this label are 0.
+      where: mask of the statistics.
+      class_axis_name: as in `softmax_focal_loss_with_integer_labels`. `argmax` refers to all
+        classes.
+
+    Returns:
+      `TokenStatistics`, with arrays of the labels' shape.
+
+    Raises:
+      InputError: for an invalid argument.
+    """
+    logits = arguments.floating_array("logits", logits)
+    axis = arguments.static_axis(axis, logits.ndim)
+    positions = logits.shape[:axis] + logits.shape[axis + 1 :]
+    dtype = arguments.compute_dtype(logits)
+    divisor = prepare_temperature(temperature, positions, dtype, axis)
+    source = DenseSource(axis)
+    return _statistics(source, logits, labels, ignore_label, where, class_axis_name, divisor)
+
+
+def linear_token_statistics(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: float | None = None,
+    ignore_label: int | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: str | tuple[str, ...] | None = None,
+    transpose_kernel: bool = False,
+    chunk_size: int | None = None,
+) -> TokenStatistics:
+    r"""Compute the statistics of a linear layer's softmax without storing its logits.
+
+    The logits are `features @ kernel + bias`; then the softcap applies, then the temperature. One
+    pass over the chunks of classes computes all statistics, a second pass their gradient.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax import linear_token_statistics
+      >>> features, kernel = jnp.array([[1.0, 0.0]]), jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+      >>> found = linear_token_statistics(features, kernel, jnp.array([0]), temperature=2.0)
+      >>> [round(x.item(), 4) for x in found]
+      [-0.5514, 1.5514, 0.9751, 0]
+
+    Args:
+      features: `[..., D]`.
+      kernel: `[D, C]`, or `[C, D]` with `transpose_kernel`.
+      labels: class indices, `[...]`.
+      bias: None or `[C]`.
+      temperature: a number > 0, or an array that broadcasts to the labels.
+      logit_softcap: as in `linear_softmax_focal_loss_with_integer_labels`, and so are
+        `class_axis_name`, `transpose_kernel` and `chunk_size`.
+      ignore_label: all statistics of positions with this label are 0.
+      where: mask of the statistics.
+      class_axis_name: mapped axes over which the classes are sharded.
+      transpose_kernel: whether the kernel is `[C, D]`.
+      chunk_size: classes per chunk.
+
+    Returns:
+      `TokenStatistics`, with arrays `[...]`.
+
+    Raises:
+      InputError: for an invalid argument.
+    """
+    source, arrays = linear_source(
+        features, kernel, bias, transpose_kernel, logit_softcap, chunk_size, temperature
+    )
+    return _statistics(source, arrays, labels, ignore_label, where, class_axis_name)
+
+
+def _statistics(
+    source: Any, logits: Any, labels, ignore_label, where, class_axis_name, divisor=None
+) -> TokenStatistics:
+    """Return the statistics; `divisor` is the temperature of an array of logits."""
+    arguments.check_axis_name("class_axis_name", class_axis_name)
+    axis, shape = source.axis(logits), source.logits_shape(logits)
+    losses, local = shape[:axis] + shape[axis + 1 :], shape[axis]
+    if not local:
+        raise InputError("logits: got 0 classes, wanted at least one")
+    num_classes, start = local, None
+    if class_axis_name is not None:
+        num_classes = local * lax.axis_size(class_axis_name)
+        start = local * lax.axis_index(class_axis_name)
+    labels = arguments.integer_labels(labels, (*losses[:axis], num_classes, *losses[axis:]), axis)
+    mask = arguments.mask_array(where, losses, axis)
+    if class_axis_name is not None:
+        same = source.replicated(logits)
+        same |= {"labels": labels, "where": mask, "temperature": divisor}
+        for name, x in same.items():
+            check_not_varying(name, x, class_axis_name)
+    labels = jnp.expand_dims(labels, axis)
+    mask = arguments.not_ignored(labels, ignore_label, mask)
+    if divisor is not None:  # XLA fuses the division into the reductions
+        logits = cast_logits(logits, mask) / divisor
+    row = row_statistics.of_source(source, logits, labels, mask, class_axis_name, start)
+    x, _ = row_statistics.of_picked(row, labels)
+    invalid = (labels < 0) | (labels >= num_classes)
+    log_sum = jnp.log1p(row.rest)
+    found = TokenStatistics(
+        jnp.where(invalid, jnp.nan, x - log_sum),
+        row.max_logit + log_sum,
+        log_sum + row.spread / (1 + row.rest),
+        row.max_class,
+    )
+    finished = (arguments.mask_to_zero(x, mask).squeeze(axis) for x in found)
+    return TokenStatistics(*finished)
