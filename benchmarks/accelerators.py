@@ -27,13 +27,23 @@ from rich.progress import Progress, TimeElapsedColumn
 import focal_jax
 from benchmarks import compilers, pod, report
 from benchmarks.measure import GRADIENT
-from benchmarks.peers import FOCAL_JAX, LINEAR, PLAIN_JAX, linear_losses, losses, summed
+from benchmarks.peers import (
+    FOCAL_JAX,
+    LINEAR,
+    MORE_HEADS,
+    PLAIN_JAX,
+    POSITIVES,
+    linear_losses,
+    losses,
+    summed,
+)
 from benchmarks.workloads import FAMILY, WORKLOADS
 
 DTYPES = ("float32", "bfloat16")
 RETINANET, HEAD = "retinanet", "linear head"
 LOSSES = WORKLOADS | FAMILY
-NAMES = (*LOSSES, RETINANET, HEAD)
+HEADS = (HEAD, *MORE_HEADS)
+NAMES = (*LOSSES, RETINANET, *HEADS)
 
 # The minimum number of reads of the logits and of the labels, by kind. The gradient of a position
 # needs the sums over its classes, so it reads the logits a second time. The gradient of a
@@ -131,15 +141,17 @@ def retinanet_cases(dtype: str, images: int = 16) -> Iterator[Case]:
         )
 
 
-def linear_cases(dtype: str, shape: tuple[int, int, int] = (8192, 2048, 131_072)) -> Iterator[Case]:
-    """Yield the linear heads. The minimum is two reads and one write of features and kernel."""
+def linear_cases(
+    name: str, dtype: str, shape: tuple[int, int, int] = (8192, 2048, 131_072)
+) -> Iterator[Case]:
+    """Yield a linear head. The minimum is two reads and one write of features and kernel."""
     struct = jax.ShapeDtypeStruct
     positions, depth, classes = shape
     features, kernel = struct((positions, depth), dtype), struct((depth, classes), dtype)
-    labels = struct((positions,), "int32")
-    for implementation, loss in linear_losses().items():
+    labels = struct((positions, POSITIVES)[: 1 + (name != HEAD)], "int32")
+    for implementation, loss in MORE_HEADS.get(name, linear_losses()).items():
         yield Case(
-            HEAD,
+            name,
             dtype,
             implementation,
             summed(loss, GRADIENT, (0, 1)),
@@ -151,7 +163,7 @@ def linear_cases(dtype: str, shape: tuple[int, int, int] = (8192, 2048, 131_072)
 
 def cases(names: Sequence[str], dtypes: Sequence[str]) -> Iterator[Case]:
     """Yield the programs of the selected workloads and dtypes."""
-    special = {RETINANET: retinanet_cases, HEAD: linear_cases}
+    special = {RETINANET: retinanet_cases} | {name: partial(linear_cases, name) for name in HEADS}
     for name in names:
         make = special.get(name) or partial(workload_cases, name)
         for dtype in dtypes:
@@ -245,7 +257,7 @@ def _focal_jax_table(rows: Sequence[dict[str, Any]]) -> report.Table:
     shown = [
         row
         for row in rows
-        if row["implementation"] == (LINEAR if row["workload"] == HEAD else FOCAL_JAX)
+        if row["implementation"] == (LINEAR if row["workload"] in HEADS else FOCAL_JAX)
     ]
     found = {(row["device"], row["workload"], row["dtype"]): row for row in shown}
     devices = list(dict.fromkeys(row["device"] for row in shown))

@@ -267,7 +267,40 @@ def torch_programs(workload: Workload, logits: np.ndarray, labels: np.ndarray) -
     return programs
 
 
-# ---------------------------------------------------------------- linear head
+# ---------------------------------------------------------------- linear heads
+
+# The number of positive classes per position, for the sigmoid head.
+POSITIVES = 8
+
+
+def _linear_sigmoid(features: Array, kernel: Array, labels: Array) -> Array:
+    return focal_jax.linear_sigmoid_focal_loss(features, kernel, labels)
+
+
+def _plain_linear_sigmoid(features: Array, kernel: Array, labels: Array) -> Array:
+    logits = jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
+    index = jnp.arange(kernel.shape[1], dtype=jnp.int32)
+    is_label = sum((labels[:, k : k + 1] == index).astype(jnp.float32) for k in range(POSITIVES))
+    return jnp.sum(_plain_sigmoid(logits, jnp.minimum(is_label, 1)), -1)
+
+
+def _statistics(features: Array, kernel: Array, labels: Array) -> Array:
+    log_p, lse, entropy, _ = focal_jax.linear_token_statistics(features, kernel, labels[:, 0])
+    return log_p + lse + entropy
+
+
+def _plain_statistics(features: Array, kernel: Array, labels: Array) -> Array:
+    logits = jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
+    log_p, lse = jax.nn.log_softmax(logits), jax.nn.logsumexp(logits, -1)
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
+    return jnp.take_along_axis(log_p, labels[:, :1], -1)[:, 0] + lse + entropy
+
+
+# Heads of features, kernel and labels `[positions, POSITIVES]`.
+MORE_HEADS = {
+    "linear sigmoid head": {LINEAR: _linear_sigmoid, PLAIN_JAX: _plain_linear_sigmoid},
+    "token statistics": {LINEAR: _statistics, PLAIN_JAX: _plain_statistics},
+}
 
 
 def linear_losses(

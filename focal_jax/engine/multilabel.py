@@ -1,5 +1,6 @@
 """Sums over the classes of a loss of one logit, with the logits `features @ kernel` in chunks."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from jax.typing import ArrayLike
 from focal_jax.engine import arguments, chunks
 from focal_jax.engine.chunks import ChunkSpec, Linear
 from focal_jax.engine.class_sums import AxisName
+from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.linear import linear_source
 from focal_jax.engine.options import check_names, prepare_options, unwrap
 from focal_jax.engine.sharding import cast_to_common_varying, check_not_varying
@@ -49,11 +51,17 @@ def _is_positive(class_index: Array, places: Array, z: Array) -> Array:
     return positive
 
 
-def _inputs(args: _Args, chunk: Any) -> tuple[Array, Array, dict[str, Any]]:
+def _on_chunk(function: Callable[..., Array], args: _Args, chunk: Any) -> Array:
+    """Return `function(logits, labels, options)` for the classes of a chunk."""
     z = chunk.logits
     positive = _is_positive(chunk.class_index, args.places, z)
     options = arguments.cast_and_mask(args.options, z.dtype, args.where)
-    return z, positive.astype(z.dtype), {name: unwrap(x) for name, x in options.items()}
+
+    def unwrapped(z, positive, options):
+        options = {name: unwrap(x) for name, x in options.items()}
+        return function(z, positive.astype(z.dtype), options)
+
+    return compile_separately(unwrapped, z, positive, options)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -63,7 +71,7 @@ def _losses(spec: _Spec, args: _Args) -> Array:
     @chunks._recomputed
     def step(size, total, start):
         chunk = chunks._chunk(spec.chunks, masked, size, start)
-        values = spec.loss.value_of(*_inputs(args, chunk))
+        values = _on_chunk(spec.loss.value_of, args, chunk)
         return total + jnp.sum(values, -1, keepdims=True)
 
     losses = chunks._fold(step, masked.zeros(), spec.chunks, masked)
@@ -83,9 +91,13 @@ def _backward(spec: _Spec, args: _Args, ct: Array):
     names = [name for name in names if jax.tree.leaves(args.options[name])]
 
     def of_chunk(chunk):
-        by_logit, _, of_options = spec.loss.slopes_of(*_inputs(args, chunk))
-        sums = {name: jnp.sum(ct * of_options[name], -1, keepdims=True) for name in names}
-        return ct * by_logit, sums, ()
+        by_logit = _on_chunk(lambda *x: spec.loss.slopes_of(*x)[0], args, chunk)
+
+        def total(name):
+            slope = _on_chunk(lambda *x: spec.loss.slopes_of(*x)[2][name], args, chunk)
+            return ct * jnp.sum(slope, -1, keepdims=True)
+
+        return ct * by_logit, {name: total(name) for name in names}, ()
 
     totals = {name: jnp.zeros_like(ct) for name in names}
     found = chunks._gradients(spec.chunks, args.linear, args.where, of_chunk, totals, ())

@@ -21,6 +21,7 @@ from jax import Array, lax
 from focal_jax.engine import arguments, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
 from focal_jax.engine.class_sums import AxisName, cast_logits, class_index, pick_class
+from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.sharding import cast_to_common_varying
 
 # Up to this number of picked classes, comparisons with the class index replace a scatter.
@@ -67,18 +68,29 @@ def of_classes(axis: int, z: Array, index: Array, places: Array) -> RowStatistic
     return RowStatistics(top, own + start, rest, spread, _pick(z, places - start, axis))
 
 
-def _gradient(axis: int, z: Array, index: Array, places: Array, row: RowStatistics, cts) -> Array:
-    """Return the gradient of the logits. The largest class moves the `x` of all others."""
-    x = scalar.clip_inf(z - row.max_logit)
-    of_others = jnp.exp(x) * (cts.rest - (1 + x) * cts.spread)
-    of_max = cts.max_logit - row.rest * cts.rest + (row.rest - row.spread) * cts.spread
-    dz = jnp.where(index == row.max_class, of_max, of_others)
-    if places.shape[axis] > _FEW:
-        local = places - lax.index_in_dim(index, 0, axis)
-        return dz + jax.linear_transpose(lambda z: pick_class(z, local, axis), z)(cts.picked)[0]
-    for place, ct in zip(_columns(places, axis), _columns(cts.picked, axis)):
+def _elementwise_gradient(
+    z, index, top, max_class, rest, spread, of_top, of_rest, of_spread, *picked
+):
+    x = scalar.clip_inf(z - top)
+    of_others = jnp.exp(x) * (of_rest - (1 + x) * of_spread)
+    # The largest class moves the `x` of all others.
+    of_max = of_top - rest * of_rest + (rest - spread) * of_spread
+    dz = jnp.where(index == max_class, of_max, of_others)
+    for place, ct in zip(picked[::2], picked[1::2]):
         dz = dz + jnp.where(index == place, ct, 0)
     return dz
+
+
+def _gradient(axis: int, z: Array, index: Array, places: Array, row: RowStatistics, cts) -> Array:
+    """Return the gradient of the logits."""
+    few = places.shape[axis] <= _FEW
+    pairs = zip(_columns(places, axis), _columns(cts.picked, axis)) if few else ()
+    arrays = row[:4], cts.max_logit, cts.rest, cts.spread, *(x for pair in pairs for x in pair)
+    dz = compile_separately(_elementwise_gradient, z, index, *arrays)
+    if few:
+        return dz
+    local = places - lax.index_in_dim(index, 0, axis)
+    return dz + jax.linear_transpose(lambda z: pick_class(z, local, axis), z)(cts.picked)[0]
 
 
 def _rescaled(row: RowStatistics, shift: Array, largest: Array) -> tuple[Array, Array]:

@@ -221,6 +221,16 @@ def test_linear_head_is_within_limits(device, temporaries, most_bytes, most_cycl
 
 @pytest.mark.accelerators
 @needs_compilers
+@pytest.mark.parametrize("name", accelerators.MORE_HEADS)
+def test_other_linear_heads_are_within_limits(name):
+    linear, _ = compile_case("v5e", name, "bfloat16", LINEAR)
+    plain, _ = compile_case("v5e", name, "bfloat16", PLAIN_JAX)
+    assert linear["temporary_share"] <= 0.04 < 2 < plain["temporary_share"]
+    assert 0 < linear["cycles"] <= 1.3 * plain["cycles"]
+
+
+@pytest.mark.accelerators
+@needs_compilers
 @pytest.mark.parametrize("device", compilers.DEVICES)
 def test_every_device_compiles(device):
     try:
