@@ -307,7 +307,7 @@ class FocalLossLayer:
         }
         if layer.softmax_param.HasField("axis") and options["axis"] != layer.softmax_param.axis:
             raise InputError(f"text: layer {layer.name!r} has two axes, wanted one")
-        alpha = tuple(options.pop("alpha", (0.25,)))
+        alpha: tuple[float, ...] = tuple(options.pop("alpha", (0.25,)))
         # Forks of Caffe with one alpha for each class ignore them if `alpha_balance` is false.
         alpha = alpha if options.pop("alpha_balance", True) else (1.0,)
         if _ENUMS["FocalLossType"][options.pop("type", 0)] != "ORIGIN":

@@ -73,20 +73,19 @@ def pyramid_anchors(
     wanted = "a sequence of integers in [0, 30]"
     strides = [2**level for level in _integers("levels", levels, wanted, 0, 30)]
     wanted = "a sequence of numbers in [1e-6, 1e6]"
-    scales = _options.static_numbers("scales", scales, wanted, 1e-6, 1e6)
-    ratios = _options.static_numbers("ratios", ratios, wanted, 1e-6, 1e6)
-    count = sum(-(-sizes[0] // n) * -(-sizes[1] // n) for n in strides) * scales.size * ratios.size
+    units = _options.static_numbers("scales", scales, wanted, 1e-6, 1e6)
+    aspect = np.sqrt(_options.static_numbers("ratios", ratios, wanted, 1e-6, 1e6))[:, None, None]
+    count = sum(-(-sizes[0] // n) * -(-sizes[1] // n) for n in strides) * units.size * aspect.size
     if count > _MAX_ANCHORS:
         raise InputError(
             f"image_shape: got {image_shape}, which has {count:,} anchors, wanted at most "
             f"{_MAX_ANCHORS:,}"
         )
-    aspect = np.sqrt(ratios)[:, None, None]
     half_unit_sides = np.concatenate([1 / aspect, aspect], -1) / 2
 
     pyramid = [np.zeros((0, 4))]
     for stride in strides:
-        sides = 4 * stride * scales[:, None]
+        sides = 4 * stride * units[:, None]
         half = (np.floor(sides) if whole_pixels else sides) * half_unit_sides
         half = (np.round(half) if whole_pixels else half).reshape(-1, 2)
         cells = [-(-size // stride) for size in sizes]
