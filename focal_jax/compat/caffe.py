@@ -307,9 +307,9 @@ class FocalLossLayer:
         }
         if layer.softmax_param.HasField("axis") and options["axis"] != layer.softmax_param.axis:
             raise InputError(f"text: layer {layer.name!r} has two axes, wanted one")
-        alpha: tuple[float, ...] = tuple(options.pop("alpha", (0.25,)))
+        alpha = list(options.pop("alpha", [0.25]))
         # Forks of Caffe with one alpha for each class ignore them if `alpha_balance` is false.
-        alpha = alpha if options.pop("alpha_balance", True) else (1.0,)
+        alpha = alpha if options.pop("alpha_balance", True) else [1.0]
         if _ENUMS["FocalLossType"][options.pop("type", 0)] != "ORIGIN":
             raise InputError(f"text: layer {layer.name!r} has type LINEAR, wanted ORIGIN")
         # Caffe reads the older option `normalize` only if `normalization` is absent.
@@ -317,7 +317,7 @@ class FocalLossLayer:
         mode = options.pop("normalization", _MODES.index(legacy))
         return cls(
             **options,
-            alpha=alpha if len(alpha) > 1 else alpha[0],
+            alpha=alpha[0] if len(alpha) == 1 else tuple(alpha),
             normalization=_MODES[mode].lower(),
             loss_weight=next(iter(layer.loss_weight), 1.0),
             return_prob=len(layer.top) > 1,
