@@ -57,7 +57,7 @@ def function_of(loss: Any, name: str = "loss", kinds: tuple[Kind, ...] = ()) -> 
     if callable(loss):
         return loss
     known = tuple(each.name for each in LOSSES.values() if not kinds or each.kind in kinds)
-    if loss not in known:
+    if not isinstance(loss, str) or loss not in known:
         raise InputError(f"{name}: got {loss!r}, wanted a function or one of {known}")
     return LOSSES[loss].function
 

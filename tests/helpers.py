@@ -9,15 +9,18 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import toy
 
-from focal_jax import catalogue, reference
+from focal_jax import InputError, catalogue, reference
 from focal_jax.engine import Option
 
 # The exponents that are tested: integers, multiples of 1/2, and others.
@@ -377,6 +380,31 @@ def published_values_of(*names):
     """Mark a test that compares losses with published values or another implementation."""
     WITH_PUBLISHED_VALUES.update(names)
     return lambda test: test
+
+
+# Values of wrong types, for tests that every function raises an error that names the argument.
+NOT_AN_ARRAY = (
+    *(None, "a", b"a", Path("a"), {}, {"a": 1}, [{"bbox": [1, 2, 3, 4]}], [[1], [1, 2]], [1, [2]]),
+    *([jnp.zeros((1, 5)), jnp.zeros((2, 5))], [np.zeros((1, 5)), np.zeros((2, 5))], [None, 1]),
+    *(10**400, object(), len, int, slice(3), {1}, np.array(["a"]), np.array([None])),
+    *(
+        np.datetime64("2020-01-01"),
+        jax.random.key(0),
+        jnp.zeros((7, 5, 3, 2)),
+        np.ones((1, 4), complex),
+    ),
+)
+# Options are numbers, words or flags.
+NOT_AN_OPTION = (*NOT_AN_ARRAY[1:], math.nan, [], (), np.array([1, 2]), "nothing", [True, "a"])
+
+
+def assert_errors_name(function, arguments, invalid):
+    """Check that each invalid value of each argument raises `InputError`, naming an argument."""
+    for name, values in invalid.items():
+        for value in values:
+            with pytest.raises(InputError) as caught:
+                function(**arguments | {name: value})
+            assert re.match(rf"({'|'.join(arguments)}): got ", str(caught.value)), (name, value)
 
 
 def assert_close(got, want, rtol=1e-5, atol=None):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from helpers import NOT_AN_OPTION, assert_errors_name
 
 import focal_jax
 from focal_jax import (
@@ -452,9 +453,13 @@ def test_invalid_arguments(loss, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "COMMAND"),
         (["train"], "invalid choice: 'train'"),
         (["compare", "--loss", "focal"], "loss: got 'focal', wanted one of ('"),
+        (["compare", "--loss", "sigmoid_focal_los"], "did you mean 'sigmoid_focal_loss'?"),
+        (
+            ["compare", "--shape", "99999999", "999999"],
+            "shape: got 99,999,899,000,001 logits, which",
+        ),
         (["compare", "--gamma", "-1"], "gamma: got -1, wanted a finite number >= 0"),
         (["compare", "--gamma", "two"], "invalid float value: 'two'"),
         (["compare", "--dtype", "int8"], "invalid choice: 'int8'"),
@@ -465,7 +470,10 @@ def test_invalid_arguments(loss, arguments, message):
         (["plot", "--out", "a.b/figure."], "--out: got 'a.b/figure.', wanted a name that ends"),
         (["plot", "--gamma", "-1"], "gamma: got [-1.0], wanted finite numbers >= 0"),
         (["plot", "--gamma", "1", "--family"], "not allowed with"),
-        (["plot", "--out", "figure.nonsense"], "figure.nonsense: Format 'nonsense'"),
+        (
+            ["plot", "--out", "figure.nonsense"],
+            "figure.nonsense: got the format 'nonsense', wanted",
+        ),
         (["plot", "--out", "/nowhere/figure.png"], "/nowhere/figure.png"),
     ],
 )
@@ -476,6 +484,63 @@ def test_invalid_command_lines_exit_with_code_2(arguments, message, capsys):
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+FILES = [
+    ("--json", "/nowhere/report.json", "wanted an existing folder"),
+    ("--json", "/", "a file, not"),
+]
+FILES += [
+    ("--plot", "/nowhere/a.png", "an existing folder"),
+    ("--plot", "a.zip", "the format 'zip'"),
+]
+
+
+@pytest.mark.parametrize(("option", "path", "message"), FILES)
+def test_files_are_checked_before_the_measurement(option, path, message, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "_cases", None)
+    with pytest.raises(SystemExit) as stopped:
+        main([*QUICK, option, path])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_command_the_help_is_printed(capsys):
+    main([])
+    assert "COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt, 130, "focal-jax: interrupted\n"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), None, "use a smaller --shape"),
+        (MemoryError("9 GB"), None, "use a smaller --shape"),
+    ],
+)
+def test_interrupts_and_missing_memory_are_one_line(error, code, message, monkeypatch, capsys):
+    def measure(*_):
+        raise error
+
+    monkeypatch.setattr(compare, "_cases", measure)
+    with pytest.raises(SystemExit) as stopped:
+        main(QUICK)
+    assert code in (None, stopped.value.code)
+    assert message in capsys.readouterr().err + str(stopped.value)
+
+
+def test_arguments_of_any_type_are_used_or_an_error_that_names_them():
+    arguments = {"loss": SIGMOID, "shape": (4,), "dtype": "float32", "seed": 0, "repeats": 1}
+    arguments |= {"progress": None, "gamma": 2.0, "formula": None}
+    invalid: dict = dict.fromkeys(arguments, (*NOT_AN_OPTION, True))
+    for name in ("seed", "repeats"):  # a large integer is valid
+        invalid[name] = [x for x in invalid[name] if type(x) is not int]
+    invalid["shape"] = [x for x in invalid["shape"] if str(x) not in ("[1 2]", "()", "[]")]
+    invalid["dtype"] = [x for x in invalid["dtype"] if not hasattr(x, "dtype")]
+    invalid["dtype"] = [x for x in invalid["dtype"] if not isinstance(x, str | bytes)]
+    invalid["progress"] = [x for x in invalid["progress"] if not callable(x)]
+    invalid["gamma"] = NOT_AN_OPTION
+    assert_errors_name(compare_gradients, arguments, invalid)
 
 
 # ---------------------------------------------------------------- tables and summary

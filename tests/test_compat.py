@@ -1,5 +1,6 @@
 """The compat modules return the values of the systems that they replace."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -10,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import jit
+from helpers import NOT_AN_ARRAY, NOT_AN_OPTION, assert_errors_name, jit
 from hypothesis import given, settings, strategies as st
 
-from focal_jax import softmax_focal_loss_with_integer_labels
+from focal_jax import InputError, softmax_focal_loss_with_integer_labels
 from focal_jax.compat import mindspore, pytorch_retinanet
 from focal_jax.compat.caffe import FocalLossLayer
 
@@ -160,6 +161,31 @@ def test_caffe_batch_size_is_the_product_of_the_axes_before_the_class_axis():
     np.testing.assert_allclose(layer(logits, labels), losses.sum() / 6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("ignore_label", [None, -(2**31), -1])
+@pytest.mark.parametrize("label", [np.nan, np.inf, -3e9, 3e9])
+def test_caffe_labels_that_are_no_int32_are_not_ignored(scores, label, ignore_label):
+    logits, labels = scores
+    labels = np.where(labels == 255, 0, labels).astype(np.float32)
+    layer = FocalLossLayer(ignore_label=ignore_label)
+    if ignore_label is not None:
+        labels[1, 1, 1] = ignore_label
+        assert jnp.isfinite(layer(logits, labels))
+    labels[0, 0, 0] = label
+    assert jnp.isnan(layer(logits, labels))
+
+
+def test_caffe_alpha_per_class(scores):
+    logits, labels = scores
+    alpha, ignored = (0.5, 2.0, 1.0), {"ignore_label": 255}
+    layer = FocalLossLayer(alpha=alpha, axis=1, **ignored)
+    losses = softmax_focal_loss_with_integer_labels(
+        logits, labels.astype(int), alpha=jnp.array(alpha), axis=1, **ignored
+    )
+    np.testing.assert_allclose(layer(logits, labels), losses.sum() / 15, rtol=1e-6)
+    with pytest.raises(InputError, match=r"alpha: got shape \(2,\), wanted"):
+        FocalLossLayer(alpha=alpha[:2], axis=1)(logits, labels)
+
+
 @pytest.mark.parametrize(
     ("message", "layer", "inputs"),
     [
@@ -180,7 +206,8 @@ def test_caffe_errors_name_the_argument(message, layer, inputs):
     ("option", "value"),
     [("normalization", value) for value in ("VALID", "mean", None)]
     + [("gamma", -1.0), ("gamma", None), ("alpha", "0.25"), ("axis", 1.0), ("ignore_label", "x")]
-    + [("loss_weight", None)],
+    + [("loss_weight", None), ("alpha", 0.0), ("alpha", -1), ("alpha", (0.5, 0.0)), ("axis", True)]
+    + [("axis", 10**9), ("axis", -33), ("gamma", (1.0, 2.0)), ("return_prob", 2), ("alpha", None)],
 )
 def test_caffe_rejects_invalid_options_at_construction(option, value):
     with pytest.raises(ValueError, match=rf"\b{option}: got"):
@@ -196,6 +223,62 @@ def test_caffe_64_bit_labels_do_not_wrap(scores, dtype):
     if wide.dtype.itemsize == 8:
         wide[0, 0, 0] = 2**32 + 1  # wraps to the valid class 1 in int32
         assert jnp.isnan(layer(logits, wide))
+
+
+def _raises(message, function, *arguments):
+    with pytest.raises(InputError, match=message):
+        function(*arguments)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(jnp.bfloat16, 256), (jnp.float16, 2048)])
+def test_16_bit_labels_that_cannot_hold_the_classes_are_errors(dtype, limit):
+    anchors, annotations = jnp.zeros((1, 1, 4)), jnp.ones((1, 1, 5), dtype)
+    loss_of = {"labels": FocalLossLayer(), "target": mindspore.FocalLoss()}
+    for classes in (limit, limit + 1):
+        retinanet = partial(pytorch_retinanet.FocalLoss(), jnp.zeros((1, 1, classes)))
+        calls = {name: partial(f, jnp.zeros((2, classes))) for name, f in loss_of.items()}
+        arguments = dict.fromkeys(calls, (jnp.ones((2, 1), dtype),))
+        calls["annotations"] = retinanet
+        arguments["annotations"] = jnp.zeros((1, 1, 4)), anchors, annotations
+        for name, call in calls.items():
+            if classes == limit:
+                jax.eval_shape(call, *arguments[name])
+            else:
+                _raises(f"^{name}: got dtype .*{limit}", jax.eval_shape, call, *arguments[name])
+
+
+_LOGITS, _ROWS = jnp.zeros((2, 3)), [[[0.0, 0, 4, 4, 1]]]
+_CALLS = {
+    "caffe": (FocalLossLayer(axis=-1), {"logits": _LOGITS, "labels": [0, 1]}),
+    "mindspore": (mindspore.FocalLoss(), {"predict": _LOGITS, "target": [[0], [1]]}),
+    "pytorch_retinanet": (
+        pytorch_retinanet.FocalLoss(),
+        {"classifications": jnp.zeros((1, 1, 2)), "regressions": jnp.zeros((1, 1, 4))}
+        | {"anchors": [[[0.0, 0, 4, 4]]], "annotations": _ROWS},
+    ),
+}
+
+
+@pytest.mark.parametrize("system", _CALLS)
+def test_arguments_of_any_type_are_used_or_an_error_that_names_them(system):
+    function, arguments = _CALLS[system]
+    invalid = dict.fromkeys(arguments, (*NOT_AN_ARRAY, 3, [1, 2, 3], []))
+    names = dict.fromkeys(("axis", *arguments))  # logits without axes have no class axis
+    assert_errors_name(lambda axis=None, **a: function(**a), names | arguments, invalid)
+
+
+def test_options_of_any_type_are_used_or_an_error_that_names_them():
+    layer = {"gamma": 2.0, "axis": 1, "normalization": "full", "loss_weight": 1.0}
+    layer |= {"return_prob": False, "alpha": 0.5}
+    invalid = dict.fromkeys(layer, NOT_AN_OPTION) | {"loss_weight": NOT_AN_ARRAY}
+    # A sequence of weights is valid, and so is one that does not fit the classes: they are unknown.
+    invalid["alpha"] = [x for x in NOT_AN_OPTION if not isinstance(x, np.ndarray | list | tuple)]
+    assert_errors_name(FocalLossLayer, layer, invalid)
+    assert_errors_name(mindspore.FocalLoss, {"reduction": "sum"}, {"reduction": NOT_AN_OPTION})
+    prototxt = {"text": NET, "name": None, "phase": None}
+    invalid = {"name": NOT_AN_OPTION, "phase": NOT_AN_OPTION}
+    invalid["text"] = [x for x in NOT_AN_ARRAY if not isinstance(x, str)]
+    assert_errors_name(FocalLossLayer.from_prototxt, prototxt, invalid)
 
 
 # ---------------------------------------------------------------- Caffe's prototxt
@@ -277,6 +360,15 @@ def test_prototxt_of_a_net():
         ("propagate_down: 1 propagate_down: 0", {}),
         ("propagate_down: false", {}),
         ('top: "prob"', {"return_prob": True}),
+        ('bottom: "score" bottom: "label"', {}),
+        # Forks of Caffe have one alpha for each class, and the axis beside alpha.
+        ("focal_loss_param { alpha: 1 alpha: 2.5 }", {"alpha": (1.0, 2.5)}),
+        ("focal_loss_param { alpha: [0.5, 1, 1] gamma: 1 }", {"alpha": (0.5, 1, 1), "gamma": 1}),
+        ("focal_loss_param { alpha_balance: true alpha: 1 alpha: 2 }", {"alpha": (1.0, 2.0)}),
+        ("focal_loss_param { alpha_balance: false alpha: 1 alpha: 2 }", {"alpha": 1.0}),
+        ("focal_loss_param { axis: 2 engine: CAFFE }", {"axis": 2}),
+        ("focal_loss_param { axis: 2 } softmax_param { axis: 2 }", {"axis": 2}),
+        ("# \u2028 \x0c \x85 a comment \x0b\n loss_weight: 2", {"loss_weight": 2.0}),
     ],
 )
 def test_prototxt_options(body, options):
@@ -294,8 +386,51 @@ def test_prototxt_selects_a_layer_by_name():
 
 
 @pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("include { phase: TRAIN }", "include { phase: TEST }"),
+        (
+            "include { phase: TRAIN stage: 'a' } include { phase: TRAIN }",
+            "exclude { phase: TRAIN }",
+        ),
+        ("phase: TRAIN", "phase: TEST"),
+    ],
+)
+def test_prototxt_selects_a_layer_by_phase(train, test):
+    test = focal(f"{test} loss_param {{ normalization: FULL }}")
+    shared = 'layer { name: "x" type: "Convolution" }'
+    for text in (focal(train) + shared + test, test + focal(train)):
+        for name in (None, "loss"):
+            read = partial(FocalLossLayer.from_prototxt, text, name)
+            assert read(phase="TRAIN") == read(phase="train") == FocalLossLayer()
+            assert read(phase="TEST") == FocalLossLayer(normalization="full")
+            _raises("phase='TRAIN'", read)
+    assert FocalLossLayer.from_prototxt(focal(""), phase="TEST") == FocalLossLayer()
+    _raises("^name: got", partial(FocalLossLayer.from_prototxt, focal(train), phase="TEST"))
+
+
+@pytest.mark.parametrize("bottom", ["score", "prob"])
+def test_prototxt_warns_about_a_softmax_before_the_layer(bottom):
+    softmax = 'layer { name: "p" type: "Softmax" bottom: "score" top: "prob" }'
+    text = softmax + focal(f'bottom: "{bottom}" bottom: "label"')
+    warns = pytest.warns(UserWarning, match="'prob' from a Softmax layer, wanted logits")
+    with warns if bottom == "prob" else contextlib.nullcontext():
+        assert FocalLossLayer.from_prototxt(text) == FocalLossLayer()
+
+
+@pytest.mark.parametrize(
     ("message", "text", "name"),
     [
+        ("nested too deeply", focal("a { " * 5000 + "}" * 5000), None),
+        (r"but \['MultiBoxFocalLoss'\], wanted", 'layer { type: "MultiBoxFocalLoss" }', None),
+        (r"but \['SoftmaxFocalLoss'\], wanted", 'layer { type: "SoftmaxFocalLoss" }', None),
+        (r"but \['SoftmaxWithFocalLoss'\]", 'type: "SoftmaxWithFocalLoss"', None),
+        ("wanted two bottoms", focal('bottom: "a" bottom: "b" bottom: "weights"'), None),
+        ("at most two tops", focal('bottom: "a" bottom: "b" top: "c" top: "d"'), None),
+        ("alpha: got 0, wanted a finite number > 0", focal("focal_loss_param { alpha: 0 }"), None),
+        ("alpha: got -1,", focal("focal_loss_param { alpha: 1 alpha: -1 }"), None),
+        ("axis: got 1000000000, wanted", focal("softmax_param { axis: 1000000000 }"), None),
+        ("two axes", focal("focal_loss_param { axis: 2 } softmax_param { axis: 3 }"), None),
         ("1:7", "layer {", None),
         ("1:", "layer { name: }", None),
         ("2:14", 'layer {\n name: "a" } }', None),
@@ -346,7 +481,7 @@ def test_prototxt_rejects_unknown_fields_of_the_layer_only(message, body):
 
 any_layer = st.builds(
     FocalLossLayer,
-    alpha=st.floats(0, 10),
+    alpha=st.floats(1e-3, 10) | st.tuples(st.floats(1e-3, 10), st.floats(1e-3, 10)),
     gamma=st.floats(0, 10),
     axis=st.integers(-4, 4),
     ignore_label=st.none() | st.integers(-(2**31), 2**31 - 1),

@@ -1,6 +1,7 @@
 """Boxes, anchors, matching and the RetinaNet loss."""
 
 import json
+import logging
 import re
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import quick_options
+from helpers import NOT_AN_ARRAY, NOT_AN_OPTION, assert_errors_name, quick_options
 from hypothesis import given, settings, strategies as st
 from jax.sharding import Mesh, PartitionSpec as P
 
@@ -137,7 +138,8 @@ def batches(draw):
     annotations = np.full((IMAGES, ROWS, 5), -1.0)
     for image, row in np.ndindex(IMAGES, ROWS):
         if draw(st.booleans()):
-            annotations[image, row, :4] = anchors[rng.integers(ANCHORS)] + rng.normal(0, 1, 4)
+            corners = anchors[rng.integers(ANCHORS)] + rng.normal(0, 1, 4)
+            annotations[image, row, :4] = np.sort(corners.reshape(2, 2), 0).ravel()
             annotations[image, row, 4] = rng.integers(CLASSES)
     logits = rng.normal(0, 3, (IMAGES, ANCHORS, CLASSES))
     return logits, rng.normal(0, 1, (IMAGES, ANCHORS, 4)), anchors, annotations
@@ -254,7 +256,7 @@ def test_empty_batch(batch):
 def test_boxes_and_anchors_without_area_give_finite_results(batch):
     logits, offsets, anchors, annotations = batch
     anchors = anchors.at[:3].set(jnp.array([[5.0, 5, 5, 5], [5, 5, 9, 5], [9, 9, 5, 5]]))
-    degenerate = jnp.array([[5.0, 5, 5, 5, 0], [5, 5, 5, 30, 1], [30, 30, 2, 2, 2]])
+    degenerate = jnp.array([[5.0, 5, 5, 5, 0], [5, 5, 5, 30, 1], [2, 30, 30, 30, 2]])
     annotations = annotations.at[1, :3].set(degenerate)
     results = [
         loss_and_gradients(logits, offsets, anchors, annotations, normalization=normalization)
@@ -286,7 +288,8 @@ def test_predictions_of_unmatched_anchors_are_ignored(batch):
 @pytest.mark.parametrize("row", [2, 0])  # a row that is matched, and a row that is not
 @pytest.mark.parametrize(
     ("column", "value"),
-    [(4, -2.0), (4, 3.0), (4, -0.5), (4, 1.7), (4, jnp.nan), (0, jnp.nan), (3, jnp.inf)],
+    [(4, -2.0), (4, 3.0), (4, -0.5), (4, 1.7), (4, jnp.nan), (0, jnp.nan), (3, jnp.inf)]
+    + [(0, 600.0), (1, 600.0), (2, -1.0), (3, -1.0)],  # x2 < x1 or y2 < y1
 )
 def test_invalid_annotation_makes_its_image_nan(batch, row, column, value):
     logits, offsets, anchors, annotations = batch
@@ -643,6 +646,64 @@ def test_matching_without_annotations_or_anchors():
     assert empty.shape == (0,)
 
 
+@pytest.mark.parametrize("box", [[8, 0, 0, 8], [0, 8, 8, 0], [8, 8, 0, 0], [0, np.nan, 8, 8]])
+def test_a_box_with_a_nan_or_corners_out_of_order_matches_nothing(box):
+    annotations = np.array([[*box, 1], [0, 0, 8, 4, 0]])
+    matches = matches_of(
+        np.array([[0.0, 0, 8, 8]]), annotations, positive_iou=0.0, negative_iou=0.0
+    )
+    assert matches.tolist() == [1]
+
+
+@pytest.mark.parametrize("form", ["cpu", "accelerator"])
+def test_an_anchor_with_a_nan_changes_no_other_anchor(form):
+    anchors = np.array([[0.0, 0, 8, 8], [8, 0, 16, 8], [0, np.nan, 8, 8], [40, 40, 48, 48]])
+    annotations = np.array([[6.0, 0, 10, 4, 0], [41, 41, 48, 48, 1]])
+    with forced_form(form):
+        forced = jit(partial(match_anchors, force_match=True))(anchors, annotations)
+        assert forced.tolist() == [0, 0, BACKGROUND, 1]
+        assert jit(partial(match_anchors))(anchors, annotations).tolist() == [-1, -1, -1, 1]
+
+
+def test_eager_calls_compile_once(batch):
+    _, _, anchors, annotations = batch
+
+    def calls():
+        match_anchors(anchors, annotations[0])
+        jax.vmap(gather_best, (None, 0))(anchors, annotations)  # as in the loss
+
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("jax")
+    calls()
+    with jax.log_compiles():
+        logger.addHandler(handler)
+        try:
+            calls()
+        finally:
+            logger.removeHandler(handler)
+    assert [x.getMessage() for x in records if "ompil" in x.getMessage()] == []
+
+
+# ---------------------------------------------------------------- unit of the annotations
+
+
+def test_normalized_annotations_beside_anchors_in_pixels_are_a_warning():
+    anchors = np.array([[0.0, 0, 100, 100], [20, 20, 60, 60]])
+    boxes = np.array([[[0.1, 0.2, 0.6, 1.0, 1], [-1] * 5], [[-1] * 5] * 2])
+    loss = partial(retinanet_loss, jnp.zeros((2, 2, 3)), jnp.zeros((2, 2, 4)))
+    with pytest.warns(UserWarning, match="annotations: got coordinates of at most 1, wanted pix"):
+        jax.eval_shape(lambda: loss(anchors, boxes))
+    with pytest.warns(UserWarning, match="annotations: got coordinates of at most 1, wanted pix"):
+        match_anchors(anchors, jnp.asarray(boxes[0]))
+    # Other calls give no warning. Warnings are errors here.
+    match_anchors(anchors, boxes[1])
+    match_anchors(anchors / 100, boxes[0])
+    match_anchors(anchors, boxes[0] + np.array([0, 0, 1, 0, 0]))
+    jax.eval_shape(match_anchors, anchors, boxes[0])
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -727,11 +788,96 @@ def test_options_are_checked_before_the_matching(option, monkeypatch):
         ("image_shape: got", lambda: pyramid_anchors((0, 8))),
         ("scales: got", lambda: pyramid_anchors((8, 8), scales=(-1,))),
         ("ratios: got", lambda: pyramid_anchors((8, 8), ratios=(0,))),
+        ("image_shape: got", lambda: pyramid_anchors((8,))),
+        ("image_shape: got", lambda: pyramid_anchors((8, 8, 3))),
+        ("image_shape: got", lambda: pyramid_anchors((8.5, 8))),
+        ("image_shape: got .* anchors, wanted", lambda: pyramid_anchors((10**9, 10**9))),
+        ("levels: got", lambda: pyramid_anchors((8, 8), levels=[3.5])),
+        ("levels: got", lambda: pyramid_anchors((8, 8), levels=[100])),
+        ("force_match: got 2", lambda: match_anchors([[0] * 4], [[0] * 5], force_match=2)),
+        ("min_side: got 0", lambda: encode_boxes([[0] * 4], [[0] * 4], min_side=0)),
+        ("min_side: got 1e-320", lambda: encode_boxes([[0] * 4], [[0] * 4], min_side=1e-320)),
     ],
 )
 def test_errors_of_box_functions_name_the_argument(message, call):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+_BOX, _ROWS = [[0.0, 0, 4, 4]], [[0.0, 0, 4, 4, 1]]
+_FUNCTIONS = {
+    box_iou: ({"a": _BOX, "b": _BOX}, {}),
+    encode_boxes: ({"boxes": _BOX, "anchors": _BOX}, {"weights": (1, 1, 1, 1), "min_side": 1}),
+    decode_boxes: ({"offsets": _BOX, "anchors": _BOX}, {"weights": (1, 1, 1, 1)}),
+    match_anchors: (
+        {"anchors": _BOX, "annotations": _ROWS},
+        {"positive_iou": 0.5, "negative_iou": 0.4, "force_match": False},
+    ),
+    pyramid_anchors: (
+        {},
+        {"image_shape": (8, 8), "levels": [3], "scales": [1], "ratios": [1], "center": 0.5}
+        | {"whole_pixels": False},
+    ),
+    retinanet_loss: (
+        {
+            "class_logits": jnp.zeros((1, 1, 2)),
+            "box_regression": jnp.zeros((1, 1, 4)),
+            "anchors": _BOX,
+            "annotations": [_ROWS],
+        },
+        {"smooth_l1_beta": 1.0, "empty_images": "skip", "normalization": "batch"},
+    ),
+}
+
+
+@pytest.mark.parametrize("function", _FUNCTIONS)
+def test_arguments_of_any_type_are_used_or_an_error_that_names_them(function):
+    arrays, options = _FUNCTIONS[function]
+    invalid = dict.fromkeys(arrays, (*NOT_AN_ARRAY, 3, [1, 2], []))
+    invalid |= dict.fromkeys(options, NOT_AN_OPTION)
+    for name in {"image_shape", "levels", "scales", "ratios"} & set(options):
+        sequences = {str(x) for x in ([], (), np.array([1, 2]))}  # these are valid
+        invalid[name] = [x for x in NOT_AN_OPTION if str(x) not in sequences]
+        invalid[name] += [[np.nan, 8], [np.inf, 8], [-1, 8], [10**400, 8], 3]
+    assert_errors_name(function, arrays | options, invalid)
+
+
+def test_class_loss_of_any_type_is_used_or_an_error():
+    arrays, _ = _FUNCTIONS[retinanet_loss]
+    invalid = {"class_loss": (*NOT_AN_OPTION, lambda z, y: z)}
+    assert_errors_name(retinanet_loss, arrays | {"class_loss": None}, invalid)
+
+
+@pytest.mark.parametrize("function", [match_anchors, retinanet_loss])
+def test_ragged_annotations_are_an_error_that_says_how_to_pad(function):
+    arrays, _ = _FUNCTIONS[function]
+    coco = [{"bbox": [1, 2, 3, 4], "category_id": 1}]
+    for annotations in ([_ROWS, _ROWS * 2], [jnp.array(_ROWS), jnp.array(_ROWS * 2)], coco, [coco]):
+        with pytest.raises(focal_jax.InputError, match=r"^annotations: got .*, wanted .* class -1"):
+            function(**arrays | {"annotations": annotations})
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(jnp.bfloat16, 256), (np.float16, 2048)])
+def test_dtypes_that_cannot_hold_the_classes_are_errors(dtype, limit):
+    annotations = jnp.array([[[0, 0, 4, 4, 1]]], dtype)
+    for classes in (limit, limit + 1):
+        loss = partial(retinanet_loss, jnp.zeros((1, 1, classes)), jnp.zeros((1, 1, 4)), _BOX)
+        eager = partial(match_anchors, _BOX, annotations.at[..., 4].set(classes - 1)[0])
+        for call in (partial(jax.eval_shape, loss, annotations), eager):
+            if classes == limit:
+                call()
+                continue
+            with pytest.raises(focal_jax.InputError, match=rf"annotations: got dtype .*{limit}"):
+                call()
+    assert jax.eval_shape(loss, annotations.astype(jnp.float32)).classification.shape == ()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.float16, np.float32])
+def test_anchors_do_not_depend_on_the_dtype_of_the_options(dtype):
+    shape, levels, scales, ratios = (64, 96), (3, 4, 7), (1, 2), (1, 4)
+    anchors = pyramid_anchors(shape, levels, scales, ratios)
+    arrays = [np.array(x, dtype) for x in (shape, levels, scales, ratios)]
+    np.testing.assert_array_equal(pyramid_anchors(*arrays), anchors)
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,21 @@ from focal_jax import catalogue
 from focal_jax.engine import arguments
 
 
-def class_indices(name: str, labels: ArrayLike) -> Array:
+def class_indices(
+    name: str, labels: ArrayLike, num_classes: int, ignore_label: int | None = None
+) -> Array:
     """Return labels as int32. Floating labels are truncated, as the original systems do.
 
-    NaN and floating labels that do not fit int32 become an invalid class.
+    NaN and floating labels that do not fit int32 become an invalid class, not `ignore_label`.
     """
     labels = arguments.as_array(name, labels, "class indices")
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         arguments.check_integer(name, labels)
         return arguments.saturate_int32(labels)
+    arguments.check_holds_class(name, labels, num_classes - 1)
     labels = labels.astype(arguments.compute_dtype(labels))
-    int32 = arguments.INT32
-    return jnp.where(jnp.abs(labels) < int32.max, labels.astype(jnp.int32), int32.min)
+    fits = (labels >= arguments.INT32.min) & (labels < arguments.INT32.max)
+    return jnp.where(fits, labels.astype(jnp.int32), -2 if ignore_label == -1 else -1)
 
 
 def check_options(loss: Callable[..., Any], **options: Any) -> None:

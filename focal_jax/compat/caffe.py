@@ -3,19 +3,22 @@
 import difflib
 import math
 import numbers
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax.compat._arguments import check_options, class_indices
 from focal_jax.engine import arguments
-from focal_jax.engine.arguments import InputError
+from focal_jax.engine.arguments import InputError, shown
+from focal_jax.engine.options import Option
 from focal_jax.losses.softmax import softmax_focal_loss_with_integer_labels
 from focal_jax.reduction import reduce_loss
 
@@ -25,20 +28,25 @@ __all__ = ["FocalLossLayer"]
 # depends on the shape of the logits.
 _NORMALIZATIONS = {"full": "mean", "valid": "valid", "batch_size": None, "none": "sum"}
 _MODES = tuple(word.upper() for word in _NORMALIZATIONS)
-_ENUMS = {"NormalizationMode": _MODES, "FocalLossType": ("ORIGIN", "LINEAR")}
+_PHASES = ("TRAIN", "TEST")
+_ENUMS = {"NormalizationMode": _MODES, "FocalLossType": ("ORIGIN", "LINEAR"), "Phase": _PHASES}
+_ALPHA = Option("number", 0.25, low=0.0, above_low=True, per_class=True)
+_MAX_RANK = 32  # of a blob
 
 # The part of Caffe's schema that this module reads. A message `Layer` parses a layer and also a
 # net, because it contains layers, and the only field that nets and layers share is the name.
 _SCHEMA = {
-    "FocalLossParameter": "optional FocalLossType type, optional double alpha, "
-    "optional double gamma",
+    "FocalLossParameter": "optional FocalLossType type, repeated double alpha, "
+    "optional double gamma, optional int32 axis, optional bool alpha_balance",
+    "Rule": "optional Phase phase",
     "SoftmaxParameter": "optional int32 axis",
     "LossParameter": "optional int32 ignore_label, optional NormalizationMode normalization, "
     "optional bool normalize",
     "Layer": "optional string name, optional string type, repeated string bottom, "
     "repeated string top, repeated double loss_weight, repeated bool propagate_down, "
     "optional FocalLossParameter focal_loss_param, optional SoftmaxParameter softmax_param, "
-    "optional LossParameter loss_param, repeated Layer layer",
+    "optional LossParameter loss_param, repeated Layer layer, optional Phase phase, "
+    "repeated Rule include, repeated Rule exclude",
 }
 
 
@@ -64,8 +72,8 @@ _Layer = _layer_class()
 
 # Valid fields of a Caffe layer, by message. The fields that are listed here have no effect.
 _KNOWN_FIELDS = {
-    "": {"phase", "param", "blobs", "include", "exclude", "transform_param"},
-    "focal_loss_param": {"beta"},  # an option of the type LINEAR
+    "": {"param", "blobs", "transform_param"},
+    "focal_loss_param": {"beta", "engine"},  # beta is an option of the type LINEAR
     "softmax_param": {"engine"},
     "loss_param": set(),
 }
@@ -79,7 +87,7 @@ def _fields(text: str) -> Iterator[tuple[int, str, str, str]]:
 
     Layers are numbered from 1 in the order of the text. Fields outside a layer have the number 0.
     """
-    tokens: Any = text_format.Tokenizer(text.splitlines())
+    tokens: Any = text_format.Tokenizer(text.split("\n"))  # as `text_format.Parse`
     path, last, layer = [], "", 0
     while not tokens.AtEnd():
         token, at = tokens.token, tokens.ParseError("")
@@ -108,8 +116,27 @@ def _check_fields(text: str, layer: int) -> None:
         )
 
 
-def _find_layer(text: str, name: str | None) -> Any:
-    """Return the FocalLoss layer of the text; with a name, the layer with that name."""
+def _is_in(phase: str | None, layer: Any) -> bool:
+    """Return whether a net has the layer in the phase, according to the phases of its rules."""
+    if phase is None:
+        return True
+
+    def matches(rule, default):
+        return _PHASES[rule.phase] == phase.upper() if rule.HasField("phase") else default
+
+    excluded = any(matches(rule, False) for rule in layer.exclude)
+    included = any(matches(rule, True) for rule in layer.include) or not layer.include
+    return matches(layer, True) and included and not excluded
+
+
+def _find_layer(text: str, name: str | None, phase: str | None) -> Any:
+    """Return the FocalLoss layer of the text that has the name and the phase, if they are given."""
+    if not isinstance(text, str):
+        raise InputError(f"text: got {shown(text)}, wanted a string in protobuf's text format")
+    if not isinstance(name, str | None):
+        raise InputError(f"name: got {shown(name)}, wanted None or a string")
+    if phase is not None and not (isinstance(phase, str) and phase.upper() in _PHASES):
+        raise InputError(f"phase: got {shown(phase)}, wanted None or one of {_PHASES}")
     try:
         net = text_format.Parse(text, _Layer(), allow_unknown_field=True)
     except text_format.ParseError as error:
@@ -117,17 +144,32 @@ def _find_layer(text: str, name: str | None) -> Any:
             f"text: at line:column {error} Wanted a layer or a net in protobuf's text format, "
             f"with a normalization of {', '.join(_MODES)}"
         ) from error
+    except RecursionError:
+        raise InputError("text: got messages that are nested too deeply, wanted a net") from None
     layers = [(i, x) for i, x in enumerate((net, *net.layer)) if x.type == "FocalLoss"]
     if not layers:
-        raise InputError("text: got no FocalLoss layer, wanted one")
-    found = [(i, layer) for i, layer in layers if name in (None, layer.name)]
+        near = [x.type for x in (net, *net.layer) if "focal" in x.type.lower()]
+        raise InputError(f"text: got no FocalLoss layer{f', but {near}' * bool(near)}, wanted one")
+    found = [(i, x) for i, x in layers if name in (None, x.name) and _is_in(phase, x)]
     if len(found) != 1:
         raise InputError(
             f"name: got {name!r}, wanted the name of one of the FocalLoss layers, "
-            f"{[layer.name for _, layer in layers]}"
+            f"{[layer.name for _, layer in layers]}; phase='TRAIN' or phase='TEST' distinguishes "
+            "layers of the same name"
         )
     index, layer = found[0]
     _check_fields(text, index)
+    if len(layer.bottom) not in (0, 2) or len(layer.top) > 2:
+        raise InputError(
+            f"text: layer {layer.name!r} has the bottoms {list(layer.bottom)} and the tops "
+            f"{list(layer.top)}, wanted two bottoms and at most two tops"
+        )
+    if any(x.type == "Softmax" and set(x.top) & set(layer.bottom[:1]) for x in net.layer):
+        warnings.warn(
+            f"text: layer {layer.name!r} gets {layer.bottom[0]!r} from a Softmax layer, wanted "
+            "logits: the FocalLoss layer applies a softmax itself",
+            stacklevel=3,
+        )
     return layer
 
 
@@ -156,7 +198,7 @@ class FocalLossLayer:
       0.2496
 
     Attributes:
-      alpha: the weight of every class.
+      alpha: the weight of every class, or a sequence with one weight for each class; above 0.
       gamma: focusing exponent.
       axis: the class axis.
       ignore_label: positions with this label have loss 0 and gradient 0.
@@ -171,7 +213,7 @@ class FocalLossLayer:
       https://github.com/zimenglan-sysu-512/Focal-Loss).
     """
 
-    alpha: float = 0.25
+    alpha: float | Sequence[float] = 0.25
     gamma: float = 2.0
     axis: int = 1
     ignore_label: int | None = None
@@ -181,18 +223,23 @@ class FocalLossLayer:
 
     def __post_init__(self):
         """Raise for options that are invalid for every input."""
-        if self.normalization not in tuple(_NORMALIZATIONS):
+        word = self.normalization
+        if not isinstance(word, str) or word not in _NORMALIZATIONS:
             raise InputError(
                 f"normalization: got {self.normalization!r}, wanted one of {tuple(_NORMALIZATIONS)}"
             )
-        loss = softmax_focal_loss_with_integer_labels
-        check_options(loss, alpha=self.alpha, gamma=self.gamma)
-        if not isinstance(self.axis, numbers.Integral):
-            raise InputError(f"axis: got {self.axis!r}, wanted an integer")
+        _ALPHA.check("alpha", self.alpha)
+        check_options(softmax_focal_loss_with_integer_labels, alpha=self.alpha, gamma=self.gamma)
+        for name in ("gamma", "loss_weight"):
+            option = getattr(self, name)
+            if not isinstance(option, float):
+                option = arguments.number_array(name, option, jnp.dtype(jnp.float32))
+                arguments.check_shape(name, option, (), "one number")
+        is_integer = isinstance(self.axis, numbers.Integral) and not isinstance(self.axis, bool)
+        if not is_integer or not -_MAX_RANK <= self.axis < _MAX_RANK:
+            raise InputError(f"axis: got {shown(self.axis)}, wanted an integer in [-32, 32)")
         arguments.static_ignore_label(self.ignore_label)
-        if not isinstance(self.loss_weight, numbers.Real):
-            weight = arguments.number_array("loss_weight", self.loss_weight, jnp.dtype(jnp.float32))
-            arguments.check_shape("loss_weight", weight, (), "one number")
+        arguments.static_bool("return_prob", self.return_prob)
 
     def __call__(self, logits: ArrayLike, labels: ArrayLike) -> Array | tuple[Array, Array]:
         """Return the loss; with `return_prob`, return `(loss, prob)`.
@@ -207,8 +254,8 @@ class FocalLossLayer:
           A scalar; and the softmax, of the logits' shape and dtype.
         """
         logits = arguments.as_array("logits", logits)
-        labels = class_indices("labels", labels)
         axis = arguments.static_axis(self.axis, logits.ndim)
+        labels = class_indices("labels", labels, logits.shape[axis], self.ignore_label)
         positions = logits.shape[:axis] + logits.shape[axis + 1 :]
         if labels.size != math.prod(positions):
             raise InputError(
@@ -228,19 +275,26 @@ class FocalLossLayer:
         return loss, jax.nn.softmax(lax.stop_gradient(logits), axis)
 
     @classmethod
-    def from_prototxt(cls, text: str, name: str | None = None) -> "FocalLossLayer":
+    def from_prototxt(
+        cls, text: str, name: str | None = None, phase: str | None = None
+    ) -> "FocalLossLayer":
         """Read the layer from a prototxt.
 
         Args:
           text: a layer or a net in protobuf's text format. Other layers are ignored, and so are
             fields that do not change the result of this layer.
           name: the name of the layer, if the text has several FocalLoss layers.
+          phase: `"TRAIN"` or `"TEST"`, if the text has a layer of the same name for each phase.
+
+        Warns:
+          UserWarning: the first bottom is the top of a Softmax layer.
 
         Raises:
           InputError: if the text is malformed, does not identify one FocalLoss layer, or its layer
-            has an unknown field, the type LINEAR, or `propagate_down` true for the labels.
+            has an unknown field, the type LINEAR, `propagate_down` true for the labels, or a number
+            of bottoms or tops that Caffe rejects.
         """
-        layer = _find_layer(text, name)
+        layer = _find_layer(text, name, phase)
         if any(layer.propagate_down[1:]):
             raise InputError(
                 f"text: layer {layer.name!r} has propagate_down true for its labels, wanted "
@@ -248,9 +302,14 @@ class FocalLossLayer:
             )
         options = {
             field.name: value
-            for message in (layer.focal_loss_param, layer.softmax_param, layer.loss_param)
+            for message in (layer.softmax_param, layer.focal_loss_param, layer.loss_param)
             for field, value in message.ListFields()
         }
+        if layer.softmax_param.HasField("axis") and options["axis"] != layer.softmax_param.axis:
+            raise InputError(f"text: layer {layer.name!r} has two axes, wanted one")
+        alpha = list(options.pop("alpha", [0.25]))
+        # Forks of Caffe with one alpha for each class ignore them if `alpha_balance` is false.
+        alpha = alpha if options.pop("alpha_balance", True) else [1.0]
         if _ENUMS["FocalLossType"][options.pop("type", 0)] != "ORIGIN":
             raise InputError(f"text: layer {layer.name!r} has type LINEAR, wanted ORIGIN")
         # Caffe reads the older option `normalize` only if `normalization` is absent.
@@ -258,6 +317,7 @@ class FocalLossLayer:
         mode = options.pop("normalization", _MODES.index(legacy))
         return cls(
             **options,
+            alpha=alpha[0] if len(alpha) == 1 else tuple(alpha),
             normalization=_MODES[mode].lower(),
             loss_weight=next(iter(layer.loss_weight), 1.0),
             return_prob=len(layer.top) > 1,
@@ -276,7 +336,7 @@ class FocalLossLayer:
             bottom=["logits", "labels"],
             top=["loss", "prob"][:tops],
             loss_weight=[self.loss_weight, 0][:tops],
-            focal_loss_param={"alpha": self.alpha, "gamma": self.gamma},
+            focal_loss_param={"alpha": np.ravel(self.alpha).tolist(), "gamma": self.gamma},
             softmax_param={"axis": self.axis},
             loss_param={
                 "ignore_label": self.ignore_label,

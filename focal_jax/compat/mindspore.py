@@ -61,7 +61,7 @@ class FocalLoss:
 
     def __post_init__(self):
         """Raise for options that are invalid for every input."""
-        if self.reduction not in _REDUCTIONS:
+        if not isinstance(self.reduction, str) or self.reduction not in _REDUCTIONS:
             raise InputError(f"reduction: got {self.reduction!r}, wanted one of {_REDUCTIONS}")
         check_options(softmax_focal_loss, gamma=self.gamma)
 
@@ -88,7 +88,7 @@ class FocalLoss:
             arguments.check_shape("weight", weight, (num_classes,), "one weight per class")
         options = {"alpha": weight, "gamma": self.gamma, "axis": 1}
         if target.shape == (samples, 1, *positions):
-            labels = class_indices("target", target).squeeze(1)
+            labels = class_indices("target", target, num_classes).squeeze(1)
             losses = softmax_focal_loss_with_integer_labels(predict, labels, **options)
             count = samples
         else:

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 
 from focal_jax.detection import retinanet_loss
 from focal_jax.engine import arguments
+from focal_jax.engine.arguments import InputError
 
 __all__ = ["FocalLoss"]
 
@@ -53,8 +54,12 @@ class FocalLoss:
             losses of an image without annotations are 0.
         """
         p = arguments.floating_array("classifications", classifications)
+        if p.ndim != 3:
+            raise InputError(f"classifications: got shape {p.shape}, wanted [B, A, C]")
+        regressions = arguments.floating_array("regressions", regressions)
+        arguments.check_shape("regressions", regressions, (*p.shape[:2], 4), "4 offsets an anchor")
         anchors = arguments.as_array("anchors", anchors)
-        arguments.check_shape("anchors", anchors, (1, *p.shape[1:2], 4), "anchors of all images")
+        arguments.check_shape("anchors", anchors, (1, p.shape[1], 4), "anchors of all images")
         # 1 - 1e-4 rounds to 1 in 16 bits.
         p = p.astype(arguments.compute_dtype(p))
         # At the ends of the range jnp.clip halves the gradient, and PyTorch's clamp does not.

@@ -1,23 +1,38 @@
 """Checks of the static options of the detection functions."""
 
-import math
 import numbers
 from typing import Any
 
-from focal_jax.engine.arguments import InputError
+import jax.numpy as jnp
+import numpy as np
+
+from focal_jax.engine.arguments import InputError, shown
+from focal_jax.engine.options import known_numbers
+
+_FLOAT32 = jnp.finfo(jnp.float32)
 
 
 def static_number(name: str, value: Any, wanted: str, low: float, high: float) -> float:
     """Return a Python or NumPy number in `[low, high]` as a float. Traced numbers are invalid."""
-    if not isinstance(value, numbers.Real) or not low <= float(value) <= high:
-        raise InputError(f"{name}: got {value}, wanted {wanted}")
-    return float(value)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number = known_numbers(value) if is_number else None
+    if number is None or not low <= number <= high:
+        raise InputError(f"{name}: got {shown(value)}, wanted {wanted}")
+    return float(number)
+
+
+def static_numbers(name: str, values: Any, wanted: str, low: float, high: float) -> np.ndarray:
+    """Return a sequence of Python or NumPy numbers in `[low, high]` as a float64 array."""
+    known = known_numbers(values)
+    if known is None or known.ndim != 1 or not np.all((known >= low) & (known <= high)):
+        raise InputError(f"{name}: got {shown(values)}, wanted {wanted}")
+    return known
 
 
 def positive_number(name: str, value: Any) -> float:
-    """Return a finite Python or NumPy number above 0 as a float."""
-    smallest, largest = math.ulp(0.0), math.nextafter(math.inf, 0)
-    return static_number(name, value, "a finite Python number above 0", smallest, largest)
+    """Return a Python or NumPy number above 0, which is a normal number of float32, as a float."""
+    wanted = "a finite Python number above 0"
+    return static_number(name, value, wanted, float(_FLOAT32.tiny), float(_FLOAT32.max))
 
 
 def iou_thresholds(positive_iou: Any, negative_iou: Any) -> tuple[float, float]:

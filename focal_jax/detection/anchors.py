@@ -1,15 +1,26 @@
 """Anchors of a feature pyramid."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from focal_jax.detection import _options
 from focal_jax.engine import arguments
-from focal_jax.engine.arguments import InputError
+from focal_jax.engine.arguments import InputError, shown
 
 __all__ = ["pyramid_anchors"]
+
+_MAX_ANCHORS = 10**8  # 1.6 GB in float32
+
+
+def _integers(name: str, values: Any, wanted: str, low: float, high: float) -> list[int]:
+    numbers = _options.static_numbers(name, values, wanted, low, high)
+    if np.any(numbers % 1):
+        raise InputError(f"{name}: got {shown(values)}, wanted {wanted}")
+    return [int(number) for number in numbers]
 
 
 def pyramid_anchors(
@@ -55,24 +66,30 @@ def pyramid_anchors(
       [Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
     whole_pixels = arguments.static_bool("whole_pixels", whole_pixels)
-    if not isinstance(center, int | float) or not 0 <= center <= 1:
-        raise InputError(f"center: got {center!r}, wanted a number in [0, 1]")
-    given = {"image_shape": image_shape, "levels": levels, "scales": scales, "ratios": ratios}
-    for name, values in given.items():
-        if np.ndim(values) != 1 or np.asarray(values).dtype.kind not in "iuf":
-            raise InputError(f"{name}: got {values!r}, wanted a sequence of numbers")
-        if name != "levels" and min(values, default=1) <= 0:
-            raise InputError(f"{name}: got {tuple(values)}, wanted positive numbers")
-    aspect = np.sqrt(ratios)[:, None, None]
+    center = _options.static_number("center", center, "a number in [0, 1]", 0, 1)
+    sizes = _integers("image_shape", image_shape, "two positive integers", 1, 2**31)
+    if len(sizes) != 2:
+        raise InputError(f"image_shape: got {image_shape}, wanted two positive integers")
+    wanted = "a sequence of integers in [0, 30]"
+    strides = [2**level for level in _integers("levels", levels, wanted, 0, 30)]
+    wanted = "a sequence of numbers in [1e-6, 1e6]"
+    units = _options.static_numbers("scales", scales, wanted, 1e-6, 1e6)
+    aspect = np.sqrt(_options.static_numbers("ratios", ratios, wanted, 1e-6, 1e6))[:, None, None]
+    count = sum(-(-sizes[0] // n) * -(-sizes[1] // n) for n in strides) * units.size * aspect.size
+    if count > _MAX_ANCHORS:
+        raise InputError(
+            f"image_shape: got {image_shape}, which has {count:,} anchors, wanted at most "
+            f"{_MAX_ANCHORS:,}"
+        )
     half_unit_sides = np.concatenate([1 / aspect, aspect], -1) / 2
 
     pyramid = [np.zeros((0, 4))]
-    for stride in (2**level for level in levels):
-        sides = 4 * stride * np.asarray(scales)[:, None]
+    for stride in strides:
+        sides = 4 * stride * units[:, None]
         half = (np.floor(sides) if whole_pixels else sides) * half_unit_sides
         half = (np.round(half) if whole_pixels else half).reshape(-1, 2)
-        cells = [-(-size // stride) for size in image_shape]
-        steps = [size // n if whole_pixels else stride for size, n in zip(image_shape, cells)]
+        cells = [-(-size // stride) for size in sizes]
+        steps = [size // n if whole_pixels else stride for size, n in zip(sizes, cells)]
         y, x = (step * (np.arange(n) + center) for step, n in zip(steps, cells))
         centers = np.stack(np.broadcast_arrays(x[None], y[:, None]), -1).reshape(-1, 1, 2)
         pyramid.append(np.concatenate([centers - half, centers + half], -1).reshape(-1, 4))

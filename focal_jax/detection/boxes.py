@@ -166,6 +166,7 @@ def encode_boxes(
       appendix C. 2014.
     """
     weights = _check_weights(weights)
+    min_side = _options.positive_number("min_side", min_side)
     boxes, anchors = box_arrays(boxes=boxes, anchors=anchors)
     arguments.check_shape("boxes", boxes, anchors.shape, "one box for each anchor")
     return jnp.stack(box_offsets(to_box(boxes), to_box(anchors), weights, min_side), -1)

@@ -1,5 +1,6 @@
 """The classification and regression losses of RetinaNet."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,9 +14,16 @@ from jax.typing import ArrayLike
 from focal_jax.catalogue import function_of
 from focal_jax.detection import _options
 from focal_jax.detection.boxes import Box, box_arrays, box_offsets, to_box
-from focal_jax.detection.matching import BACKGROUND, IGNORED, find_best, prepare
+from focal_jax.detection.matching import (
+    BACKGROUND,
+    IGNORED,
+    annotation_array,
+    are_boxes,
+    find_best,
+    prepare,
+)
 from focal_jax.engine import arguments
-from focal_jax.engine.arguments import InputError, check_shape
+from focal_jax.engine.arguments import InputError, check_shape, shown
 from focal_jax.engine.platform import by_platform
 from focal_jax.losses.sigmoid import sigmoid_focal_loss
 
@@ -54,10 +62,10 @@ def _targets(
 
 
 def _are_valid(annotations: Array, num_classes: int) -> Array:
-    """Return, for each image, whether all rows are padding, or finite with an existing class."""
+    """Return, for each image, whether all rows are padding, or finite boxes of existing classes."""
     label = annotations[..., 4]
     is_class = (label >= 0) & (label < num_classes) & (label == jnp.floor(label))
-    valid = is_class & jnp.all(jnp.isfinite(annotations), -1)
+    valid = is_class & jnp.all(jnp.isfinite(annotations), -1) & are_boxes(annotations)
     return jnp.all(valid | (label == BACKGROUND), 1)
 
 
@@ -71,7 +79,13 @@ def _class_loss(class_loss: Any, alpha: Any, gamma: Any) -> Callable[..., Array]
                 f"{name}: got {option} together with class_loss, wanted the option in class_loss, "
                 "for example by functools.partial"
             )
-    return function_of(class_loss, "class_loss", kinds=("elementwise",))
+    loss = function_of(class_loss, "class_loss", kinds=("elementwise",))
+    try:
+        inspect.signature(loss).bind("logits", "labels", where="where")
+    except (TypeError, ValueError) as error:
+        wanted = f"a function of logits, labels and where=: {error}"
+        raise InputError(f"class_loss: got {shown(class_loss)}, wanted {wanted}") from error
+    return loss
 
 
 def retinanet_loss(
@@ -116,8 +130,9 @@ def retinanet_loss(
       box_regression: `[B, A, 4]`, floating: offsets in the units of `encode_boxes`.
       anchors: `[A, 4]`, real: the anchors of every image. No gradient flows through them.
       annotations: `[B, M, 5]`, real: `(x1, y1, x2, y2, class)`. Rows with the class -1 are padding
-        and are ignored. A row that is not finite, or whose class is not an integer in `[0, C)`,
-        makes both losses of its image NaN. No gradient flows through the annotations.
+        and are ignored. A row that is not finite, that has `x2 < x1` or `y2 < y1`, or whose class
+        is not an integer in `[0, C)`, makes both losses of its image NaN. No gradient flows through
+        the annotations.
       alpha: the weight of an anchor's own class; the other classes have the weight `1 - alpha`.
       gamma: focusing exponent.
       class_loss: replaces `sigmoid_focal_loss`: the name of an elementwise loss of this package, or
@@ -145,20 +160,18 @@ def retinanet_loss(
     """
     class_logits = arguments.floating_array("class_logits", class_logits)
     box_regression = arguments.floating_array("box_regression", box_regression)
-    annotations = arguments.number_array("annotations", annotations, jnp.dtype(jnp.float32))
-    anchors = arguments.as_array("anchors", anchors)
     if class_logits.ndim != 3:
         raise InputError(f"class_logits: got shape {class_logits.shape}, wanted [B, A, C]")
     images, num_anchors, num_classes = class_logits.shape
     check_shape("box_regression", box_regression, (images, num_anchors, 4), "4 offsets an anchor")
+    annotations = annotation_array(annotations, anchors, (images,), num_classes)
+    (anchors,) = box_arrays(anchors=anchors)
     check_shape("anchors", anchors, (num_anchors, 4), "a box for each anchor of class_logits")
-    rows = annotations.shape[1:2] or (1,)
-    check_shape("annotations", annotations, (images, *rows, 5), "[B, M, (x1, y1, x2, y2, class)]")
     for name, value, known in (
         ("empty_images", empty_images, ("background", "skip")),
         ("normalization", normalization, ("image", "batch")),
     ):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise InputError(f"{name}: got {value!r}, wanted one of {known}")
     positive_iou, negative_iou = _options.iou_thresholds(positive_iou, negative_iou)
     beta = _options.positive_number("smooth_l1_beta", smooth_l1_beta)
@@ -172,7 +185,6 @@ def retinanet_loss(
         )
 
     valid = _are_valid(annotations, num_classes)[:, None]
-    (anchors,) = box_arrays(anchors=anchors)
     anchors, annotations = prepare(*lax.stop_gradient((anchors, annotations)))
     # With one more row of padding there is always a row to gather.
     annotations = jnp.pad(annotations, ((0, 0), (0, 1), (0, 0)), constant_values=BACKGROUND)

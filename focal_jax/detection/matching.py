@@ -1,5 +1,9 @@
 """Match anchors with annotations by intersection over union."""
 
+import warnings
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,7 @@ from jax.typing import ArrayLike
 from focal_jax.detection import _options
 from focal_jax.detection.boxes import Box, box_arrays, clip_coordinates, iou, pairwise_iou, to_box
 from focal_jax.engine import arguments
+from focal_jax.engine.options import known_numbers
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.sharding import cast_to_common_varying
 
@@ -48,20 +53,50 @@ def _best_by_scan(anchors: Box, boxes: Box, valid: Array, *columns: Array) -> tu
     return lax.scan(step, initial, xs)[0]
 
 
+def annotation_array(
+    annotations: Any, anchors: Any, images: tuple[int, ...] = (), num_classes: int | None = None
+) -> Array:
+    """Return annotations as a floating array `[*images, M, 5]`. Known values are checked too."""
+    wanted = "rows of (x1, y1, x2, y2, class); rows of class -1 pad images to equal lengths"
+    array = arguments.number_array("annotations", annotations, jnp.dtype(jnp.float32), wanted)
+    rows = array.shape[len(images) : len(images) + 1] or (1,)
+    arguments.check_shape("annotations", array, (*images, *rows, 5), wanted)
+    known = known_numbers(annotations)
+    known = np.zeros((0, 5)) if known is None else known[known[..., 4] != _NO_MATCH]
+    largest = np.max(known[:, 4], initial=0) if num_classes is None else num_classes - 1
+    arguments.check_holds_class("annotations", array, largest)
+    if len(known) and np.all(np.abs(known[:, :4]) <= 1):
+        pixels = known_numbers(anchors)
+        if pixels is not None and np.any(np.abs(pixels) >= 100):
+            text = "annotations: got coordinates of at most 1, wanted pixels as for the anchors"
+            warnings.warn(text, stacklevel=3)
+    return array
+
+
+def are_boxes(annotations: Array) -> Array:
+    """Return which rows have corners in order: `x1 <= x2` and `y1 <= y2`. A NaN is not in order."""
+    return jnp.all(annotations[..., :2] <= annotations[..., 2:4], -1)
+
+
 def prepare(anchors: Array, annotations: Array) -> tuple[Array, Array]:
-    """Return anchors and annotations in one dtype, with clipped coordinates, for `find_best`."""
+    """Return anchors and annotations in one dtype, with clipped coordinates, for `find_best`.
+
+    An anchor with a NaN becomes a point, which overlaps nothing.
+    """
     dtype = np.result_type(anchors.dtype, arguments.compute_dtype(annotations))
+    anchors = jnp.where(jnp.any(jnp.isnan(anchors), 1, keepdims=True), 0, anchors)
     arrays = clip_coordinates(anchors.astype(dtype)), clip_coordinates(annotations.astype(dtype))
     return lax.optimization_barrier(arrays)  # else XLA fuses the clipping into every pair
 
 
+@partial(jax.jit, inline=True)  # the step is a new function, which eager calls compile every time
 def find_best(anchors: Array, annotations: Array, *columns: Array) -> tuple[Array, ...]:
     """Return the IoU and the index of the annotation with the largest IoU for each anchor.
 
     Anchors `[A, 4]` and annotations `[M, 5]` come from `prepare`. The result also has the entries
     of `columns`, arrays `[M]`, at that index. Everything is -1 if there is no annotation.
     """
-    valid = (annotations[:, 4] != _NO_MATCH) & ~jnp.any(jnp.isnan(annotations[:, :4]), 1)
+    valid = (annotations[:, 4] != _NO_MATCH) & are_boxes(annotations)
     index = jnp.arange(len(annotations), dtype=jnp.int32)
     args = (to_box(anchors), to_box(annotations), valid, index, *columns)
     return by_platform(_best_by_scan, _best_by_reduce, *args)
@@ -85,9 +120,9 @@ def match_anchors(
       [0, -2, -1]
 
     Args:
-      anchors: `[A, 4]`, real.
+      anchors: `[A, 4]`, real. An anchor with a NaN overlaps nothing.
       annotations: `[M, 5]`, real: `(x1, y1, x2, y2, class)`. Rows with the class -1 are padding
-        and match nothing. A box with a NaN also matches nothing.
+        and match nothing. A box with a NaN, or with `x2 < x1` or `y2 < y1`, matches nothing.
       positive_iou: in [0, 1]. An anchor is positive if its largest IoU is at least this number.
       negative_iou: in [0, 1]. An anchor is background if its largest IoU is less than this number.
         Between the two thresholds an anchor is ignored.
@@ -103,9 +138,8 @@ def match_anchors(
       [Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
     positive_iou, negative_iou = _options.iou_thresholds(positive_iou, negative_iou)
-    annotations = arguments.number_array("annotations", annotations, jnp.dtype(jnp.float32))
-    rows = "rows of (x1, y1, x2, y2, class), class -1 for padding"
-    arguments.check_shape("annotations", annotations, (*annotations.shape[:1], 5), rows)
+    force_match = arguments.static_bool("force_match", force_match)
+    annotations = annotation_array(annotations, anchors)
     (anchors,) = box_arrays(anchors=anchors)
     anchors, annotations = prepare(anchors, annotations)
     largest, index = find_best(anchors, annotations)

@@ -3,6 +3,7 @@
 Error messages have the form `name: got ..., wanted ...`.
 """
 
+import contextlib
 import numbers
 import operator
 from collections.abc import Sequence
@@ -55,7 +56,10 @@ def as_array(
             x = x.clip(max(np.iinfo(x.dtype).min, INT32.min), INT32.max).astype(np.int32)
     elif not isinstance(x, list | tuple | Array):
         raise InputError(f"{name}: got {type(x).__name__}, wanted {wanted}")
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):  # a list of JAX arrays of several shapes
+        raise InputError(f"{name}: got {shown(x)}, wanted {wanted}") from None
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         raise InputError(f"{name}: got dtype {x.dtype}, wanted {wanted}")
     return x
@@ -76,14 +80,17 @@ def real_array(name: str, x: ArrayLike) -> Array:
     return x
 
 
-def number_array(name: str, x: ArrayLike | Sequence[float], dtype: jnp.dtype) -> Array:
+def number_array(
+    name: str, x: Any, dtype: jnp.dtype, wanted: str = "a number or an array of numbers"
+) -> Array:
     """Return a number or an array of numbers as a floating array.
 
     Floating arrays keep their dtype. Python numbers and integers get `dtype`.
     """
     if isinstance(x, numbers.Real):
-        return jnp.asarray(float(x), dtype)
-    x = as_array(name, x, "a number or an array of numbers", integers=dtype)
+        with contextlib.suppress(OverflowError):  # `as_array` names the argument
+            return jnp.asarray(float(x), dtype)
+    x = as_array(name, x, wanted, integers=dtype)
     check_real(name, x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
 
@@ -155,6 +162,17 @@ def check_real(name: str, x: Array) -> None:
     """Raise unless `x` is bool, integer or floating."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise InputError(f"{name}: got dtype {x.dtype}, wanted real numbers")
+
+
+def check_holds_class(name: str, x: Array, largest: Any) -> None:
+    """Raise if `x` is a floating array of fewer than 32 bits that rounds large class indices."""
+    if x.dtype.itemsize < 4 and jnp.issubdtype(x.dtype, jnp.floating):
+        limit = 2 ** (jnp.finfo(x.dtype).nmant + 1)  # all integers up to this one are exact
+        if largest >= limit:  # the next index rounds to this one
+            raise InputError(
+                f"{name}: got dtype {x.dtype}, wanted float32 or an integer dtype: {x.dtype} "
+                f"rounds integers above {limit}, and there is a class {largest:g}"
+            )
 
 
 def check_shape(name: str, x: Array, wanted: Sequence[int], why: str) -> None:

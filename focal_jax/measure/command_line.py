@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -32,12 +33,15 @@ def _json(report: GradientComparison) -> str:
     return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=2, allow_nan=False)
 
 
+def _check_format(path: Path) -> None:
+    """Raise before a measurement if matplotlib cannot write the format of a figure."""
+    known = require_extra("matplotlib.backend_bases").FigureCanvasBase.filetypes
+    if path.suffix[1:].lower() not in known:
+        raise InputError(f"{path}: got the format {path.suffix[1:]!r}, wanted one of {list(known)}")
+
+
 def _save(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # no such folder, no such format
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: {reason}") from error
+    figure.savefig(path)
     print(f"{path} written", file=sys.stderr)
 
 
@@ -61,6 +65,8 @@ def _compare(json_file: str | None = None, plot: Path | None = None, **arguments
     needed = ["mpmath"] + ["rich.table"] * (json_file != "-") + ["matplotlib.figure"] * bool(plot)
     for module in needed:  # a missing module is an error before the measurement
         require_extra(module)
+    if plot is not None:
+        _check_format(plot)
     for name, value in arguments.items():  # an option with one number is not per class
         if name != "shape" and isinstance(value, list) and len(value) == 1:
             arguments[name] = value[0]
@@ -79,6 +85,8 @@ def _compare(json_file: str | None = None, plot: Path | None = None, **arguments
 def _plot(out: Path, gamma: Sequence[float], family: bool = False) -> None:
     if any(not 0 <= g < math.inf for g in gamma):
         raise InputError(f"gamma: got {list(gamma)}, wanted finite numbers >= 0")
+    require_extra("matplotlib.figure")
+    _check_format(out)
     _save(curves.family_figure() if family else curves.gammas_figure(gamma), out)
 
 
@@ -122,13 +130,24 @@ def _largest_error(name: str) -> float:
 # ---------------------------------------------------------------- arguments
 
 
+def _file(name: str) -> str:
+    """Return the name of a file that the command can write."""
+    path = Path(name)
+    missing = "an existing folder" if not path.parent.is_dir() else "a file, not a folder"
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {name!r}, wanted {missing}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"got {name!r}, wanted a file that can be written")
+    return name
+
+
 def _figure_file(name: str) -> Path:
     """Return the path. Without a suffix, matplotlib would write to another path."""
     path = Path(name)
     if not path.suffix.strip("."):
         wanted = f"a name that ends with a format, such as {path.name}.png"
         raise argparse.ArgumentTypeError(f"got {name!r}, wanted {wanted}")
-    return path
+    return Path(_file(name))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -142,7 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     about = "Measure, draw and check the focal losses of focal_jax."
     parser = _Parser(prog="focal-jax", description=about)
     parser.add_argument("--version", action="version", version=f"focal_jax {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(run=parser.print_help)
+    commands = parser.add_subparsers(metavar="COMMAND")
     common: dict[str, Any] = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     common |= {"argument_default": argparse.SUPPRESS}
 
@@ -175,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
             keywords = flag if found[0].kind == "flag" else number
             command.add_argument(f"--{name.replace('_', '-')}", help=text, **keywords)
     text = "write JSON to FILE; without FILE, print JSON and no tables"
-    file: dict[str, Any] = {"metavar": "FILE"}
+    file: dict[str, Any] = {"metavar": "FILE", "type": _file}
     command.add_argument("--json", dest="json_file", nargs="?", const="-", help=text, **file)
     file |= {"type": _figure_file}
     command.add_argument("--plot", help="draw the result to FILE, such as errors.png", **file)
@@ -201,7 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.pop("run")(**options)
     except (InputError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "focal-jax: interrupted\n")
     except ImportError as error:
         raise SystemExit(str(error)) from error
-    except MemoryError as error:
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXH" not in str(error):
+            raise
         raise SystemExit(f"out of memory: {error}; use a smaller --shape") from error

@@ -1,6 +1,7 @@
 """Measure the error, the time and the memory of hand-derived gradients and of plain JAX."""
 
 import contextlib
+import difflib
 import importlib
 import inspect
 import math
@@ -133,7 +134,9 @@ def _find(loss: Any, formula: Any) -> tuple[Loss, Callable, Callable]:
     found = known.get(loss) if isinstance(loss, str) else catalogue.declaration_of(loss)
     if found is None:
         wanted = f"one of {tuple(known)}, the function itself, or a loss made by focal_jax.engine"
-        raise InputError(f"loss: got {shown(loss)}, wanted {wanted}")
+        near = difflib.get_close_matches(loss, known, 1) if isinstance(loss, str) else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"loss: got {shown(loss)}, wanted {wanted}{hint}")
     function = loss if callable(loss) else found.function
     if found is known.get(found.name):
         if formula is not None:
@@ -152,16 +155,16 @@ def _find(loss: Any, formula: Any) -> tuple[Loss, Callable, Callable]:
 
 
 def _integer(name: str, value: Any, low: int) -> int:
-    if not isinstance(value, numbers.Integral) or value < low:
-        raise InputError(f"{name}: got {value!r}, wanted an integer of at least {low}")
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
+        raise InputError(f"{name}: got {shown(value)}, wanted an integer of at least {low}")
     return int(value)
 
 
 def _dtype(dtype: DTypeLike) -> str:
-    with contextlib.suppress(TypeError):
+    with contextlib.suppress(TypeError, ValueError):
         if dtype is not None and jnp.dtype(dtype).name in DTYPES:
             return jnp.dtype(dtype).name
-    raise InputError(f"dtype: got {dtype!r}, wanted one of {DTYPES}")
+    raise InputError(f"dtype: got {shown(dtype)}, wanted one of {DTYPES}")
 
 
 def _options(loss: Loss, given: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
@@ -183,12 +186,12 @@ def _options(loss: Loss, given: Mapping[str, Any], num_classes: int) -> dict[str
     return out
 
 
-def _check_memory(shape: tuple[int, ...]) -> None:
+def _check_memory(shape: tuple[int, ...], kernel: int) -> None:
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # on Windows
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Three regimes, each in float64 and in the dtype, and the residuals of plain JAX.
-    needed = math.prod(shape) * 8 * 3 * len(_MARGINS)
+    needed = (math.prod(shape) + kernel) * 8 * 3 * len(_MARGINS)
     if needed > memory:
         got = f"{math.prod(shape):,} logits, which need about {needed / 1e9:,.0f} GB"
         raise InputError(f"shape: got {got}, wanted at most the {memory / 1e9:,.0f} GB of memory")
@@ -272,8 +275,8 @@ def compare_gradients(
     """
     found, function, plain = _find(loss, formula)
     dtype = _dtype(dtype)
-    if not isinstance(shape, Sequence | np.ndarray):
-        raise InputError(f"shape: got {shape!r}, wanted a sequence of integers")
+    if not isinstance(shape, Sequence | np.ndarray) or isinstance(shape, bytes):
+        raise InputError(f"shape: got {shown(shape)}, wanted a sequence of integers")
     shape = tuple(_integer("shape", n, 1) for n in shape)
     seed, repeats = _integer("seed", seed, 0), _integer("repeats", repeats, 1)
     axis = static_axis(axis, len(shape)) if found.has_class_axis else axis
@@ -282,7 +285,9 @@ def compare_gradients(
     num_classes = shape[axis] if found.has_class_axis else 2
     given = _options(found, options, _integer("shape along the class axis", num_classes, 2))
     keywords = given | ({"axis": axis} if found.kind not in ("elementwise", "linear") else {})
-    _check_memory(shape)
+    _check_memory(shape, num_classes**2 if found.kind == "linear" else 0)
+    if not (progress is None or callable(progress)):
+        raise InputError(f"progress: got {shown(progress)}, wanted None or a function")
     sample = _sample_shape(found, shape, axis)
     say = progress if progress is not None else lambda _: None
     rng = np.random.default_rng(seed)
