@@ -292,6 +292,14 @@ def test_float64_to_60_digits(row, x64):
     _to_60_digits(row, np.float64, 1e-12)
 
 
+def test_class_indices_above_the_integers_of_float32():
+    num_classes = 2**24 + 8
+    logits = jnp.zeros((1, num_classes)).at[0, 2**24].set(10.0)
+    losses = jit(focal_jax.softmax_focal_loss_with_integer_labels, static_argnames="gamma")
+    got = losses(logits, jnp.array([2**24 + 1]), gamma=0)
+    np.testing.assert_allclose(got, np.log(num_classes - 1 + np.exp(10)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("row", LOSSES, ids=str)
 def test_moderate_values_equal_the_reference(row):
     # For moderate logits the formula as written is accurate.
