@@ -226,4 +226,7 @@ def log_sum_exp(sums: ClassSums, invalid: Array, where: Array | None) -> Array:
     """
     top = lax.stop_gradient(sums.max_logit)
     label_logit = jnp.where(invalid, -jnp.inf, sums.label_logit - top)
-    return arguments.mask_to_zero(top + jnp.log1p(jnp.expm1(label_logit) + sums.rest), where)
+    # JAX differentiates expm1(x) as `expm1(x) + 1`, which cancels for a large negative x.
+    e = jnp.exp(label_logit)
+    excess = jnp.expm1(lax.stop_gradient(label_logit)) + (e - lax.stop_gradient(e))
+    return arguments.mask_to_zero(top + jnp.log1p(excess + sums.rest), where)
