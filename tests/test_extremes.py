@@ -166,6 +166,43 @@ def test_derivatives_to_third_order_are_finite_for_soft_labels(row):
         assert _all_finite(jit(derivatives)(z, y, rest, static)), static
 
 
+@pytest.mark.parametrize("row", [row for row in ELEMENTWISE if row.soft], ids=str)
+def test_derivatives_to_third_order_are_finite_for_extreme_inputs(row):
+    # Labels near 0, huge logits, and options at the lower end of their range.
+    size = [0, 1e-30, 0.3, 8, 45, 79, 88, 104, 1e10, 1e30]
+    logits, labels = [-x for x in size] + size, [0, 1e-30, 1e-5, 0.5, 1 - 2**-24, 1]
+    z, y = (jnp.asarray(x.ravel(), jnp.float32) for x in np.meshgrid(logits, labels))
+    names = ["logits", *row.numbers, *(["labels"] if row.name in _FINITE_IN_LABELS else [])]
+
+    @jit
+    def derivatives(inside):
+        def first(x):
+            return jax.grad(total(row.eager))(x)
+
+        def second(x, name):
+            return jax.grad(lambda x: jnp.sum(first(x)[name]))(x)
+
+        def sum_of_second(z):
+            return jnp.sum(second(inside | {"logits": z}, "logits")["logits"])
+
+        of_names = [second(inside, name) for name in names]
+        if "labels" not in names:
+            of_names = [{k: x for k, x in found.items() if k != "labels"} for found in of_names]
+        return first(inside), of_names, jax.grad(sum_of_second)(z)
+
+    for above, exponent in itertools.product((0, 1e-30), (0, 0.5, 1, 2, 4)):
+        options = {
+            k: jnp.full(z.shape, range_of(x)[0] + above, jnp.float32)
+            for k, x in row.numbers.items()
+        }
+        options |= {k: jnp.full(z.shape, exponent, jnp.float32) for k in row.exponents}
+        assert _all_finite(derivatives({"logits": z, "labels": y} | options)), options
+
+
+# Losses whose second derivatives in labels are finite.
+_FINITE_IN_LABELS = {"sigmoid_focal_loss", "sigmoid_poly_focal_loss", "asymmetric_loss"}
+
+
 # ---------------------------------------------------------------- infinite logits
 
 

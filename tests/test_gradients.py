@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EXPONENTS, PROGRAMS, assert_close, jit, total
+from heads import formula, inputs, softmax
+from helpers import EXPONENTS, KINDS, PROGRAMS, assert_close, jit, total
 
 import focal_jax
 from focal_jax.engine.options import CLASS_WEIGHTS
@@ -220,3 +221,71 @@ def test_alpha_of_one_half_halves_the_sigmoid_loss():
     logits, labels = jnp.linspace(-9, 9, 7), jnp.arange(7) % 2
     want = focal_jax.sigmoid_focal_loss(logits, labels)
     assert_close(focal_jax.sigmoid_focal_loss(logits, labels, alpha=0.5), 0.5 * want, 1e-7)
+
+
+# ---------------------------------------------------------------- sums over many positions
+
+
+def _mean_gradients(row, n, dtype, **static):
+    """Return the gradients of the mean of n equal losses in the arguments that they share."""
+    arguments = row.arguments(0, (1, 2), scale=0.5, dtype=dtype) | row.scalars(dtype)
+    if row.options.get("alpha") == CLASS_WEIGHTS:
+        arguments["alpha"] = jnp.array([0.25, 0.75], dtype)
+    static |= row.axis(-1)
+    shared = {k: arguments[k] for k in ("bias", *row.numbers) if k in arguments}
+    each = {k: jnp.repeat(arguments[k], n, 0) for k in (row.first, "labels")}
+    fixed = each | {k: arguments[k] for k in ("kernel",) if k in arguments}
+
+    def mean(shared, fixed):
+        return jnp.mean(row.eager(**fixed, **shared, **static))
+
+    return jit(jax.grad(mean))(shared, fixed)
+
+
+def _assert_mean_does_not_drift(row, n, dtype, **static):
+    got, want = (_mean_gradients(row, count, dtype, **static) for count in (n, 1))
+    assert_close(got, want, max(1e-5, float(jnp.finfo(dtype).eps)), 1e-12)
+
+
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if not row.region], ids=str)
+def test_gradients_of_shared_arguments_do_not_drift(row):
+    _assert_mean_does_not_drift(row, 50_000, jnp.float32)
+    if row.integer and row in KINDS:
+        for dtype in (jnp.bfloat16, jnp.float16):
+            _assert_mean_does_not_drift(row, 50_000, dtype)
+        _assert_mean_does_not_drift(row, 2**22 + 3, jnp.float32)
+
+
+@pytest.mark.parametrize("row", [row for row in KINDS if row.integer], ids=str)
+def test_gradients_of_smoothed_losses_do_not_drift(row):
+    _assert_mean_does_not_drift(row, 50_000, jnp.bfloat16, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradient_of_class_weights_does_not_drift_under_vmap(dtype):
+    def mean(alpha, positions):
+        logits = jnp.zeros((50_000 // positions, positions, 2))
+        labels = jnp.zeros(logits.shape[:-1], jnp.int32)
+        loss = partial(focal_jax.softmax_focal_loss_with_integer_labels, alpha=alpha, gamma=0)
+        return jnp.mean(jax.vmap(loss)(logits, labels))
+
+    for positions in (1, 500):  # for each example
+        got = jit(jax.grad(mean), static_argnums=1)(jnp.ones(2, dtype), positions)
+        assert_close(got, np.array([np.log(2), 0]), max(1e-5, float(jnp.finfo(dtype).eps)), 0)
+
+
+def test_derivatives_of_class_weights_to_third_order(x64):
+    (features, kernel, bias, alpha, gamma), labels = inputs(dtype=np.float64)
+    options = {"labels": labels.at[0, 0].set(-1), "gamma": gamma, "ignore_label": -1}
+
+    def power_of(head):
+        return lambda a: jnp.sum(head(features, kernel, bias, alpha=a, **options) ** 3)
+
+    def third(function):
+        first = jax.grad(lambda a: jnp.sum(jnp.sin(function(a))))
+        second = jax.grad(lambda a: jnp.vdot(first(a), alpha))
+        return jit(
+            lambda a: (jax.hessian(function)(a), jax.grad(lambda a: jnp.vdot(second(a), a))(a))
+        )
+
+    assert_close(third(power_of(softmax))(alpha), third(power_of(formula))(alpha), 1e-10)

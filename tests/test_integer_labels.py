@@ -109,6 +109,27 @@ def test_logsumexp_is_accurate_close_to_zero(smoothing, x64):
             np.testing.assert_allclose(got, [want], rtol=1e-6, atol=0 if exact else 1e-7)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["dense", "linear"])
+def test_gradient_of_the_logsumexp_keeps_its_digits(name, smoothing):
+    # Of every class, from margin -87 to 87 of the label's class, also with a weight of 0.
+    margins = np.concatenate([np.linspace(-87, 87, 30), [-0.3, 0, 1e-3, 0.7]])
+    logits = np.stack([margins, np.zeros_like(margins), np.full_like(margins, -3)], 1)
+    logits, labels = logits.astype(np.float32), jnp.zeros(margins.size, jnp.int32)
+    options = {"return_logsumexp": True, "label_smoothing": smoothing, "alpha": jnp.arange(3.0)}
+
+    def total(x):
+        dense = name == "dense"
+        outputs = (
+            LOSS(x, labels, **options) if dense else LINEAR_LOSS(x, jnp.eye(3), labels, **options)
+        )
+        return jnp.sum(outputs[1])
+
+    wide = logits.astype(np.float64)
+    want = np.exp(wide - np.logaddexp.reduce(wide, -1)[:, None])
+    assert worst_error(jit(jax.grad(total))(logits), want, np.finfo(np.float32).tiny) < 1e-5
+
+
 # ---------------------------------------------------------------- label smoothing
 
 

@@ -305,6 +305,26 @@ def test_third_derivatives_through_the_softcap(x64):
     assert_close(third(linear), third(formula), 1e-8)
 
 
+@pytest.mark.parametrize("softcap", [1e-30, 1e-3, 30.0, 1e30, 3e38])
+def test_softcap_of_any_size_keeps_the_digits(softcap):
+    logits = np.array([[1e-30, 2.0, 1e-3, -20.0]], np.float32)
+    capped = np.where(
+        logits / softcap == 0, logits, softcap * np.tanh(logits / np.float64(softcap))
+    )
+    want = np.exp(capped - np.logaddexp.reduce(capped, -1)[:, None])
+    want -= np.eye(4)[:1]
+    cosh = np.cosh(np.minimum(np.abs(logits / np.float64(softcap)), 300))
+    loss = focal_jax.linear_softmax_focal_loss_with_integer_labels
+
+    def total(x):
+        return jnp.sum(loss(x, jnp.eye(4), jnp.array([0]), gamma=0, logit_softcap=softcap))
+
+    value, gradient = jit(jax.value_and_grad(total))(jnp.asarray(logits))
+    exact = np.logaddexp.reduce(capped, -1)[0] - capped[0, 0]
+    np.testing.assert_allclose(value, exact, rtol=1e-6)
+    np.testing.assert_allclose(gradient, want / cosh**2, rtol=1e-5, atol=1e-37)
+
+
 def test_softcap_keeps_logits_of_minus_infinity():
     arrays, labels = inputs(10)
     arrays[2] = arrays[2].at[7].set(-jnp.inf)

@@ -25,6 +25,8 @@ def _arguments(row, shape=SHAPE, dtype=np.float32):
     share, which are differentiable too; and integer labels.
     """
     arguments = row.arguments(0, shape, dtype=dtype) | row.scalars(dtype)
+    if row.integer:  # the labels select the class weights
+        arguments["alpha"] = row.random_options(0, shape, dtype=dtype)["alpha"]
     own = {name: arguments.pop(name) for name in (row.first, "labels")}
     shared = {name: x for name, x in arguments.items() if name not in row.axis(-1)}
     fixed = {"labels": own.pop("labels")} if row.integer else {}

@@ -261,6 +261,26 @@ def _region_to_60_digits(row, dtype, limit):
                 assert error < limit, setting
 
 
+@pytest.mark.parametrize("smooth", [1e-3, 1e-6])
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.region], ids=str)
+def test_regions_with_an_absent_class_to_60_digits(row, smooth):
+    rng = np.random.default_rng(0)
+    labels = np.eye(3, dtype=np.float32)[rng.integers(2, size=20)]
+    for reach in (0, 3, 30):
+        logits = (rng.normal(size=(20, 3)) + [0, 0, -reach]).astype(np.float32)
+        options = {k: np.float32(x.default) for k, x in row.numbers.items()}
+        options = {k: np.full(3, x) for k, x in (options | {"smooth": np.float32(smooth)}).items()}
+        exact = truth.evaluate(
+            row.loss, {"logits": logits, "labels": labels} | options, formula=row.formula
+        )
+        loss = functools.partial(row.eager, labels=labels, **options)
+        assert truth.worst_error(loss(logits=logits), exact.losses, 0) < 1e-5
+        got = jit(jax.jacrev(lambda z, f=loss: f(logits=z)))(logits)
+        # An entry is a difference of the slopes of all classes.
+        scale = np.abs(exact.slopes["logits"]).max((1, 2), keepdims=True)
+        assert truth.worst_error(got, exact.slopes["logits"], 0, scale) < 1e-5
+
+
 @pytest.mark.quick(False)
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_float32_to_60_digits(row):
@@ -271,6 +291,14 @@ def test_float32_to_60_digits(row):
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_float64_to_60_digits(row, x64):
     _to_60_digits(row, np.float64, 1e-12)
+
+
+def test_class_indices_above_the_integers_of_float32():
+    num_classes = 2**24 + 8
+    logits = jnp.zeros((1, num_classes)).at[0, 2**24].set(10.0)
+    losses = jit(focal_jax.softmax_focal_loss_with_integer_labels, static_argnames="gamma")
+    got = losses(logits, jnp.array([2**24 + 1]), gamma=0)
+    np.testing.assert_allclose(got, np.log(num_classes - 1 + np.exp(10)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("row", LOSSES, ids=str)

@@ -350,6 +350,6 @@ def cotangent_like(primal: Array, ct: Array) -> Array | None:
     """
     if not is_differentiable(primal):
         return None
-    repeated = tuple(i for i, n in enumerate(primal.shape) if n == 1 and ct.shape[i] != 1)
-    total = jnp.sum(ct, axis=repeated, keepdims=True) if repeated else ct
-    return total.astype(primal.dtype)
+    # Also over axes of size 1: XLA:CPU adds `[n, 1]` along the first axis in long chains.
+    repeated = tuple(i for i, n in enumerate(primal.shape) if n == 1)
+    return jnp.sum(ct, axis=repeated, keepdims=True).astype(primal.dtype)

@@ -90,7 +90,9 @@ def _tanh_slope_jvp(primals, tangents):
 def _apply_softcap(softcap: float, x: Array) -> tuple[Array, Array]:
     """Return the capped logits and their derivative. A logit of -inf stays -inf."""
     scaled = x / softcap
-    return jnp.where(x == -jnp.inf, x, softcap * jnp.tanh(scaled)), _tanh_slope(scaled)
+    # A small logit is returned as it is: divided by a huge softcap it would underflow.
+    unchanged = (jnp.abs(scaled) < jnp.finfo(x.dtype).eps ** 0.5) | (x == -jnp.inf)
+    return jnp.where(unchanged, x, softcap * jnp.tanh(scaled)), _tanh_slope(scaled)
 
 
 def _fold(step: Callable[..., Any], carry: Any, spec: ChunkSpec, linear: Linear) -> Any:

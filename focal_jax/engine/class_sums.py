@@ -93,6 +93,10 @@ def _exp_excluding(logits: Array, index: Array, places: Places, top: Array, wher
     return zero_at(jnp.exp(cast_logits(logits, where) - top), index, *places)
 
 
+# Class indices below this number are exact in float32.
+_MAX_FLOAT_INDEX = 2**24
+
+
 def _exp_excluding_without_select(logits, index, places, top, where):
     # XLA:CPU does not vectorize a sum that is fused with a select. The exponentials are at most 1,
     # and |index - place| is below 1 only at the place, so the minimum of the two is 0 there.
@@ -112,7 +116,7 @@ def class_sums_in_passes(
         # The sum and the gradient both use the exponentials. XLA:CPU writes them to memory once,
         # into the gradient's buffer.
         exponentials = _exp_excluding
-    elif axis == logits.ndim - 1:
+    elif axis == logits.ndim - 1 and logits.shape[axis] <= _MAX_FLOAT_INDEX:
         exponentials = _exp_excluding_without_select
     else:
         exponentials = partial(compile_separately, _exp_excluding)
@@ -222,4 +226,7 @@ def log_sum_exp(sums: ClassSums, invalid: Array, where: Array | None) -> Array:
     """
     top = lax.stop_gradient(sums.max_logit)
     label_logit = jnp.where(invalid, -jnp.inf, sums.label_logit - top)
-    return arguments.mask_to_zero(top + jnp.log1p(jnp.expm1(label_logit) + sums.rest), where)
+    # JAX differentiates expm1(x) as `expm1(x) + 1`, which cancels for a large negative x.
+    e = jnp.exp(label_logit)
+    excess = jnp.expm1(lax.stop_gradient(label_logit)) + (e - lax.stop_gradient(e))
+    return arguments.mask_to_zero(top + jnp.log1p(excess + sums.rest), where)

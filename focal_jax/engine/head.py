@@ -19,6 +19,8 @@ from focal_jax.engine.class_sums import AxisName, ClassSums
 from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options
 from focal_jax.engine.sharding import check_not_varying
 
+_BLOCK = 256  # positions whose weights share a cotangent, see `_pick`
+
 
 class DenseSource(NamedTuple):
     """Logits that are an array."""
@@ -101,6 +103,7 @@ def integer_losses(
     losses, num_classes = shape[:axis] + shape[axis + 1 :], shards * shape[axis]
     labels = arguments.integer_labels(labels, (*losses[:axis], num_classes, *losses[axis:]), axis)
     alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
+    alpha = alpha.astype(dtype)  # its cotangents are added up in the dtype of the loss
     prepared = prepare_options(loss.options, options, losses, dtype, axis)
     mask = arguments.mask_array(where, losses, axis)
     if class_axis_name is not None:
@@ -168,11 +171,28 @@ def label_weight(alpha: Array, labels: Array, num_classes: int) -> tuple[Array, 
     invalid = (labels < 0) | (labels >= num_classes)
     if not alpha.ndim:
         return arguments.align(alpha, labels.shape), invalid
-    # One more class, with weight 0, for invalid labels. On an explicit mesh, a gather needs the
-    # sharding of its result.
-    place = jnp.where(invalid, num_classes, labels)
-    sharding = jax.typeof(labels).sharding
-    return jnp.pad(alpha, (0, 1)).at[place].get(out_sharding=sharding), invalid
+    # One more class, with weight 0, for invalid labels.
+    return _pick(jnp.pad(alpha, (0, 1)), jnp.where(invalid, num_classes, labels)), invalid
+
+
+@jax.custom_jvp
+def _pick(weights: Array, place: Array) -> Array:
+    # On an explicit mesh, a gather needs the sharding of its result.
+    return weights.at[place].get(out_sharding=jax.typeof(place).sharding)
+
+
+@_pick.defjvp
+def _pick_jvp(primals, tangents):
+    # The transpose of a gather adds the cotangents one after another, which loses digits if there
+    # are many. So each block of positions has weights of its own, and the cotangents of the blocks
+    # are added by a reduction. With the sum of zeros, so has each example of a `vmap`.
+    weights, place = primals
+    zero = 0 * place  # so that the index of the block has the sharding of the labels
+    block = jnp.arange(place.size, dtype=place.dtype).reshape(place.shape) // _BLOCK + zero
+    own = tangents[0] + jnp.sum(zero).astype(weights.dtype)
+    own = jnp.broadcast_to(own, (place.size // _BLOCK + 1, weights.size))
+    sharding = jax.typeof(place).sharding
+    return _pick(*primals), own.at[block, place].get(out_sharding=sharding)
 
 
 def _local_weights(alpha: Array, local: int, start: Array | None) -> Array:

@@ -53,8 +53,7 @@ class LinearSource(chunks.ChunkSpec):
         # The cotangents of the chunks are added up in the dtype of the loss.
         dtype = self.dtype(args.logits)
         options = arguments.cast_and_mask(args.options, dtype, None)
-        args = args._replace(options=options, alpha=args.alpha.astype(dtype))
-        return chunks.sum_over_classes(loss, self, args, smoothing)
+        return chunks.sum_over_classes(loss, self, args._replace(options=options), smoothing)
 
 
 def linear_source(

@@ -25,9 +25,34 @@ def _shifted_terms(z: Array, margin: Array) -> Terms:
     return Terms(p, q, n, log_q, scalar.n_over_q(n, q))
 
 
-def _share(t: Terms, margin: Array) -> Array:
+# The derivatives of 1 / p and of the share in the logit are at most 1 / p. Autodiff would multiply
+# by 1 / p**2, which overflows.
+
+
+@jax.custom_jvp
+def _one_over_p(z: Array, margin: Array) -> Array:
+    p = jnp.minimum(scalar.sigmoid_terms(z).q + margin, 1)
+    return 1 / jnp.maximum(p, 64 * jnp.finfo(p.dtype).tiny)
+
+
+@_one_over_p.defjvp
+def _one_over_p_jvp(primals, tangents):
+    value, t = _one_over_p(*primals), scalar.sigmoid_terms(primals[0])
+    bounded = jnp.minimum(value, scalar.max_finite(value) / 64)
+    return value, value * t.p * _share(*primals) * tangents[0] - bounded * bounded * tangents[1]
+
+
+@jax.custom_jvp
+def _share(z: Array, margin: Array) -> Array:
     """Return `(1 - s) / (1 - s + margin)`, which is 1 for a margin of 0."""
-    return 1 / (1 + scalar.divide(margin, t.q))
+    return 1 / (1 + scalar.divide(margin, scalar.sigmoid_terms(z).q))
+
+
+@_share.defjvp
+def _share_jvp(primals, tangents):
+    value, t = _share(*primals), scalar.sigmoid_terms(primals[0])
+    slope = -value * _one_over_p(*primals)
+    return value, slope * primals[1] * t.p * tangents[0] + slope * tangents[1]
 
 
 @_shifted_terms.defjvp
@@ -36,7 +61,7 @@ def _shifted_terms_jvp(primals, tangents):
     t, m = scalar.sigmoid_terms(z), _shifted_terms(*primals)
     above = m.q > 0
     dq = jnp.where(above, t.p * t.q * dz - dmargin, 0)
-    dn = jnp.where(above, t.p * _share(t, margin) * dz - scalar.divide(dmargin, m.p), 0)
+    dn = jnp.where(above, t.p * _share(z, margin) * dz - _one_over_p(*primals) * dmargin, 0)
     dlog_q = scalar.divide(dq, m.q)
     dn_over_q = scalar.divide(dn, m.q) - scalar.clip_inf(m.n_over_q) * dlog_q
     return m, Terms(-dq, dq, dn, dlog_q, dn_over_q)
@@ -62,9 +87,8 @@ def _slopes(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
     w_negative = scalar.power(m_q, m_log_q, gamma_negative)
     n_over_q, n_negative = scalar.clip_inf(m.n_over_q), scalar.clip_inf(m.n)
     falls = w_positive * (t.q + g_positive * (t.p * t.n))
-    rises = w_negative * (t.p * (_share(t, margin) + g_negative * (n_over_q * t.q)))
-    by_margin = w_negative * (1 / jnp.maximum(m.p, jnp.finfo(y.dtype).tiny))
-    by_margin = by_margin + w_negative * (g_negative * n_over_q)
+    rises = w_negative * (t.p * (_share(z, margin) + g_negative * (n_over_q * t.q)))
+    by_margin = w_negative * (_one_over_p(z, margin) + g_negative * n_over_q)
     above = m.q > 0
     return (
         jnp.where(above, not_y * rises, 0) - y * falls,

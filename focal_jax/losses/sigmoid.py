@@ -47,18 +47,19 @@ def soft_terms(z: Array, y: Array) -> SoftTerms:
 def _soft_terms_jvp(primals, tangents):
     (z, y), (dz, dy) = primals, tangents
     t, s = scalar.sigmoid_terms(z), soft_terms(z, y)
-    n_over_q, z = scalar.clip_inf(s.n_over_q), scalar.clip_inf(z)
+    n_over_q = scalar.clip_inf(s.n_over_q)
     dq_dy = -scalar.p_minus_q(z)
     dn_dz = (1 - y) * t.p - y * t.q
     dlogq_dz = (1 - 2 * y) * s.pq_over_q
-    dlogq_dy = scalar.divide(dq_dy, s.q)
+    large = 1e-3 * float(jnp.finfo(z.dtype).max)  # finite, so that its product with 0 is 0
+    dlogq_dy = jnp.clip(scalar.divide(dq_dy, s.q), -large, large)
+    dratio_dy = jnp.clip(-scalar.divide(scalar.clip_inf(z) + n_over_q * dq_dy, s.q), -large, large)
     return s, SoftTerms(
         q=(1 - 2 * y) * t.p * t.q * dz + dq_dy * dy,
         n=dn_dz * dz - z * dy,
         log_q=dlogq_dz * dz + dlogq_dy * dy,
         pq_over_q=s.pq_over_q * ((dq_dy - dlogq_dz) * dz - dlogq_dy * dy),
-        n_over_q=(scalar.divide(dn_dz, s.q) - n_over_q * dlogq_dz) * dz
-        - (scalar.divide(z, s.q) + n_over_q * dlogq_dy) * dy,
+        n_over_q=(scalar.divide(dn_dz, s.q) - n_over_q * dlogq_dz) * dz + dratio_dy * dy,
     )
 
 

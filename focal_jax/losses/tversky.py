@@ -20,6 +20,22 @@ _OPTIONS = {
 }
 
 
+@jax.custom_jvp
+def _shares(wrong: Array, right: Array) -> tuple[Array, Array]:
+    """Return 1 - TI and TI. Each is a quotient, because the difference of 1 and TI would cancel."""
+    total = right + wrong
+    # If the total is 0, the class is absent and not predicted.
+    return scalar.divide(wrong, total), jnp.where(total == 0, 1, scalar.divide(right, total))
+
+
+@_shares.defjvp
+def _shares_jvp(primals, tangents):
+    # Autodiff of the quotient would form TI as 1 - (1 - TI), which cancels if the class is absent.
+    one_minus_index, index = _shares(*primals)
+    slope = scalar.divide(index * tangents[0] - one_minus_index * tangents[1], sum(primals))
+    return (one_minus_index, index), (slope, -slope)
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _losses(axis, axis_name, logits, labels, options, where):
     from focal_jax.engine.every_class import class_probabilities  # most programs do not use it
@@ -35,10 +51,7 @@ def _losses(axis, axis_name, logits, labels, options, where):
         jnp.sum(arguments.mask_to_zero(x, where), positions) for x in (y * p, y * q, (1 - y) * p)
     ]
     tp, fn, fp = counts if axis_name is None else lax.psum(counts, axis_name)
-    # 1 - TI is computed as a quotient: the difference would cancel.
-    wrong, right = alpha * fn + beta * fp, tp + smooth
-    one_minus_index, index = (scalar.divide(x, right + wrong) for x in (wrong, right))
-    index = jnp.where(right + wrong == 0, 1, index)  # the class is absent and not predicted
+    one_minus_index, index = _shares(alpha * fn + beta * fp, tp + smooth)
     log_abs = scalar.log_abs(one_minus_index, index)
     return scalar.abs_power(one_minus_index, log_abs, gamma)
 
