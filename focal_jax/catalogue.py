@@ -8,9 +8,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from focal_jax.engine.arguments import InputError
+from focal_jax.engine.arguments import InputError, shown
 from focal_jax.engine.declaration import Kind, Labels, Loss
-from focal_jax.engine.options import Option
+from focal_jax.engine.options import Option, check_call
 
 __all__ = ["LOSSES", "Kind", "Labels", "Loss", "declaration_of", "declare", "function_of"]
 
@@ -33,6 +33,7 @@ def declare(
     """
 
     def enter(function: Any) -> Any:
+        function = check_call(function)
         parameters = inspect.signature(function).parameters
         for name, option in options.items():
             if name not in parameters or parameters[name].default != option.default:
@@ -53,8 +54,8 @@ def function_of(loss: Any, name: str = "loss", kinds: tuple[Kind, ...] = ()) -> 
     if callable(loss):
         return loss
     known = tuple(each.name for each in LOSSES.values() if not kinds or each.kind in kinds)
-    if loss not in known:
-        raise InputError(f"{name}: got {loss!r}, wanted a function or one of {known}")
+    if not isinstance(loss, str) or loss not in known:
+        raise InputError(f"{name}: got {shown(loss)}, wanted a function or one of {known}")
     return LOSSES[loss].function
 
 

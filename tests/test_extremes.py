@@ -531,6 +531,40 @@ def test_an_invalid_label_whose_loss_is_not_used_has_gradient_zero(row):
             assert np.all(np.asarray(tree[name])[entries] == 0), name
 
 
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if not row.integer], ids=str)
+def test_labels_a_few_roundings_outside_their_range_count_as_the_bound(row):
+    # Blurred masks, averaged votes and rotated IoUs have such labels. The dtype of the labels
+    # determines the tolerance; a float64 label beside float32 logits becomes float32.
+    high = 2 if row.kind == "interval" else 1
+    arguments = row.all(7, (4, 3) if row.softmax else (4,))
+    shape = arguments.pop("labels").shape
+    inside, fixed = row.split(arguments)
+
+    def labels(roundings, dtype):
+        shift = roundings * float(jnp.finfo(dtype).eps)
+        bounds = np.array([-shift, 0, high * (1 + shift), -shift])
+        if row.kind == "distribution":  # no weight is too large
+            bounds[2] = -shift
+        rest = np.zeros((4, 2))
+        columns = bounds if len(shape) == 1 else np.concatenate([bounds[:, None], rest], 1)
+        return jnp.asarray(columns, dtype)
+
+    @jit
+    def of_each(labels):
+        given = {dtype: inside | {"labels": y} for dtype, y in labels.items()}
+        gradient = jax.grad(total(row.eager, **fixed))(given["float32"])
+        functions = row.eager, row.reference
+        return [[f(**x, **fixed) for x in given.values()] for f in functions], gradient
+
+    dtypes = "float32", "bfloat16", "float16"
+    (got, _), gradient = found = of_each({x: labels(3, x) for x in dtypes})
+    assert_close(found, of_each({x: labels(0, x) for x in dtypes}), 0, atol=0)
+    assert _all_finite([got, gradient])
+    outside = [True, False, False] if row.region else [True, False, True, True]
+    for losses in of_each({x: labels(9, x) for x in dtypes})[0]:
+        assert np.isnan(losses).tolist() == [outside] * 3
+
+
 @pytest.mark.parametrize("row", [row for row in PROGRAMS if row.region], ids=str)
 def test_an_invalid_label_of_a_region_is_nan_for_its_class_only(row):
     for label in (-1e-6, 1 + 1e-6, 2.0, jnp.nan):

@@ -19,7 +19,7 @@ def class_indices(name: str, labels: ArrayLike) -> Array:
     labels = arguments.as_array(name, labels, "class indices")
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         arguments.check_integer(name, labels)
-        return arguments.saturate_int32(labels)
+        return arguments.as_int32(labels)
     labels = labels.astype(arguments.compute_dtype(labels))
     int32 = arguments.INT32
     return jnp.where(jnp.abs(labels) < int32.max, labels.astype(jnp.int32), int32.min)

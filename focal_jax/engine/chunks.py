@@ -83,8 +83,9 @@ def _tanh_slope_jvp(primals, tangents):
 
 def _apply_softcap(softcap: float, x: Array) -> tuple[Array, Array]:
     """Return the capped logits and their derivative. A logit of -inf stays -inf."""
-    scaled = x / softcap
-    return jnp.where(x == -jnp.inf, x, softcap * jnp.tanh(scaled)), _tanh_slope(scaled)
+    scaled = x / softcap  # underflows for logits that are small beside the cap
+    unchanged = (x == -jnp.inf) | (jnp.abs(scaled) < jnp.finfo(x.dtype).eps ** 0.5)
+    return jnp.where(unchanged, x, softcap * jnp.tanh(scaled)), _tanh_slope(scaled)
 
 
 def _fold(step: Callable[..., Any], carry: Any, spec: ChunkSpec, linear: Linear) -> Any:
@@ -392,9 +393,13 @@ def _smoothed(spec: _Spec, args: ClassArgs) -> Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _smoothed_forward(spec: _Spec, args: ClassArgs):
+def _values_and_sums(spec: _Spec, args: ClassArgs):
     row = _row_of(spec, args)
-    losses, slopes = _losses(spec, True, args, row)
+    return *_losses(spec, True, args, row), row
+
+
+def _smoothed_forward(spec: _Spec, args: ClassArgs):
+    losses, slopes, row = _values_and_sums(spec, args)  # not the arguments, see `every_class`
     return losses, (args, row, slopes, losses)
 
 
