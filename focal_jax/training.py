@@ -37,7 +37,7 @@ _LARGEST = float(jnp.finfo(jnp.float32).max)  # a larger number would be infinit
 def _static_number(name: str, x: Any, is_valid: Callable[[float], bool], wanted: str) -> float:
     """Return a Python, NumPy or concrete JAX number as a float; raise if it is not valid."""
     try:
-        invalid = isinstance(x, str | bytes | bool | list | tuple | np.ma.MaskedArray)
+        invalid = isinstance(x, str | bytes | bool | np.bool_ | list | tuple | np.ma.MaskedArray)
         if not invalid and np.ndim(x) == 0 and is_valid(value := float(x)):
             return value
     except (TypeError, ValueError, OverflowError):  # not a number, or a traced number
@@ -176,10 +176,9 @@ def logit_adjustment(counts: ArrayLike | Sequence[float], *, tau: float = 1.0) -
     """
     tau = _static_number("tau", tau, lambda tau: 0 <= tau <= _LARGEST, "a finite number >= 0")
     counts = _class_counts(counts)
-    # The sum of large counts would be infinite.
-    scale = lax.stop_gradient(jnp.max(counts, initial=jnp.finfo(counts.dtype).tiny))
-    shares = counts / scale
-    return jax.scipy.special.xlogy(jnp.asarray(tau, counts.dtype), shares / jnp.sum(shares))
+    # The sum of large counts, and its reciprocal, would be infinite and 0.
+    counts *= 0.5 ** (3 + counts.size.bit_length())
+    return jax.scipy.special.xlogy(jnp.asarray(tau, counts.dtype), counts / jnp.sum(counts))
 
 
 class PositiveWeight(NamedTuple):

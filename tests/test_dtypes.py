@@ -53,7 +53,7 @@ def test_gradients_have_the_dtype_of_their_argument(row, x64):
     dtypes = jnp.bfloat16, jnp.float32, jnp.float64
     for shift in range(3):
         mixed = {k: x.astype(dtypes[(i + shift) % 3]) for i, (k, x) in enumerate(inside.items())}
-        with jax.numpy_dtype_promotion("standard" if row.linear else "strict"):
+        with jax.numpy_dtype_promotion("strict"):
             got = jax.eval_shape(jax.grad(total(row.eager, **fixed)), mixed)
         assert {k: (x.dtype, x.shape) for k, x in got.items()} == {
             k: (x.dtype, x.shape) for k, x in mixed.items()
@@ -149,6 +149,25 @@ def test_wide_labels_do_not_become_another_class(module, row, kind, wide):
             losses = function(**arguments, ignore_label=ignored)
             assert np.isnan(losses).tolist() == [False, True, True, True, True, False]
             assert position is None or losses[position] == 0
+
+
+@pytest.mark.parametrize("module", [focal_jax, focal_jax.reference], ids=["losses", "reference"])
+@pytest.mark.parametrize("row", INTEGER_KINDS, ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
+def test_wide_labels_are_not_ignored(module, row, wide):
+    # `ignore_label` is compared with the label before the label is narrowed to int32.
+    limits = 2**31 - 1, -(2**31)
+    with jax.enable_x64(wide):
+        for ignored in (*limits, -1, 1 - 2**31):
+            for convert in (np.asarray, jnp.asarray if wide else list):
+                labels = convert(np.array([*limits, 2**31, 2**40, -(2**31) - 1, -(2**40), 0]))
+                arguments = row.of_logits(jnp.zeros((7, 4)), labels)
+                losses = getattr(module, row.name)(**arguments, ignore_label=ignored)
+                valid = np.array([ignored != 2**31 - 1, ignored != -(2**31), *[True] * 4, False])
+                assert np.isnan(losses).tolist() == valid.tolist()
+                options = {"labels": labels, "ignore_label": ignored}
+                mean = module.reduce_loss(jnp.ones(7), normalization=1.0, **options)
+                assert mean == 7 - (ignored in limits)
 
 
 @pytest.mark.parametrize("row", INTEGER_KINDS, ids=str)
