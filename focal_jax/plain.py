@@ -86,7 +86,9 @@ def real_of(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> Array:
     return jnp.where(where, jnp.broadcast_to(x, where.shape).astype(dtype), 1)
 
 
-def _options(declared: Mapping[str, Option], a: Any, where: Array, dtype: Any) -> dict[str, Any]:
+def _options(
+    declared: Mapping[str, Option], a: Any, where: Array, dtype: Any, num_classes: int = 1
+) -> dict[str, Any]:
     """Return the options broadcast to every position; Python exponents and flags unchanged."""
     out = {}
     for name, option in declared.items():
@@ -98,6 +100,8 @@ def _options(declared: Mapping[str, Option], a: Any, where: Array, dtype: Any) -
         elif option.kind == "exponent" and isinstance(x, numbers.Real):
             out[name] = float(x)
         else:
+            x = arguments.real_array(name, x)
+            arguments.check_unambiguous(name, x, where.shape, num_classes, "the classes")
             out[name] = real_of(name, x, where, dtype)
     return out
 
@@ -126,7 +130,8 @@ def _elementwise(formula, declared, a) -> Array:
     labels = arguments.real_array("labels", a.labels)
     y, invalid = arguments.clip_labels(labels, real_of("labels", labels, where, z.dtype), 1)
     z = jnp.where(where, z, 0)
-    losses = formula(_JAX, z, y, **_options(declared, a, where, z.dtype))
+    channels = z.shape[1] if z.ndim > 3 else 1  # axis 1 of images may be the classes
+    losses = formula(_JAX, z, y, **_options(declared, a, where, z.dtype, channels))
     losses = jnp.where(invalid, jnp.nan, losses)
     return jnp.where(where, losses, 0)
 
@@ -140,7 +145,8 @@ def _distribution(formula, declared, a) -> Array:
     inside = jnp.broadcast_to(jnp.expand_dims(where, axis), z.shape)
     y, invalid = arguments.clip_labels(y, jnp.where(inside, y.astype(z.dtype), 0), jnp.inf)
     z = jnp.where(inside, z, 0)
-    options = _over_classes(_options(declared, a, where, z.dtype), z, axis)
+    options = _options(declared, a, where, z.dtype, z.shape[axis])
+    options = _over_classes(options, z, axis)
     alpha = _class_weights(a.alpha, z.dtype, z.shape[axis])
     if alpha is not None:
         alpha = lax.broadcast_in_dim(alpha, z.shape, (axis,) if alpha.ndim else ())
@@ -173,7 +179,7 @@ def _integer(formula, declared, a) -> Any:
     labels = arguments.integer_labels(a.labels, shape, axis, a.ignore_label)
     where = not_ignored(labels, a.ignore_label, mask_of(a.where, losses))
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
-    options = _options(declared, a, where, z.dtype)
+    options = _options(declared, a, where, z.dtype, num_classes)
     valid = (labels >= 0) & (labels < num_classes)
     index = jnp.expand_dims(jnp.where(valid & where, labels, 0), axis)
     alpha = _class_weights(a.alpha, z.dtype, num_classes)

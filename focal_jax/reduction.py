@@ -56,6 +56,8 @@ def weight_array(weights: ArrayLike, losses: Array) -> Array:
     if known is not None and np.min(known, initial=0) < 0:
         raise InputError(f"weights: got {np.min(known)}, wanted numbers >= 0")
     arguments.check_broadcastable("weights", array, losses.shape, "the losses")
+    batch_size = losses.shape[0] if losses.ndim else 1
+    arguments.check_unambiguous("weights", array, losses.shape, batch_size, "the batch")
     return array
 
 

@@ -309,6 +309,28 @@ def test_flags(call, row, name, option):
         _raises(call, row, {name: value}, f"{name}: got .*, wanted True or False")
 
 
+@BOTH
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.numbers], ids=str)
+def test_vectors_that_fit_two_axes(call, row):
+    # One number per class, or per position along the last axis?
+    shape = (2, 3, 3) if row.softmax else (2, 3, 2, 3)
+    arguments = row.arguments(0, shape)
+    for name, option in row.numbers.items():
+        if option.per_class:
+            continue
+        vector = np.full(3, range_of(option)[0] + 0.5, np.float32)
+        with pytest.raises(focal_jax.InputError, match=f"^{name}: got .*reshape.*, 3\\)"):
+            getattr(row, call)(**arguments | {name: vector})
+        jax.eval_shape(lambda: getattr(row, call)(**arguments | {name: vector[None]}))  # noqa: B023
+
+
+def test_weights_that_fit_two_axes():
+    for module in (focal_jax, focal_jax.reference):
+        with pytest.raises(focal_jax.InputError, match=r"^weights: got .*batch.*reshape\(1, 3\)"):
+            module.reduce_loss(jnp.ones((3, 3)), weights=np.ones(3))
+        assert module.reduce_loss(jnp.ones((3, 3)), weights=np.ones((3, 1))) == 1
+
+
 # ---------------------------------------------------------------- other options
 
 

@@ -254,6 +254,16 @@ def check_broadcastable(name: str, x: Array, to: Sequence[int], what: str) -> No
     )
 
 
+def check_unambiguous(name: str, x: Array, losses: Sequence[int], size: int, what: str) -> None:
+    """Raise for a vector that fits the last axis of the losses, and `what` of this size as well."""
+    if x.ndim == 1 < len(losses) and x.shape[0] == losses[-1] == size != 1:
+        wanted = (1,) * (len(losses) - 1) + x.shape
+        raise InputError(
+            f"{name}: got shape {x.shape}, which fits {what} and the last axis of the losses "
+            f"{tuple(losses)}, wanted {len(losses)} axes: {name}.reshape{wanted} for the last axis"
+        )
+
+
 def check_label_shape(labels: Array, logits: Sequence[int], axis: int | None) -> None:
     """Raise, with a hint, unless `labels` has the logits' shape without the class axis."""
     if axis is None:

@@ -193,7 +193,11 @@ class ElementwiseLoss:
         dtype = arguments.compute_dtype(logits)
         mask = arguments.mask_array(where, logits.shape)
         with jax.debug_nans(False):  # the mask is applied in the core
-            prepared = prepare_options(self.options, options, logits.shape, dtype)
+            # Axis 1 of images may be the classes.
+            channels = logits.shape[1] if logits.ndim > 3 else 1
+            prepared = prepare_options(
+                self.options, options, logits.shape, dtype, num_classes=channels
+            )
             labels = arguments.align(labels, logits.shape)
             args = cast_to_common_varying(logits, labels, prepared, mask)
         return self._core(*args)

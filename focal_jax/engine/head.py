@@ -100,7 +100,7 @@ def integer_losses(
     logits_shape = (*losses[:axis], num_classes, *losses[axis:])
     labels = arguments.integer_labels(labels, logits_shape, axis, ignore_label)
     alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
-    prepared = prepare_options(loss.options, options, losses, dtype, axis)
+    prepared = prepare_options(loss.options, options, losses, dtype, axis, num_classes)
     mask = arguments.mask_array(where, losses, axis)
     if class_axis_name is not None:
         same = {"labels": labels, "alpha": alpha, "where": mask, **prepared}

@@ -132,6 +132,7 @@ class Option:
         losses: tuple[int, ...],
         dtype: jnp.dtype,
         axis: int | None = None,
+        num_classes: int = 1,
     ) -> Any:
         """Return the option checked, as a tree of arrays that are aligned with the losses.
 
@@ -150,6 +151,7 @@ class Option:
             return MaybeStatic(int(number) if is_integer else number)
         array = arguments.number_array(name, value, dtype)
         arguments.check_broadcastable(name, array, losses, "the losses")
+        arguments.check_unambiguous(name, array, losses, num_classes, "the classes")
         array = arguments.align(array, losses, axis)
         return MaybeStatic(array) if self.kind == "exponent" else array
 
@@ -268,9 +270,12 @@ def prepare_options(
     losses: tuple[int, ...],
     dtype: jnp.dtype,
     axis: int | None = None,
+    num_classes: int = 1,
 ) -> dict[str, Any]:
     """Return all declared options as trees of arrays, see `Option.prepare`."""
     return {
-        name: option.prepare(name, given.get(name, option.default), losses, dtype, axis)
+        name: option.prepare(
+            name, given.get(name, option.default), losses, dtype, axis, num_classes
+        )
         for name, option in declared.items()
     }

@@ -137,7 +137,7 @@ class PositionLoss:
         dtype, num_classes = arguments.compute_dtype(logits), logits.shape[axis]
         alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
         alpha = alpha.reshape([alpha.size if i == axis else 1 for i in range(logits.ndim)])
-        prepared = prepare_options(self.options, options, losses, dtype, axis)
+        prepared = prepare_options(self.options, options, losses, dtype, axis, num_classes)
         mask = arguments.mask_array(where, losses, axis)
         args = every_class.ClassArgs(logits, labels, alpha, prepared, mask)
         return jnp.squeeze(every_class.sum_over_classes(self, axis, args, None), axis)
