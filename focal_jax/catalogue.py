@@ -8,8 +8,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from focal_jax.engine.arguments import InputError
+from focal_jax.engine.arguments import InputError, shown
 from focal_jax.engine.declaration import Kind, Labels, Loss
+from focal_jax.engine.options import check_call
 
 __all__ = ["LOSSES", "Kind", "Labels", "Loss", "declaration_of", "declare", "function_of"]
 
@@ -36,6 +37,7 @@ def declare(
     engine_loss, options = (None, options) if made is None else (options, made.options)
 
     def enter(function: Any) -> Any:
+        function = check_call(function)
         parameters = inspect.signature(function).parameters
         for name, option in options.items():
             if name not in parameters or parameters[name].default != option.default:
@@ -58,7 +60,7 @@ def function_of(loss: Any, name: str = "loss", kinds: tuple[Kind, ...] = ()) -> 
         return loss
     known = tuple(each.name for each in LOSSES.values() if not kinds or each.kind in kinds)
     if not isinstance(loss, str) or loss not in known:
-        raise InputError(f"{name}: got {loss!r}, wanted a function or one of {known}")
+        raise InputError(f"{name}: got {shown(loss)}, wanted a function or one of {known}")
     return LOSSES[loss].function
 
 

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments
 from focal_jax.engine.declaration import Loss
-from focal_jax.engine.options import CLASS_WEIGHTS, TEMPERATURE, Option
+from focal_jax.engine.options import CLASS_WEIGHTS, TEMPERATURE, Option, check_call
 
 
 class Operations(NamedTuple):
@@ -56,7 +56,7 @@ def from_formula(declaration: Loss, formula: Callable[..., Any]) -> Callable[...
     )
     loss.__signature__ = signature  # type: ignore[attr-defined]
     loss.__module__ = formula.__module__
-    return loss
+    return check_call(loss)
 
 
 # ---------------------------------------------------------------- arguments
@@ -86,7 +86,9 @@ def real_of(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> Array:
     return jnp.where(where, jnp.broadcast_to(x, where.shape).astype(dtype), 1)
 
 
-def _options(declared: Mapping[str, Option], a: Any, where: Array, dtype: Any) -> dict[str, Any]:
+def _options(
+    declared: Mapping[str, Option], a: Any, where: Array, dtype: Any, num_classes: int = 1
+) -> dict[str, Any]:
     """Return the options broadcast to every position; Python exponents and flags unchanged."""
     out = {}
     for name, option in declared.items():
@@ -98,6 +100,8 @@ def _options(declared: Mapping[str, Option], a: Any, where: Array, dtype: Any) -
         elif option.kind == "exponent" and isinstance(x, numbers.Real):
             out[name] = float(x)
         else:
+            x = arguments.real_array(name, x)
+            arguments.check_unambiguous(name, x, where.shape, num_classes, "the classes")
             out[name] = real_of(name, x, where, dtype)
     return out
 
@@ -123,10 +127,12 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 def _elementwise(formula, declared, a) -> Array:
     z = _float("logits", a.logits)
     where = mask_of(a.where, z.shape)
-    y = real_of("labels", a.labels, where, z.dtype)
+    labels = arguments.real_array("labels", a.labels)
+    y, invalid = arguments.clip_labels(labels, real_of("labels", labels, where, z.dtype), 1)
     z = jnp.where(where, z, 0)
-    losses = formula(_JAX, z, y, **_options(declared, a, where, z.dtype))
-    losses = jnp.where((y < 0) | (y > 1), jnp.nan, losses)
+    channels = z.shape[1] if z.ndim > 3 else 1  # axis 1 of images may be the classes
+    losses = formula(_JAX, z, y, **_options(declared, a, where, z.dtype, channels))
+    losses = jnp.where(invalid, jnp.nan, losses)
     return jnp.where(where, losses, 0)
 
 
@@ -134,10 +140,13 @@ def _distribution(formula, declared, a) -> Array:
     z, y = _float("logits", a.logits), arguments.real_array("labels", a.labels)
     axis = arguments.static_axis(a.axis, z.ndim)
     arguments.check_shape("labels", y, z.shape, "a distribution over the classes, as the logits")
+    arguments.warn_of_one_class(z.shape[axis])
     where = mask_of(a.where, _without(z.shape, axis))
     inside = jnp.broadcast_to(jnp.expand_dims(where, axis), z.shape)
-    z, y = jnp.where(inside, z, 0), jnp.where(inside, y.astype(z.dtype), 0)
-    options = _over_classes(_options(declared, a, where, z.dtype), z, axis)
+    y, invalid = arguments.clip_labels(y, jnp.where(inside, y.astype(z.dtype), 0), jnp.inf)
+    z = jnp.where(inside, z, 0)
+    options = _options(declared, a, where, z.dtype, z.shape[axis])
+    options = _over_classes(options, z, axis)
     alpha = _class_weights(a.alpha, z.dtype, z.shape[axis])
     if alpha is not None:
         alpha = lax.broadcast_in_dim(alpha, z.shape, (axis,) if alpha.ndim else ())
@@ -147,7 +156,7 @@ def _distribution(formula, declared, a) -> Array:
     weightless = (y == 0) | (alpha == 0) if alpha is not None else y == 0
     log_p = jnp.where(weightless & (log_p == -jnp.inf), 0, log_p)
     losses = jnp.sum(y * _weighted(alpha, formula(_JAX, log_p, **options)), axis)
-    losses = jnp.where(jnp.min(y, axis, initial=0) < 0, jnp.nan, losses)
+    losses = jnp.where(jnp.any(invalid, axis), jnp.nan, losses)
     return jnp.where(where, losses, 0)
 
 
@@ -161,14 +170,16 @@ def _over_classes(options: Mapping[str, Any], z: Array, axis: int) -> dict[str, 
 
 def _integer(formula, declared, a) -> Any:
     z, name = _float("logits", a.logits), a.class_axis_name
+    arguments.check_axis_name("class_axis_name", name)
     axis = arguments.static_axis(a.axis, z.ndim)
     smoothing = arguments.static_label_smoothing(getattr(a, "label_smoothing", 0.0))
     local, losses = z.shape[axis], _without(z.shape, axis)
     num_classes = local if name is None else local * lax.axis_size(name)
-    labels = arguments.integer_labels(a.labels, (*losses[:axis], num_classes, *losses[axis:]), axis)
+    shape = (*losses[:axis], num_classes, *losses[axis:])
+    labels = arguments.integer_labels(a.labels, shape, axis, a.ignore_label)
     where = not_ignored(labels, a.ignore_label, mask_of(a.where, losses))
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
-    options = _options(declared, a, where, z.dtype)
+    options = _options(declared, a, where, z.dtype, num_classes)
     valid = (labels >= 0) & (labels < num_classes)
     index = jnp.expand_dims(jnp.where(valid & where, labels, 0), axis)
     alpha = _class_weights(a.alpha, z.dtype, num_classes)
@@ -185,9 +196,11 @@ def _integer(formula, declared, a) -> Any:
     result = _weighted(weight, formula(_JAX, log_p.squeeze(axis), **options, **row))
     if smoothing:
         of_all = _sum_over_classes(formula, z - total, alpha, options, axis, name)
-        result = (1 - smoothing) * result + smoothing / num_classes * of_all
+        share = 0 if num_classes == 0 else smoothing / num_classes
+        result = (1 - smoothing) * result + share * of_all
     result = jnp.where(where, jnp.where(valid, result, jnp.nan), 0)
-    return (result, jnp.where(where, total.squeeze(axis), 0)) if a.return_logsumexp else result
+    pair = arguments.static_bool("return_logsumexp", a.return_logsumexp)
+    return (result, jnp.where(where, total.squeeze(axis), 0)) if pair else result
 
 
 def _sum_over_classes(
@@ -237,10 +250,11 @@ def _linear(formula, declared, a) -> Any:
     wanted, shape = (classes + depth, "(C, D)") if transposed else (depth + classes, "(D, C)")
     arguments.check_shape("kernel", kernel, wanted, f"{shape}, with D the features' last axis")
     kernel = kernel.T if transposed else kernel
+    arguments.check_axis_name("class_axis_name", a.class_axis_name)
     shards = 1 if a.class_axis_name is None else lax.axis_size(a.class_axis_name)
     positions = features.shape[:-1]
     shape = (*positions, shards * kernel.shape[1])
-    labels = arguments.integer_labels(a.labels, shape, len(positions))
+    labels = arguments.integer_labels(a.labels, shape, len(positions), a.ignore_label)
     where = not_ignored(labels, a.ignore_label, mask_of(a.where, positions))
     logits = jnp.where(where[..., None], features, 0) @ kernel
     if a.bias is not None:
@@ -248,8 +262,10 @@ def _linear(formula, declared, a) -> Any:
         arguments.check_shape("bias", bias, kernel.shape[1:], "one number per class")
         logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
     cap = arguments.static_logit_softcap(a.logit_softcap)
-    if cap is not None:  # a logit of -inf stays -inf
-        logits = jnp.where(logits == -jnp.inf, logits, cap * jnp.tanh(logits / cap))
+    if cap is not None:  # a logit of -inf stays -inf, and one that is small beside the cap
+        small = jnp.abs(logits / cap) < jnp.finfo(logits.dtype).eps ** 0.5
+        capped = cap * jnp.tanh(logits / cap)
+        logits = jnp.where(small | (logits == -jnp.inf), logits, capped)
     divisor = TEMPERATURE.check("temperature", a.temperature)
     logits = logits / real_of("temperature", divisor, where, logits.dtype)[..., None]
     given = {"logits": logits, "labels": labels, "where": where, "axis": -1, "ignore_label": None}
@@ -262,17 +278,18 @@ def _interval(formula, declared, a) -> Array:
     axis = arguments.static_axis(a.axis, z.ndim)
     arguments.check_label_shape(labels, z.shape, axis)
     where = mask_of(a.where, labels.shape)
-    y = jnp.where(where, real_of("labels", labels, where, z.dtype), 0)
     z, last = jnp.where(jnp.expand_dims(where, axis), z, 0), z.shape[axis] - 1
+    y = jnp.where(where, real_of("labels", labels, where, z.dtype), 0)
+    y, invalid = arguments.clip_labels(labels, y, last)
     left = jnp.clip(jnp.floor(y), 0, max(last - 1, 0))
-    index = jnp.where(jnp.isnan(left), 0, left).astype(jnp.int32)
+    index = left.astype(jnp.int32)
     log_p = jax.nn.log_softmax(z, axis)
 
     def at(index):
         return jnp.take_along_axis(log_p, jnp.expand_dims(index, axis), axis).squeeze(axis)
 
     losses = formula(_JAX, y, left, at(index), at(jnp.minimum(index + 1, last)))
-    losses = jnp.where((y < 0) | (y > last), jnp.nan, losses)
+    losses = jnp.where(invalid, jnp.nan, losses)
     return jnp.where(where, losses, 0)
 
 
@@ -280,11 +297,14 @@ def _region(formula, declared, a) -> Array:
     z, y = _float("logits", a.logits), arguments.real_array("labels", a.labels)
     axis = arguments.static_axis(a.axis, z.ndim)
     arguments.check_shape("labels", y, z.shape, "one-hot, or a distribution over the classes")
+    arguments.warn_of_one_class(z.shape[axis])
+    arguments.check_axis_name("axis_name", a.axis_name)
     where = jnp.expand_dims(mask_of(a.where, _without(z.shape, axis)), axis)
     where = jnp.broadcast_to(where, z.shape)
-    z, y = jnp.where(where, z, 0), jnp.where(where, y.astype(z.dtype), 0)
+    y, invalid = arguments.clip_labels(y, jnp.where(where, y.astype(z.dtype), 0), 1)
+    z = jnp.where(where, z, 0)
     p = jnp.where(where, jax.nn.softmax(z, axis), 0)
-    y = jnp.where((y < 0) | (y > 1), jnp.nan, y)
+    y = jnp.where(invalid, jnp.nan, y)
     positions = tuple(i for i in range(z.ndim) if i != axis)
     counts = [x.sum(positions) for x in (y * p, y * (1 - p), (1 - y) * p)]
     tp, fn, fp = counts if a.axis_name is None else lax.psum(counts, a.axis_name)

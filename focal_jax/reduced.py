@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from focal_jax import catalogue
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError
-from focal_jax.engine.options import check_names
+from focal_jax.engine.options import check_call, check_names
 from focal_jax.losses.sigmoid import sigmoid_focal_loss
 from focal_jax.losses.softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
 from focal_jax.reduction import check_normalization, reduce_loss
@@ -50,13 +50,13 @@ def constant(value: Any) -> Any:
     """
     is_sequence = isinstance(value, list | tuple)
     is_array = isinstance(value, np.ndarray | Array) and not isinstance(value, jax.core.Tracer)
-    if not (is_sequence or is_array):
+    if not (is_sequence or is_array) or arguments.is_masked(value):
         return value
     try:
         array = np.asarray(value)
     except jax.errors.TracerArrayConversionError:  # a list of traced numbers
         return jnp.asarray(value)
-    except ValueError:  # a ragged list, which the check of the option rejects
+    except Exception:  # such as a ragged list, which the check of the option rejects
         return value
     if array.dtype.kind in "OSUMm" or (is_sequence and not array.size):
         return tuple(value) if is_sequence else value  # for example names of mapped axes
@@ -69,6 +69,11 @@ _STATIC: dict[str, Callable[[Any], Any]] = {
     "ignore_label": arguments.static_ignore_label,
     "label_smoothing": arguments.static_label_smoothing,
     "logit_softcap": arguments.static_logit_softcap,
+    "class_axis_name": lambda value: arguments.check_axis_name("class_axis_name", value),
+    "transpose_kernel": lambda value: arguments.static_bool("transpose_kernel", value),
+    "chunk_size": lambda value: value is None or arguments.static_integer("chunk_size", value),
+    "where": lambda value: value is None or arguments.bool_array("where", value),
+    "bias": lambda value: value is None or arguments.floating_array("bias", value),
 }
 
 
@@ -81,6 +86,8 @@ def checked_option(loss: Callable[..., Any], name: str, value: Any) -> Any:
     if declaration and name in declaration.options:
         option = declaration.options[name]
         option.check(name, value)
+        if option.kind == "mask" and value is not None:
+            arguments.bool_array(name, value)
         if option.differentiable and value is not None:
             shape = arguments.number_array(name, value, jnp.dtype(jnp.float32)).shape
             if option.per_class and len(shape) > 1:
@@ -101,8 +108,9 @@ def check_option_names(loss: Callable[..., Any], options: Mapping[str, Any]) -> 
             raise InputError(f"{name}: got a keyword argument, wanted a positional argument")
     if not any(x.kind is x.VAR_KEYWORD for x in parameters.values()):
         check_names(getattr(loss, "__name__", "the loss"), known, options)
-    if options.get("return_logsumexp"):
-        raise InputError("return_logsumexp: got True, wanted False: a module returns the loss only")
+    if (pair := options.get("return_logsumexp", False)) is not False:
+        got = arguments.shown(pair)
+        raise InputError(f"return_logsumexp: got {got}, wanted False: a module returns one number")
 
 
 class _ConstructorSignature:
@@ -127,9 +135,11 @@ class Reduced:
     __signature__ = _ConstructorSignature()
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Define the call, because linen does not wrap inherited methods."""
-        cls.__call__ = cls.__call__
+        """Check calls. The call is defined here, because linen does not wrap inherited methods."""
+        cls.__call__ = check_call(cls.__call__)
         super().__init_subclass__(**options)
+        if cls.__module__ != __name__:  # `dataclass` has not yet defined the constructors here
+            cls.__init__ = check_call(cls.__init__)
 
     @property
     def options(self) -> Any:
@@ -146,6 +156,8 @@ class Reduced:
             value = constant(value)
             number = arguments.number_array(name, value, jnp.dtype(jnp.float32))
             arguments.check_shape(name, number, (), "one number for all losses")
+        elif name == "axis_name":
+            arguments.check_axis_name(name, value)
         elif name in self.option_names:
             value = checked_option(self.loss, name, value)
         super().__setattr__(name, value)

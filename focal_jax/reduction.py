@@ -1,8 +1,8 @@
 """Reduce losses per position to one number."""
 
-import numbers
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, mask_to_zero
+from focal_jax.engine.options import check_call
 
 NORMALIZATIONS = ("sum", "mean", "valid", "batch_size")
 _HINTS = {
@@ -45,6 +46,21 @@ def check_normalization(normalization: Any, losses: Array) -> None:
         )
 
 
+def weight_array(weights: ArrayLike, losses: Array) -> Array:
+    """Return weights that broadcast to the losses. Raise if a Python or NumPy weight is negative.
+
+    The values of a JAX array are not read: that would wait for the device.
+    """
+    array = arguments.number_array("weights", weights, losses.dtype)
+    known = arguments.numpy_array("weights", weights, "numbers >= 0")
+    if known is not None and np.min(known, initial=0) < 0:
+        raise InputError(f"weights: got {np.min(known)}, wanted numbers >= 0")
+    arguments.check_broadcastable("weights", array, losses.shape, "the losses")
+    batch_size = losses.shape[0] if losses.ndim else 1
+    arguments.check_unambiguous("weights", array, losses.shape, batch_size, "the batch")
+    return array
+
+
 def _denominator(
     normalization: Any,
     losses: Array,
@@ -65,7 +81,7 @@ def _denominator(
         case "batch_size":
             denominator = float(losses.shape[0])
         case "valid" if weights is not None:
-            denominator = jnp.sum(mask_to_zero(jnp.broadcast_to(weights, losses.shape), where))
+            denominator = jnp.sum(jnp.broadcast_to(weights, losses.shape))
         case "valid" if where is not None:
             denominator = count_true(where, losses)
         case _:
@@ -75,6 +91,7 @@ def _denominator(
     return jnp.asarray(denominator, losses.dtype)
 
 
+@check_call
 def reduce_loss(
     losses: ArrayLike,
     *,
@@ -123,24 +140,21 @@ def reduce_loss(
       NameError: if `axis_name` is not bound.
     """
     losses = arguments.floating_array("losses", losses)
-    losses = losses.astype(arguments.compute_dtype(losses))
+    dtype = arguments.compute_dtype(losses)
     where = arguments.mask_array(where, losses.shape)
     if labels is not None:
-        labels = arguments.integer_labels(labels, losses.shape)
+        labels = arguments.integer_labels(labels, losses.shape, None, ignore_label)
         where = arguments.not_ignored(labels, ignore_label, where)
     elif ignore_label is not None:
         raise InputError(f"ignore_label: got {ignore_label} without labels, wanted labels too")
-    losses = mask_to_zero(losses, where)
-    if weights is not None:
-        given, weights = weights, arguments.number_array("weights", weights, losses.dtype)
-        # The values of a JAX array are not read: that would wait for the device.
-        if isinstance(given, numbers.Real | np.ndarray) and np.min(given, initial=0) < 0:
-            raise InputError(f"weights: got {np.min(given)}, wanted numbers >= 0")
-        arguments.check_broadcastable("weights", weights, losses.shape, "the losses")
-        weights = arguments.align(weights, losses.shape).astype(losses.dtype)
-        weights = jnp.where(weights < 0, jnp.nan, weights)
-        losses *= mask_to_zero(weights, where)
     arguments.check_axis_name("axis_name", axis_name)
+    with jax.debug_nans(False):  # until the mask is applied
+        losses = mask_to_zero(losses.astype(dtype), where)
+        if weights is not None:
+            weights = weight_array(weights, losses)
+            weights = arguments.align(weights, losses.shape).astype(dtype)
+            weights = mask_to_zero(jnp.where(weights < 0, jnp.nan, weights), where)
+            losses *= weights
     denominator = _denominator(normalization, losses, where, weights, axis_name)
     too_small = denominator < 1 if weights is None else denominator <= 0
     denominator = jnp.where(too_small, 1, denominator)

@@ -20,8 +20,9 @@ from jax.typing import ArrayLike
 from focal_jax import catalogue
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError
+from focal_jax.engine.options import check_call
 from focal_jax.plain import Operations as Operations, from_formula, mask_of, not_ignored, real_of
-from focal_jax.reduction import check_normalization
+from focal_jax.reduction import check_normalization, weight_array
 
 FORMULAS: dict[str, Callable[..., Any]] = {}
 
@@ -173,6 +174,7 @@ __all__ = [*FORMULAS, "reduce_loss"]  # pyright: ignore[reportUnsupportedDunderA
 # ---------------------------------------------------------------- the reduction
 
 
+@check_call
 def reduce_loss(
     losses: ArrayLike,
     *,
@@ -191,11 +193,13 @@ def reduce_loss(
     losses = losses.astype(arguments.compute_dtype(losses))
     valid = mask_of(where, losses.shape)
     if labels is not None:
-        labels = arguments.integer_labels(labels, losses.shape)
+        labels = arguments.integer_labels(labels, losses.shape, None, ignore_label)
         valid = not_ignored(labels, ignore_label, valid)
     elif ignore_label is not None:
         raise InputError(f"ignore_label: got {ignore_label} without labels, wanted labels too")
-    weight = real_of("weights", 1.0 if weights is None else weights, valid, losses.dtype)
+    arguments.check_axis_name("axis_name", axis_name)
+    weight = weight_array(1.0 if weights is None else weights, losses)
+    weight = real_of("weights", weight, valid, losses.dtype)
     weight = jnp.where(valid, jnp.where(weight < 0, jnp.nan, weight), 0)
     if normalization is None or isinstance(normalization, str):
         check_normalization(normalization, losses)
@@ -208,7 +212,7 @@ def reduce_loss(
         if axis_name is not None and normalization != "sum":
             denominator = lax.psum(denominator, axis_name)
     else:
-        denominator = arguments.as_array("normalization", normalization)
+        denominator = arguments.number_array("normalization", normalization, losses.dtype)
         arguments.check_shape("normalization", denominator, (), "one denominator for all losses")
     denominator = denominator.astype(losses.dtype)
     too_small = denominator < 1 if weights is None else denominator <= 0

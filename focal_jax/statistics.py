@@ -152,7 +152,8 @@ def _statistics(
     if class_axis_name is not None:
         num_classes = local * lax.axis_size(class_axis_name)
         start = local * lax.axis_index(class_axis_name)
-    labels = arguments.integer_labels(labels, (*losses[:axis], num_classes, *losses[axis:]), axis)
+    whole = (*losses[:axis], num_classes, *losses[axis:])
+    labels = arguments.integer_labels(labels, whole, axis, ignore_label)
     mask = arguments.mask_array(where, losses, axis)
     if class_axis_name is not None:
         same = source.replicated(logits)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike
@@ -30,14 +31,18 @@ __all__ = [
 ]
 
 
+_LARGEST = float(jnp.finfo(jnp.float32).max)  # a larger number would be infinite
+
+
 def _static_number(name: str, x: Any, is_valid: Callable[[float], bool], wanted: str) -> float:
     """Return a Python, NumPy or concrete JAX number as a float; raise if it is not valid."""
     try:
-        if not isinstance(x, str) and is_valid(value := float(x)):
+        invalid = isinstance(x, str | bytes | bool | np.bool_ | list | tuple | np.ma.MaskedArray)
+        if not invalid and np.ndim(x) == 0 and is_valid(value := float(x)):
             return value
-    except (TypeError, ValueError):  # not a number, or a traced number
+    except (TypeError, ValueError, OverflowError):  # not a number, or a traced number
         pass
-    raise InputError(f"{name}: got {x!r}, wanted {wanted}")
+    raise InputError(f"{name}: got {arguments.shown(x)}, wanted {wanted}")
 
 
 def _class_counts(counts: ArrayLike | Sequence[float]) -> Array:
@@ -129,10 +134,11 @@ def class_balanced_alpha(
     if ignore_label is not None:
         counts = jnp.where(jnp.arange(counts.size) == ignore_label, 0, counts)
     if num_classes is not None:
-        is_integer = isinstance(num_classes, numbers.Integral) and num_classes is not True
-        if not (is_integer and num_classes > 0):
-            raise InputError(f"num_classes: got {num_classes!r}, wanted an integer above 0")
-        padded = jnp.pad(counts, (0, max(0, int(num_classes) - counts.size)))[:num_classes]
+        wanted = "an integer above 0"
+        num_classes = arguments.static_integer("num_classes", num_classes, wanted)
+        got = f"num_classes: got {arguments.shown(num_classes)}"
+        arguments.require(0 < num_classes <= arguments.INT32.max, f"{got}, wanted {wanted}")
+        padded = jnp.pad(counts, (0, max(0, num_classes - counts.size)))[:num_classes]
         counts = jnp.where(jnp.any(counts[num_classes:] != 0), jnp.nan, padded)
     is_empty = counts == 0
     # expm1 computes 1 - beta**n without cancellation. The factor 1 - beta cancels in alpha.
@@ -168,8 +174,10 @@ def logit_adjustment(counts: ArrayLike | Sequence[float], *, tau: float = 1.0) -
       Menon, Jayasumana, Rawat, Jain, Veit, Kumar. [Long-tail Learning via Logit
       Adjustment](https://arxiv.org/abs/2007.07314). ICLR 2021.
     """
-    tau = _static_number("tau", tau, lambda tau: 0 <= tau < math.inf, "a finite number >= 0")
+    tau = _static_number("tau", tau, lambda tau: 0 <= tau <= _LARGEST, "a finite number >= 0")
     counts = _class_counts(counts)
+    # The sum of large counts, and its reciprocal, would be infinite and 0.
+    counts *= 0.5 ** (3 + counts.size.bit_length())
     return jax.scipy.special.xlogy(jnp.asarray(tau, counts.dtype), counts / jnp.sum(counts))
 
 
@@ -206,7 +214,7 @@ def positive_weight(w: ArrayLike | Sequence[float]) -> PositiveWeight:
       [torch.nn.BCEWithLogitsLoss](
       https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html).
     """
-    if isinstance(w, numbers.Real):
+    if isinstance(w, numbers.Real | str | bytes):
         w = _static_number("w", w, lambda w: 0 <= w < math.inf, "a finite number >= 0")
     else:
         w = arguments.number_array("w", w, jnp.dtype(jnp.result_type(float)))
@@ -283,15 +291,20 @@ def positive_count_ema(decay: float = 0.9, initial: float = 100.0) -> PositiveCo
       `modeling/meta_arch/retinanet.py` and `dense_detector.py`.
     """
     decay = _static_number("decay", decay, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-    initial = _static_number("initial", initial, lambda x: 0 < x < math.inf, "a finite number > 0")
+    initial = _static_number("initial", initial, lambda x: 0 < x <= _LARGEST, "a finite number > 0")
 
     def init():
         return PositiveCountEmaState(jnp.asarray(initial, float))
 
     def update(count, state, *, axis_name=None):
+        arguments.require(
+            isinstance(state, PositiveCountEmaState),
+            f"state: got {type(state).__name__}, wanted the state that init or update returned",
+        )
         old = state.normalizer
         count = arguments.number_array("count", count, old.dtype).astype(old.dtype)
         arguments.check_shape("count", count, (), "the number of positives")
+        arguments.check_axis_name("axis_name", axis_name)
         if axis_name is not None:
             count = lax.psum(count, axis_name)
         new = decay * old + (1 - decay) * jnp.maximum(count, 1)

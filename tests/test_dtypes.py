@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from helpers import PROGRAMS, assert_close, gradients, jit, range_of, total
 
+import focal_jax
+
 pytestmark = pytest.mark.quick
 
 SIXTEEN_BITS = [jnp.bfloat16, jnp.float16]
@@ -49,7 +51,7 @@ def test_gradients_have_the_dtype_of_their_argument(row, x64):
     dtypes = jnp.bfloat16, jnp.float32, jnp.float64
     for shift in range(3):
         mixed = {k: x.astype(dtypes[(i + shift) % 3]) for i, (k, x) in enumerate(inside.items())}
-        with jax.numpy_dtype_promotion("standard" if row.linear else "strict"):
+        with jax.numpy_dtype_promotion("strict"):
             got = jax.eval_shape(jax.grad(total(row.eager, **fixed)), mixed)
         assert {k: (x.dtype, x.shape) for k, x in got.items()} == {
             k: (x.dtype, x.shape) for k, x in mixed.items()
@@ -145,6 +147,26 @@ def test_wide_labels_do_not_become_another_class(call, row, kind, wide):
             losses = function(**arguments, ignore_label=ignored)
             assert np.isnan(losses).tolist() == [False, True, True, True, True, False]
             assert position is None or losses[position] == 0
+
+
+@pytest.mark.parametrize("call", ["eager", "reference"])
+@pytest.mark.parametrize("row", INTEGER, ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
+def test_wide_labels_are_not_ignored(call, row, wide):
+    # `ignore_label` is compared with the label before the label is narrowed to int32.
+    limits = 2**31 - 1, -(2**31)
+    reduce_loss = (focal_jax if call == "eager" else focal_jax.reference).reduce_loss
+    with jax.enable_x64(wide):
+        for ignored in (*limits, -1, 1 - 2**31):
+            for convert in (np.asarray, jnp.asarray if wide else list):
+                labels = convert(np.array([*limits, 2**31, 2**40, -(2**31) - 1, -(2**40), 0]))
+                arguments = row.of_logits(jnp.zeros((7, 4)), labels)
+                losses = getattr(row, call)(**arguments, ignore_label=ignored)
+                valid = np.array([ignored != 2**31 - 1, ignored != -(2**31), *[True] * 4, False])
+                assert np.isnan(losses).tolist() == valid.tolist()
+                options = {"labels": labels, "ignore_label": ignored}
+                mean = reduce_loss(jnp.ones(7), normalization=1.0, **options)
+                assert mean == 7 - (ignored in limits)
 
 
 @pytest.mark.parametrize("row", INTEGER, ids=str)

@@ -8,6 +8,7 @@ import inspect
 import math
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from helpers import KINDS, LOSSES, PROGRAMS, jit, range_of
 
 import focal_jax
+from focal_jax import catalogue, engine
 
 pytestmark = pytest.mark.quick
 
@@ -115,6 +117,95 @@ def test_checks_run_while_jax_traces(row):
 def test_input_error_is_the_exception_that_a_caller_expects(kind):
     with pytest.raises(kind, match="logits"):
         focal_jax.sigmoid_focal_loss(jnp.zeros(3, int), jnp.zeros(3))
+
+
+# Values that no argument of any function accepts.
+MASKED = np.ma.array([0.0, 1.0, 0.0, 1.0], mask=[True, False, False, False])
+INVALID = [
+    object(),
+    lambda x: x,
+    {1: 2, "b": 3},
+    {1, 2},
+    [[1, 2], [3]],
+    [jnp.ones(2), jnp.ones(3)],
+    [1.0, None],
+    KEYS,
+    MASKED,
+    [np.ma.masked, 1.0],
+    np.zeros(4, [("x", "f4")]),
+    2j,
+]
+
+
+def _rejects(name, function, arguments):
+    for invalid in INVALID:
+        with pytest.raises(focal_jax.InputError, match=f"^{name}: got .*, wanted "):
+            function(**arguments | {name: invalid})
+
+
+@BOTH
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_every_argument_of_every_loss(call, row):
+    for name in inspect.signature(row.loss.function).parameters:
+        if (call, name) != ("reference", "chunk_size"):  # which the reference ignores
+            _rejects(name, getattr(row, call), row.arguments(0, (4, 3)))
+
+
+def _helpers():
+    from focal_jax import training
+
+    ema = training.positive_count_ema()
+    losses = {"losses": jnp.ones(4), "labels": jnp.zeros(4, int)}
+    yield focal_jax.reduce_loss, losses
+    yield focal_jax.reference.reduce_loss, losses
+    yield training.prior_bias_init, {}
+    yield training.class_balanced_alpha, {"counts": [1, 2]}
+    yield training.logit_adjustment, {"counts": [1, 2]}
+    yield training.positive_weight, {"w": 1.0}
+    yield training.sample_dependent_gamma, {"p_t": jnp.ones(3)}
+    yield training.positive_count_ema, {}
+    yield ema.update, {"count": 1, "state": ema.init()}
+
+
+@pytest.mark.parametrize(("function", "arguments"), list(_helpers()), ids=_id)
+def test_every_argument_of_every_helper(function, arguments):
+    for name in inspect.signature(function).parameters:
+        _rejects(name, function, arguments)
+
+
+def test_masked_arrays_name_the_replacement():
+    for changes in ({"labels": MASKED}, {"where": MASKED == 1}, {"alpha": MASKED}):
+        with pytest.raises(focal_jax.InputError, match=r"\.filled\(\).*where=~mask"):
+            focal_jax.sigmoid_focal_loss(**{"logits": jnp.ones(4), "labels": 1} | changes)
+
+
+@pytest.mark.parametrize("call", ["eager", "reference"])
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.name in catalogue.LOSSES], ids=str)
+def test_words_of_other_libraries(call, row):
+    for word, hint in (
+        ("reduction", "reduce_loss"),
+        ("ignore_index", "ignore_label"),
+        ("from_logits", "logits"),
+        ("pos_weight", "positive_weight"),
+        ("class_weight", "alpha"),
+    ):
+        _raises(call, row, {word: 1}, f"{word}: got an option that .*; .*{hint}")
+    function = row.loss.function if call == "eager" else row.reference
+    with pytest.raises(focal_jax.InputError, match="too many positional arguments"):
+        function(*[jnp.zeros((4, 3))] * 5)
+    with pytest.raises(focal_jax.InputError, match=r"missing a required argument"):
+        function(jnp.zeros((4, 3)))
+
+
+def test_checks_do_not_depend_on_chex():
+    chex.disable_asserts()
+    try:
+        for row in KINDS:
+            labels = row.arguments(0, (4, 3))["labels"]
+            _raises("eager", row, {"labels": labels[:3]}, r"labels: got shape \(3,")
+            _raises("eager", row, {"where": jnp.ones((4, 3))}, "where: got dtype float32")
+    finally:
+        chex.enable_asserts()
 
 
 # ---------------------------------------------------------------- declared options
@@ -218,6 +309,28 @@ def test_flags(call, row, name, option):
         _raises(call, row, {name: value}, f"{name}: got .*, wanted True or False")
 
 
+@BOTH
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.numbers], ids=str)
+def test_vectors_that_fit_two_axes(call, row):
+    # One number per class, or per position along the last axis?
+    shape = (2, 3, 3) if row.softmax else (2, 3, 2, 3)
+    arguments = row.arguments(0, shape)
+    for name, option in row.numbers.items():
+        if option.per_class:
+            continue
+        vector = np.full(3, range_of(option)[0] + 0.5, np.float32)
+        with pytest.raises(focal_jax.InputError, match=f"^{name}: got .*reshape.*, 3\\)"):
+            getattr(row, call)(**arguments | {name: vector})
+        jax.eval_shape(lambda: getattr(row, call)(**arguments | {name: vector[None]}))  # noqa: B023
+
+
+def test_weights_that_fit_two_axes():
+    for module in (focal_jax, focal_jax.reference):
+        with pytest.raises(focal_jax.InputError, match=r"^weights: got .*batch.*reshape\(1, 3\)"):
+            module.reduce_loss(jnp.ones((3, 3)), weights=np.ones(3))
+        assert module.reduce_loss(jnp.ones((3, 3)), weights=np.ones((3, 1))) == 1
+
+
 # ---------------------------------------------------------------- other options
 
 
@@ -282,10 +395,57 @@ def test_return_logsumexp(row):
         _raises("eager", row, {"return_logsumexp": value}, message)
 
 
-@HEADS
-def test_class_axis_name_that_is_a_number(row):
-    message = "class_axis_name: got 3, wanted the name of a mapped axis"
-    _raises("eager", row, {"class_axis_name": 3}, message)
+AXIS_NAMES = (3, 0, True, 1.5, b"i", ["i"], ("i", 0), {"i": 1}, np.zeros(1), jnp.array(0), [0])
+
+
+@BOTH
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_axis_names_that_are_no_names(call, row):
+    for name in {"axis_name", "class_axis_name"} & {*inspect.signature(row.eager).parameters}:
+        for value in AXIS_NAMES:
+            message = f"{name}: got .*, wanted the name of a mapped axis"
+            _raises(call, row, {name: value}, message)
+
+
+@BOTH
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.softmax], ids=str)
+def test_python_bools_are_no_numbers(call, row):
+    for name in {"axis", "ignore_label", *row.numbers}:
+        if name in inspect.signature(row.loss.function).parameters:
+            _raises(call, row, {name: True}, f"{name}: got True, wanted")
+
+
+@BOTH
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+def test_a_softmax_over_one_class_warns(call, row):
+    arguments = row.all(0, (4, 1))
+    if not row.softmax or row.kind == "interval":
+        return
+    with pytest.warns(UserWarning, match="one class.*sigmoid_focal_loss"):
+        getattr(row, call)(**arguments)
+
+
+def test_losses_of_the_engine():
+    for make, arrays in ((engine.elementwise_loss, 2), (engine.position_loss, 1)):
+        value = lambda *args: args[0] if arrays == 2 else args[0].n  # noqa: E731, B023
+        for options, message in (
+            ({"where": 1.0}, "where: got an argument of every loss"),
+            ({"labels": 1.0}, "labels: got an argument of every loss"),
+            ({"gamma": "2"}, "gamma: got '2', wanted a number"),
+            ({"gamma": engine.exponent(-1)}, "gamma: got -1, wanted"),
+        ):
+            with pytest.raises(focal_jax.InputError, match=message):
+                make(value, **options)
+        for invalid in (3, "value", lambda x, y, *, gamma: x, lambda x: x):
+            with pytest.raises(focal_jax.InputError, match=r"^value: got .*, wanted"):
+                make(invalid, gamma=1.0)
+        for result in (1.0, (jnp.ones(4),), jnp.ones(2), None):
+            loss = make(lambda *args: result)  # noqa: B023
+            with pytest.raises(focal_jax.InputError, match=r"^value: got .*, wanted an array"):
+                loss(jnp.ones((4, 2)), jnp.zeros((4, 2)[:arrays], int))
+    for name in ("alpha", "axis", "label_smoothing", "kernel"):
+        with pytest.raises(focal_jax.InputError, match=f"{name}: got an argument of every loss"):
+            engine.position_loss(lambda *args: args[0].n, **{name: 1.0})
 
 
 @BOTH
@@ -336,9 +496,18 @@ def test_reduction(module, losses, options, message):
         module.reduce_loss(losses, **options)
 
 
-def test_axis_name_that_is_a_number():
-    with pytest.raises(ValueError, match=r"^axis_name: got 0, wanted the name of a mapped axis"):
-        focal_jax.reduce_loss(jnp.ones(3), axis_name=0)
+@pytest.mark.parametrize("module", [focal_jax, focal_jax.reference], ids=["losses", "reference"])
+def test_axis_names_of_the_reduction(module):
+    for value in AXIS_NAMES:
+        with pytest.raises(ValueError, match=r"^axis_name: got .*, wanted the name"):
+            module.reduce_loss(jnp.ones(3), axis_name=value)
+
+
+@pytest.mark.parametrize("module", [focal_jax, focal_jax.reference], ids=["losses", "reference"])
+def test_negative_weights(module):
+    for weights in (-1, -1.0, [1, -1, 1], (1, -1.0, 1), np.array([1, -1, 1]), np.float32(-1)):
+        with pytest.raises(ValueError, match=r"^weights: got -1.*, wanted numbers >= 0"):
+            module.reduce_loss(jnp.ones(3), weights=weights)
 
 
 def test_axis_name_that_is_not_bound():

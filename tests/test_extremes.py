@@ -1,12 +1,24 @@
 """Saturated and infinite logits, masks, invalid labels, and empty arrays."""
 
+import inspect
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EXPONENTS, LOSSES, PROGRAMS, assert_close, gradients, jit, range_of, total
+from helpers import (
+    EXPONENTS,
+    KINDS,
+    LOSSES,
+    PROGRAMS,
+    assert_close,
+    gradients,
+    jit,
+    range_of,
+    total,
+)
+from jax.experimental import checkify
 
 import focal_jax
 
@@ -474,6 +486,45 @@ def test_without_valid_positions_all_is_zero(row):
     assert _all_zero(gradients(row.eager, **fixed, where=jnp.zeros((), bool))(inside))
 
 
+@pytest.mark.parametrize("row", KINDS, ids=str)
+def test_masked_nans_do_not_trigger_debug_nans_in_eager_calls(row):
+    arguments = row.all(1, (3, 2))
+    arguments[row.first] = arguments[row.first].at[1].set(jnp.nan)
+    if row.integer:
+        changes = {"labels": arguments["labels"].at[1].set(255), "ignore_label": 255}
+    else:
+        where = np.array([True, False, True])
+        changes = {"where": where if row.softmax else np.stack([where, where], -1)}
+        changes["labels"] = arguments["labels"].at[1].set(jnp.nan)
+    inside, fixed = row.split(arguments | changes)
+    with jax.debug_nans(True):
+        jax.grad(total(row.eager, **fixed))(inside)
+
+
+def test_masked_nans_do_not_trigger_debug_nans_in_the_reduction():
+    losses = jnp.array([1, jnp.nan, 2], jnp.bfloat16)
+    weights = np.array([1, np.nan, 2], np.float32)
+    with jax.debug_nans(True):
+        for options in (
+            {"where": np.array([True, False, True])},
+            {"labels": jnp.array([0, 255, 1]), "ignore_label": 255},
+        ):
+            reduced = jax.grad(lambda x, **options: focal_jax.reduce_loss(x, **options))
+            reduced(losses, **options)
+            reduced(losses, **options, weights=weights)
+
+
+# JAX cannot check the indices of a linear head, which contains a `jax.checkpoint`.
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.kind == "position"], ids=str)
+def test_ignored_labels_pass_the_index_checks_of_checkify(row):
+    arguments = row.all(1, (3, 3))
+    arguments["labels"] = jnp.array([0, 255, 1])
+    inside, fixed = row.split(arguments | {"ignore_label": 255})
+    both = jax.value_and_grad(total(row.eager, **fixed))
+    error, _ = jit(checkify.checkify(both, errors=checkify.index_checks))(inside)
+    error.throw()
+
+
 # ---------------------------------------------------------------- invalid labels
 
 
@@ -568,6 +619,40 @@ def test_an_invalid_label_whose_loss_is_not_used_has_gradient_zero(row):
             assert np.all(np.asarray(tree[name])[entries] == 0), name
 
 
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if not row.integer], ids=str)
+def test_labels_a_few_roundings_outside_their_range_count_as_the_bound(row):
+    # Blurred masks, averaged votes and rotated IoUs have such labels. The dtype of the labels
+    # determines the tolerance; a float64 label beside float32 logits becomes float32.
+    high = 2 if row.kind == "interval" else 1
+    arguments = row.all(7, (4, 3) if row.softmax else (4,))
+    shape = arguments.pop("labels").shape
+    inside, fixed = row.split(arguments)
+
+    def labels(roundings, dtype):
+        shift = roundings * float(jnp.finfo(dtype).eps)
+        bounds = np.array([-shift, 0, high * (1 + shift), -shift])
+        if row.kind == "distribution":  # no weight is too large
+            bounds[2] = -shift
+        rest = np.zeros((4, 2))
+        columns = bounds if len(shape) == 1 else np.concatenate([bounds[:, None], rest], 1)
+        return jnp.asarray(columns, dtype)
+
+    @jit
+    def of_each(labels):
+        given = {dtype: inside | {"labels": y} for dtype, y in labels.items()}
+        gradient = jax.grad(total(row.eager, **fixed))(given["float32"])
+        functions = row.eager, row.reference
+        return [[f(**x, **fixed) for x in given.values()] for f in functions], gradient
+
+    dtypes = "float32", "bfloat16", "float16"
+    (got, _), gradient = found = of_each({x: labels(3, x) for x in dtypes})
+    assert_close(found, of_each({x: labels(0, x) for x in dtypes}), 0, atol=0)
+    assert _all_finite([got, gradient])
+    outside = [True, False, False] if row.region else [True, False, True, True]
+    for losses in of_each({x: labels(9, x) for x in dtypes})[0]:
+        assert np.isnan(losses).tolist() == [outside] * 3
+
+
 @pytest.mark.parametrize("row", [row for row in PROGRAMS if row.region], ids=str)
 def test_an_invalid_label_of_a_region_is_nan_for_its_class_only(row):
     for label in (-1e-6, 1 + 1e-6, 2.0, jnp.nan):
@@ -619,6 +704,9 @@ def test_no_classes(row):
     if row.integer or row.kind == "interval":  # no label is valid; masked positions are 0
         arguments |= {"labels": jnp.asarray(row.labels_of(np.zeros(3), 0))}
         assert np.all(np.isnan(row.compiled(**arguments)))
+        if "label_smoothing" in inspect.signature(row.loss.function).parameters:
+            assert np.all(np.isnan(row.compiled(**arguments, label_smoothing=0.1)))
+            assert np.all(np.isnan(row.reference_compiled(**arguments, label_smoothing=0.1)))
         arguments |= {"where": jnp.zeros(3, bool)}
     losses = [0] * row.losses_shape((3, 0))[0]
     assert row.compiled(**arguments).tolist() == losses

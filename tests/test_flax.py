@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import pydoc
 import time
 
@@ -606,3 +607,34 @@ def test_nnx_jit_does_not_recompile_for_an_equal_module(data):
     for _ in range(2):
         apply(focal_jax.nnx.SoftmaxFocalLoss(alpha=ALPHA), *data)
     assert len(traces) == 1
+
+
+# ---------------------------------------------------------------- values that are no arrays
+
+NO_ARRAYS = [object(), {1: 2, "b": 3}, [[1, 2], [3]], np.ma.array([1.0], mask=[1]), 2j]
+NO_ARRAYS += [jax.random.key(0), jax.random.split(jax.random.key(0), 3)]
+
+
+def test_modules_name_the_argument_that_is_no_array(framework, data):
+    logits, labels = data
+    modules = [framework.SigmoidFocalLoss, framework.SoftmaxFocalLoss]
+    modules += [functools.partial(framework.Reduced, name) for name in LOSSES]
+    options = {"alpha", "gamma", "axis", "ignore_label", "axis_name", "normalization", "where"}
+    options |= {"margin", "positive", "stop_weight_gradient", "bias", "class_axis_name", "smooth"}
+    for make, name, value in itertools.product(modules, options, NO_ARRAYS):
+        with pytest.raises(InputError, match=f"^{name}: got .*"):
+            make(**{name: value})
+    for value in [*NO_ARRAYS, None, "labels"]:
+        with pytest.raises(InputError, match=r"^labels: got .*, wanted"):
+            framework.SoftmaxFocalLoss()(logits, value)
+        with pytest.raises(InputError, match=r"^logits: got .*, wanted"):
+            framework.SoftmaxFocalLoss()(value, labels)
+    for name in ("SigmoidFocalLoss", "SoftmaxFocalLoss"):
+        make = getattr(framework, name)
+        with pytest.raises(InputError, match=r"^reduction: got an option .*; .*reduce_loss"):
+            make(reduction="mean")
+        with pytest.raises(InputError, match=r"^reduction: got an option .*; .*reduce_loss"):
+            make()(logits, labels, reduction="mean")
+    for axis_name in (0, ["i"], {"i": 1}, np.zeros(1)):
+        with pytest.raises(InputError, match=r"^axis_name: got .*, wanted the name of a mapped ax"):
+            framework.Reduced("sigmoid_focal_loss", axis_name=axis_name)

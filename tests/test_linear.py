@@ -421,3 +421,11 @@ def test_vmapped_sums_in_one_pass_keep_their_conditional():
     assert " cond[" in str(jax.make_jaxpr(in_one_pass)(features, biases))
     got, want = (jit(form)(features, biases) for form in (in_one_pass, in_passes))
     assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("softcap", [1e18, 3e38, float(np.finfo(np.float32).max)])
+def test_large_softcaps_leave_the_logits_unchanged(softcap):
+    arrays, labels = inputs()
+    for head in (linear, formula):
+        got = head(*arrays[:3], labels, logit_softcap=softcap)
+        assert_close(got, head(*arrays[:3], labels), 1e-6)

@@ -333,3 +333,23 @@ def test_positive_count_ema_rejects_arrays():
     ema = training.positive_count_ema()
     with pytest.raises(InputError, match="count: got shape"):
         ema.update(jnp.ones(2), ema.init())
+
+
+def test_logit_adjustment_of_large_counts():
+    counts = jnp.array([3e38, 1e38, 1e37])
+    want = training.logit_adjustment(jnp.array([30.0, 10.0, 1.0]))
+    chex.assert_trees_all_close(training.logit_adjustment(counts), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("invalid", [True, False, np.True_, np.ma.array(0.5), [0.5], "0.5"])
+def test_numbers_that_are_bools_masked_or_lists(invalid):
+    calls = {
+        "prior": training.prior_bias_init,
+        "beta": lambda beta: training.class_balanced_alpha([1, 2], beta=beta),
+        "tau": lambda tau: training.logit_adjustment([1, 2], tau=tau),
+        "decay": training.positive_count_ema,
+        "initial": lambda initial: training.positive_count_ema(initial=initial),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name}: got .*, wanted"):
+            call(invalid)

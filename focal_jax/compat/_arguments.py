@@ -21,7 +21,7 @@ def class_indices(
     labels = arguments.as_array(name, labels, "class indices")
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         arguments.check_integer(name, labels)
-        return arguments.saturate_int32(labels)
+        return arguments.as_int32(labels)
     arguments.check_holds_class(name, labels, num_classes - 1)
     labels = labels.astype(arguments.compute_dtype(labels))
     fits = (labels >= arguments.INT32.min) & (labels < arguments.INT32.max)

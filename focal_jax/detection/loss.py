@@ -173,6 +173,7 @@ def retinanet_loss(
     ):
         if not isinstance(value, str) or value not in known:
             raise InputError(f"{name}: got {value!r}, wanted one of {known}")
+    arguments.check_axis_name("axis_name", axis_name)
     positive_iou, negative_iou = _options.iou_thresholds(positive_iou, negative_iou)
     beta = _options.positive_number("smooth_l1_beta", smooth_l1_beta)
     loss = _class_loss(class_loss, alpha, gamma)

@@ -3,10 +3,12 @@
 Error messages have the form `name: got ..., wanted ...`.
 """
 
-import contextlib
+import math
 import numbers
 import operator
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeGuard
 
 import chex
@@ -30,35 +32,59 @@ class InputError(AssertionError, ValueError, TypeError):
 # ---------------------------------------------------------------- arrays
 
 
+def is_masked(x: Any) -> bool:
+    """Return whether `x` is a masked array of NumPy, or a list that contains one."""
+    return any(isinstance(leaf, np.ma.MaskedArray) for leaf in jax.tree.leaves(x))
+
+
+def numpy_array(name: str, x: Any, wanted: str) -> np.ndarray | None:
+    """Return `x` as a NumPy array of numbers; None for a JAX array or a list that contains one."""
+    if hasattr(x, "__jax_array__"):
+        return None
+    try:
+        masked, leaves = is_masked(x), jax.tree.leaves(x)
+        is_numpy = not any(isinstance(leaf, Array) for leaf in leaves)
+        array = np.asarray(x) if is_numpy and not masked else None
+    except Exception:  # a ragged list, or an object that is not an array
+        raise InputError(f"{name}: got {shown(x)}, wanted {wanted}") from None
+    if masked:  # NumPy and JAX would ignore the mask
+        raise InputError(
+            f"{name}: got a masked array of NumPy, wanted an array without a mask: `.filled()` "
+            "replaces the masked entries, and `where=~mask` masks the losses"
+        )
+    if array is None and not isinstance(x, list | tuple | Array):
+        raise InputError(f"{name}: got {type(x).__name__}, wanted {wanted}")
+    if array is not None and array.dtype.kind in "OSUMm":
+        raise InputError(f"{name}: got {shown(array.tolist())}, wanted {wanted}")
+    return array
+
+
 def as_array(
-    name: str, x: Any, wanted: str = "an array of numbers", *, integers: Any = None
+    name: str,
+    x: Any,
+    wanted: str = "an array of numbers",
+    *,
+    integers: Any = None,
+    ignore_label: int | None = None,
 ) -> Array:
     """Return `x` as a JAX array of numbers.
 
     Without `jax_enable_x64`, JAX converts 64-bit integers to 32 bits by wrapping: 2**32 + 1
-    becomes 1, another class. Here 64-bit integers of NumPy and Python saturate instead. With
-    `integers`, a floating dtype, integers are converted to that dtype.
+    becomes 1, another class. Here they are converted by `as_int32`. With `integers`, a floating
+    dtype, integers are converted to that dtype.
     """
     if not isinstance(x, Array) and hasattr(x, "__jax_array__"):  # such as an nnx.Param
         x = x.__jax_array__()
-    if not any(isinstance(leaf, Array) for leaf in jax.tree.leaves(x)):
-        try:
-            x = np.asarray(x)
-        except ValueError:  # a ragged list
-            raise InputError(f"{name}: got {shown(x)}, wanted {wanted}") from None
-        if x.dtype.kind in "OSUMm":
-            raise InputError(f"{name}: got {shown(x.tolist())}, wanted {wanted}")
-        if x.dtype.kind in "iu" and integers is not None:
-            x = x.astype(integers)
-        elif (
-            x.dtype.kind in "iu" and x.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64")
-        ):
-            x = x.clip(max(np.iinfo(x.dtype).min, INT32.min), INT32.max).astype(np.int32)
-    elif not isinstance(x, list | tuple | Array):
-        raise InputError(f"{name}: got {type(x).__name__}, wanted {wanted}")
+    array = numpy_array(name, x, wanted)
+    if array is not None and array.dtype.kind in "iu":
+        if integers is not None:
+            array = array.astype(integers)
+        elif array.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64"):
+            array = as_int32(array, ignore_label)
     try:
-        x = jnp.asarray(x)
-    except (TypeError, ValueError):  # a list of JAX arrays of several shapes
+        with jax.debug_nans(False):  # a mask may be applied later
+            x = jnp.asarray(x if array is None else array)
+    except (TypeError, ValueError):  # a dtype that JAX does not have, or arrays of several shapes
         raise InputError(f"{name}: got {shown(x)}, wanted {wanted}") from None
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         raise InputError(f"{name}: got dtype {x.dtype}, wanted {wanted}")
@@ -68,8 +94,9 @@ def as_array(
 def floating_array(name: str, x: ArrayLike) -> Array:
     """Return `x` as an array of a floating dtype."""
     x = as_array(name, x, "an array of floating numbers")
+    is_floating = jnp.issubdtype(x.dtype, jnp.floating)
     message = f"{name}: got dtype {x.dtype}, wanted a floating dtype"
-    _chex(chex.assert_type, x, float, message=message)
+    require(is_floating, message, chex.assert_type, x, float)
     return x
 
 
@@ -87,12 +114,21 @@ def number_array(
 
     Floating arrays keep their dtype. Python numbers and integers get `dtype`.
     """
-    if isinstance(x, numbers.Real):
-        with contextlib.suppress(OverflowError):  # `as_array` names the argument
-            return jnp.asarray(float(x), dtype)
+    number = real_number(x)
+    if number is not None:
+        return jnp.asarray(number, dtype)
+    require(not isinstance(x, bool | np.bool_), f"{name}: got {x}, wanted {wanted}")
     x = as_array(name, x, wanted, integers=dtype)
     check_real(name, x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+
+def bool_array(name: str, x: ArrayLike) -> Array:
+    """Return `x` as an array of bool."""
+    x = as_array(name, x, "an array of bool")
+    message = f"{name}: got dtype {x.dtype}, wanted bool"
+    require(x.dtype == bool, message, chex.assert_type, x, bool)
+    return x
 
 
 def mask_array(
@@ -101,33 +137,78 @@ def mask_array(
     """Return a bool mask that broadcasts to the losses, aligned with the logits; or None."""
     if where is None:
         return None
-    where = as_array(name, where, "an array of bool")
-    message = f"{name}: got dtype {where.dtype}, wanted bool"
-    _chex(chex.assert_type, where, bool, message=message)
+    where = bool_array(name, where)
     check_broadcastable(name, where, losses, "the losses")
     return align(where, losses, axis)
 
 
-def integer_labels(labels: ArrayLike, logits: tuple[int, ...], axis: int | None = None) -> Array:
+def integer_labels(
+    labels: ArrayLike,
+    logits: tuple[int, ...],
+    axis: int | None = None,
+    ignore_label: int | None = None,
+) -> Array:
     """Return class indices as int32.
 
     Their shape is that of the logits without the class axis; or, with `axis=None`, of `logits`.
     """
-    labels = as_array("labels", labels, "an array of integers")
+    ignore_label = static_ignore_label(ignore_label)
+    labels = as_array("labels", labels, "an array of integers", ignore_label=ignore_label)
     is_distribution = labels.shape == logits and axis is not None
     hint = ": softmax_focal_loss takes a distribution over the classes" if is_distribution else ""
     check_integer("labels", labels, hint)
     check_label_shape(labels, logits, axis)
-    return saturate_int32(labels)
+    if axis is not None:
+        warn_of_one_class(logits[axis])
+    return as_int32(labels, ignore_label)
 
 
-def saturate_int32(labels: Array) -> Array:
-    """Return integers as int32; values that do not fit become the nearest int32 value.
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _clip_with_slope_one(y: Array, high: Any) -> Array:
+    return jnp.where(y >= 0, jnp.minimum(y, high), 0)
 
-    A comparison in a narrower dtype would wrap and match a wrong class.
+
+@_clip_with_slope_one.defjvp
+def _clip_with_slope_one_jvp(high, primals, tangents):
+    return _clip_with_slope_one(*primals, high), tangents[0]
+
+
+def clip_labels(labels: Array, y: Array, high: Any) -> tuple[Array, Array]:
+    """Return `y`, which is `labels` in the dtype of the loss, in [0, high]; and the invalid labels.
+
+    A floating label that is outside by at most four roundings counts as the bound: interpolated
+    masks and averaged votes have such labels. The derivative is that at the bound.
     """
-    own, int32 = jnp.iinfo(labels.dtype), INT32
-    return labels.clip(max(own.min, int32.min), min(own.max, int32.max)).astype(jnp.int32)
+    if not jnp.issubdtype(labels.dtype, jnp.floating):
+        invalid = jnp.array(False) if labels.dtype == bool else (y < 0) | (y > high)
+        return jnp.where(invalid, 0, y), invalid
+    tolerance = 4 * float(max(jnp.finfo(x).eps for x in (labels.dtype, jnp.float32)))
+    largest = jnp.asarray(high, y.dtype) * (1 + tolerance)  # `high` may be a symbolic dimension
+    return _clip_with_slope_one(y, high), ~((y >= -tolerance) & (y <= largest))
+
+
+def as_int32(labels: Any, ignore_label: int | None = None) -> Any:
+    """Return integers of NumPy or JAX as int32.
+
+    A comparison in a narrower dtype would wrap and match a wrong class. An integer that does not
+    fit becomes an invalid class that is not `ignore_label`.
+    """
+    own, where = jnp.iinfo(labels.dtype), jnp.where if isinstance(labels, Array) else np.where
+    low, high = max(own.min, INT32.min), min(own.max, INT32.max)
+    if (low, high) == (own.min, own.max):
+        return labels.astype(np.int32)
+    fits = (labels >= low) & (labels <= high)
+    return where(fits, labels.astype(np.int32), INT32.min + (ignore_label == INT32.min))
+
+
+def warn_of_one_class(num_classes: int) -> None:
+    """Warn if a softmax has one class; of sharded classes, all shards count."""
+    if num_classes == 1:
+        message = (
+            "logits: got one class, whose softmax is 1: loss and gradient are 0; wanted two "
+            "classes, or a loss of one logit such as sigmoid_focal_loss"
+        )
+        warnings.warn(message, stacklevel=2)
 
 
 def class_weights(alpha: ArrayLike | None, num_classes: int, dtype: jnp.dtype) -> Array:
@@ -144,24 +225,33 @@ def class_weights(alpha: ArrayLike | None, num_classes: int, dtype: jnp.dtype) -
 # ---------------------------------------------------------------- checks of arrays
 
 
-def _chex(check: Any, *args: Any, message: str) -> None:
-    """Run a chex assertion; its own message becomes the cause of the `InputError`."""
+def require(condition: bool, message: str, assertion: Any = None, *args: Any) -> None:
+    """Raise `InputError` unless the condition holds.
+
+    `assertion` is the assertion of chex that fails too; its message becomes the cause. It does not
+    decide, because `chex.disable_asserts` switches it off.
+    """
+    if condition:
+        return
     try:
-        check(*args)
+        if assertion is not None:
+            assertion(*args)
     except AssertionError as error:
         raise InputError(message) from error
+    raise InputError(message)
 
 
 def check_integer(name: str, x: Array, hint: str = "") -> None:
     """Raise unless `x` has an integer dtype. bool is not an integer dtype here."""
+    is_integer = jnp.issubdtype(x.dtype, jnp.integer)
     message = f"{name}: got dtype {x.dtype}, wanted an integer dtype{hint}"
-    _chex(chex.assert_type, x, int, message=message)
+    require(is_integer, message, chex.assert_type, x, int)
 
 
 def check_real(name: str, x: Array) -> None:
     """Raise unless `x` is bool, integer or floating."""
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise InputError(f"{name}: got dtype {x.dtype}, wanted real numbers")
+    is_real = not jnp.issubdtype(x.dtype, jnp.complexfloating)
+    require(is_real, f"{name}: got dtype {x.dtype}, wanted real numbers")
 
 
 def check_holds_class(name: str, x: Array, largest: Any) -> None:
@@ -177,17 +267,29 @@ def check_holds_class(name: str, x: Array, largest: Any) -> None:
 
 def check_shape(name: str, x: Array, wanted: Sequence[int], why: str) -> None:
     """Raise unless `x` has exactly the shape `wanted`."""
-    message = f"{name}: got shape {x.shape}, wanted {tuple(wanted)}: {why}"
-    _chex(chex.assert_shape, x, tuple(wanted), message=message)
+    wanted = tuple(wanted)
+    message = f"{name}: got shape {x.shape}, wanted {wanted}: {why}"
+    require(x.shape == wanted, message, chex.assert_shape, x, wanted)
 
 
 def check_broadcastable(name: str, x: Array, to: Sequence[int], what: str) -> None:
     """Raise unless `x` broadcasts to the shape `to` without enlarging it."""
-    message = (
+    fits = all(own in (1, n) for own, n in zip(reversed(x.shape), reversed(to)))
+    require(
+        x.ndim <= len(to) and fits,
         f"{name}: got shape {x.shape}, wanted a shape that broadcasts to {tuple(to)}, the shape "
-        f"of {what}"
+        f"of {what}",
     )
-    _chex(chex.assert_is_broadcastable, x.shape, tuple(to), message=message)
+
+
+def check_unambiguous(name: str, x: Array, losses: Sequence[int], size: int, what: str) -> None:
+    """Raise for a vector that fits the last axis of the losses, and `what` of this size as well."""
+    if x.ndim == 1 < len(losses) and x.shape[0] == losses[-1] == size != 1:
+        wanted = (1,) * (len(losses) - 1) + x.shape
+        raise InputError(
+            f"{name}: got shape {x.shape}, which fits {what} and the last axis of the losses "
+            f"{tuple(losses)}, wanted {len(losses)} axes: {name}.reshape{wanted} for the last axis"
+        )
 
 
 def check_label_shape(labels: Array, logits: Sequence[int], axis: int | None) -> None:
@@ -210,32 +312,41 @@ def check_label_shape(labels: Array, logits: Sequence[int], axis: int | None) ->
 
 
 def shown(x: Any) -> str:
-    """Return `repr(x)` for an error message, or the type's name if that is long."""
-    text = repr(x)
+    """Return `repr(x)` for an error message, or the type's name if that is long or fails."""
+    try:
+        text = repr(x)
+    except Exception:  # an integer of thousands of digits, or a broken object
+        return type(x).__name__
     return text if len(text) <= 40 else type(x).__name__
+
+
+def static_integer(name: str, value: Any, wanted: str = "an integer") -> int:
+    """Return `value` as a Python integer. bool is not an integer here."""
+    try:
+        if not isinstance(value, bool | np.ma.MaskedArray):
+            return operator.index(value)
+    except Exception:  # floats, strings and tracers each raise a different exception
+        pass
+    raise InputError(f"{name}: got {shown(value)}, wanted {wanted}")
 
 
 def static_axis(value: Any, ndim: int) -> int:
     """Return `value` as a non-negative axis of an array of rank `ndim`."""
-    if not isinstance(value, numbers.Integral):
-        raise InputError(f"axis: got {shown(value)}, wanted an integer")
-    if not -ndim <= int(value) < ndim:
-        raise InputError(
-            f"axis: got {value}, wanted an axis in [{-ndim}, {ndim}) for logits of rank {ndim}"
-        )
-    return int(value) % ndim
+    axis = static_integer("axis", value)
+    require(
+        -ndim <= axis < ndim,
+        f"axis: got {shown(axis)}, wanted an axis in [{-ndim}, {ndim}) for logits of rank {ndim}",
+    )
+    return axis % ndim
 
 
 def static_ignore_label(value: Any) -> int | None:
     """Return `value` as a Python integer that fits int32, or None."""
     if value is None:
         return None
-    try:
-        label = operator.index(value)
-    except Exception:  # floats, strings and tracers each raise a different exception
-        raise InputError(f"ignore_label: got {shown(value)}, wanted None or an integer") from None
-    if not INT32.min <= label <= INT32.max:
-        raise InputError(f"ignore_label: got {label}, wanted an integer of 32 bits")
+    label = static_integer("ignore_label", value, "None or an integer")
+    fits = INT32.min <= label <= INT32.max
+    require(fits, f"ignore_label: got {shown(label)}, wanted an integer of 32 bits")
     return label
 
 
@@ -247,20 +358,30 @@ def static_bool(name: str, value: Any) -> bool:
 
 
 def check_axis_name(name: str, value: Any) -> None:
-    """Raise if `value` is a number, which JAX would take for a positional axis."""
-    names = value if isinstance(value, tuple | list) else (value,)
-    if any(isinstance(each, int) for each in names):
-        raise InputError(f"{name}: got {shown(value)}, wanted the name of a mapped axis, or None")
+    """Raise unless `value` is the name of a mapped axis, a tuple of names, or None.
+
+    JAX would take a number for a positional axis.
+    """
+    names = value if isinstance(value, tuple) else (value,)
+    is_valid = value is None or all(isinstance(each, str) for each in names)
+    wanted = "the name of a mapped axis, a tuple of names, or None"
+    require(is_valid, f"{name}: got {shown(value)}, wanted {wanted}")
 
 
-def _real_number(value: Any) -> float | None:
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return float(value) if is_real else None
+def real_number(value: Any) -> float | None:
+    """Return a Python or NumPy number as a float, infinite if it is too large; else None."""
+    number: Any = value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def static_label_smoothing(value: Any) -> float:
     """Return `value` as a Python number in [0, 1)."""
-    number = _real_number(value)
+    number = real_number(value)
     if number is None or not 0 <= number < 1:
         raise InputError(f"label_smoothing: got {shown(value)}, wanted a number in [0, 1)")
     return number
@@ -270,7 +391,7 @@ def static_logit_softcap(value: Any) -> float | None:
     """Return `value` as a finite positive Python number, or None."""
     if value is None:
         return None
-    number, float32 = _real_number(value), jnp.finfo(jnp.float32)
+    number, float32 = real_number(value), jnp.finfo(jnp.float32)
     if number is None:
         raise InputError(f"logit_softcap: got {shown(value)}, wanted None or a number")
     if not float32.tiny <= number <= float32.max:

@@ -184,12 +184,13 @@ def _gradients(
     features = jnp.zeros_like(linear.features, arguments.compute_dtype(linear.features))
     temperature = None if linear.temperature is None else linear.zeros()
     carry = features, parameters, (totals, temperature), per_class
-    features, parameters, (totals, temperature), per_class = _fold(step, carry, spec, linear)
+    carry = _fold(step, carry, spec, linear)
+    features, (kernel, bias), (totals, temperature), per_class = carry
     features = arguments.mask_to_zero(features, where).astype(linear.features.dtype)
     if linear.temperature is not None:
         of_temperature = temperature / linear.temperature
         temperature = arguments.cotangent_like(linear.temperature, of_temperature)
-    return Linear(features, *parameters, temperature), totals, per_class
+    return Linear(features, kernel, bias, temperature), totals, per_class
 
 
 # ---------------------------------------------------------------- class sums
@@ -412,9 +413,13 @@ def _smoothed(spec: _Spec, args: ClassArgs) -> Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _smoothed_forward(spec: _Spec, args: ClassArgs):
+def _values_and_sums(spec: _Spec, args: ClassArgs):
     row = _row_of(spec, args)
-    losses, slopes = _losses(spec, True, args, row)
+    return *_losses(spec, True, args, row), row
+
+
+def _smoothed_forward(spec: _Spec, args: ClassArgs):
+    losses, slopes, row = _values_and_sums(spec, args)  # not the arguments, see `every_class`
     return losses, (args, row, slopes, losses)
 
 

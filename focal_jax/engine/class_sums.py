@@ -51,8 +51,10 @@ def cast_logits(logits: Array, where: Array | None) -> Array:
 def pick_class(z: Array, place: Array, axis: int) -> Array:
     """Return the entry of the class `place`, or 0 if there is no such class."""
     if z.shape[axis] and jax.typeof(z).sharding.spec[axis] is None:
-        place = jnp.where(place < 0, z.shape[axis], place)  # -1 would be the last class
-        return jnp.take_along_axis(z, place, axis, mode="fill", fill_value=0)
+        # `checkify.index_checks` would report a gather of an ignored label that is no class.
+        inside = (place >= 0) & (place < z.shape[axis])
+        place = jnp.where(inside, place, 0)
+        return jnp.where(inside, jnp.take_along_axis(z, place, axis, mode="promise_in_bounds"), 0)
     # `take_along_axis` raises if the class axis is sharded over an explicit mesh, or empty.
     return jnp.sum(jnp.where(class_index(z, axis) == place, z, 0), axis, keepdims=True)
 

@@ -19,7 +19,14 @@ from focal_jax.engine import arguments, scalar
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.declaration import Loss
-from focal_jax.engine.options import Option, check_names, declared, prepare_options, unwrap
+from focal_jax.engine.options import (
+    Option,
+    check_call,
+    check_names,
+    declared,
+    prepare_options,
+    unwrap,
+)
 from focal_jax.engine.sharding import cast_to_common_varying
 
 Slopes = tuple[Any, ...]  # arrays, and None for a derivative that is 0
@@ -33,14 +40,18 @@ def parameter_order(
     The first `leading` parameters are not options. A function with `*args` takes the options in
     the order of their declaration.
     """
-    parameters = list(inspect.signature(function).parameters.values())
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        raise InputError(f"{role}: got {function}, wanted a Python function") from None
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return tuple(options)
     names = [p.name for p in parameters[leading:]]
-    if len(parameters) < leading or set(names) != set(options):
+    named = any(p.kind is p.KEYWORD_ONLY for p in parameters)
+    if named or len(parameters) < leading or set(names) != set(options):
         raise InputError(
-            f"{role}: got parameters {[p.name for p in parameters]}, wanted {leading} arrays and "
-            f"then the options {list(options)}"
+            f"{role}: got parameters ({', '.join(map(str, parameters))}), wanted {leading} arrays "
+            f"and then the options {list(options)}, not keyword-only"
         )
     return tuple(names)
 
@@ -97,9 +108,12 @@ def slopes_by_name(
     return found[:leading], of_options | dict(zip(differentiable, found[leading:]))
 
 
-def outside_unit_interval(y: Array) -> Array:
-    """Return where labels are outside [0, 1]."""
-    return ~((y >= 0) & (y <= 1))
+def check_value(result: Any, shape: tuple[int, ...]) -> None:
+    """Raise unless `result`, which the value of a loss returned, is an array of this shape."""
+    got = f"shape {result.shape}" if isinstance(result, Array) else type(result).__name__
+    arguments.require(
+        got == f"shape {shape}", f"value: got {got}, wanted an array of shape {shape}"
+    )
 
 
 class ElementwiseLoss:
@@ -113,7 +127,7 @@ class ElementwiseLoss:
         value: Callable[..., Array],
         slopes: Callable[..., Slopes] | None,
         options: Mapping[str, Option],
-        label_is_invalid: Callable[[Array], Array],
+        label_is_invalid: Callable[[Array], Array] | None,
     ):
         self.options = dict(options)
         names = parameter_order("value", value, 2, options)
@@ -139,24 +153,26 @@ class ElementwiseLoss:
             z, y, options = arguments.cast_and_mask((logits, labels, options), dtype, where)
             if for_backward:
                 z, y = scalar.prevent_cse(z), scalar.prevent_cse(y)
-            invalid = jnp.array(False) if labels.dtype == bool else label_is_invalid(y)
             options = {name: unwrap(option) for name, option in options.items()}
-            return z, jnp.where(invalid, 0, y), options, invalid
+            if label_is_invalid is None or labels.dtype == bool:
+                return z, *arguments.clip_labels(labels, y, 1), options
+            invalid = label_is_invalid(y)
+            return z, jnp.where(invalid, 0, y), invalid, options
 
         def losses(*args):
-            z, y, options, invalid = prepare(False, *args)
+            z, y, invalid, options = prepare(False, *args)
             result = self.value_of(z, y, options)
-            if jnp.shape(result) != z.shape:
-                raise InputError(f"value: got shape {jnp.shape(result)}, wanted {z.shape}")
+            check_value(result, z.shape)
             return arguments.mask_and_invalidate(result, invalid, args[-1])
 
         def all_slopes(*args):
-            z, y, options, invalid = prepare(True, *args)
+            z, y, invalid, options = prepare(True, *args)
             finish = partial(arguments.mask_and_invalidate, invalid=invalid, where=args[-1])
             return jax.tree.map(finish, self.slopes_of(z, y, options))
 
         self._core = _with_slopes(losses, all_slopes)
 
+    @check_call
     def __call__(
         self,
         logits: ArrayLike,
@@ -171,10 +187,16 @@ class ElementwiseLoss:
         labels = arguments.real_array("labels", labels)
         arguments.check_broadcastable("labels", labels, logits.shape, "the logits")
         dtype = arguments.compute_dtype(logits)
-        prepared = prepare_options(self.options, options, logits.shape, dtype)
         mask = arguments.mask_array(where, logits.shape)
-        labels = arguments.align(labels, logits.shape)
-        return self._core(*cast_to_common_varying(logits, labels, prepared, mask))
+        with jax.debug_nans(False):  # the mask is applied in the core
+            # Axis 1 of images may be the classes.
+            channels = logits.shape[1] if logits.ndim > 3 else 1
+            prepared = prepare_options(
+                self.options, options, logits.shape, dtype, num_classes=channels
+            )
+            labels = arguments.align(labels, logits.shape)
+            args = cast_to_common_varying(logits, labels, prepared, mask)
+        return self._core(*args)
 
     def linear(
         self,
@@ -263,7 +285,7 @@ def elementwise_loss(
     value: Callable[..., Array],
     slopes: Callable[..., Slopes] | None = None,
     *,
-    label_is_invalid: Callable[[Array], Array] = outside_unit_interval,
+    label_is_invalid: Callable[[Array], Array] | None = None,
     **options: Any,
 ) -> ElementwiseLoss:
     """Make a loss of one logit from its value and its slopes.
@@ -288,7 +310,8 @@ def elementwise_loss(
         without masks and flags. None stands for a derivative that is 0. `slopes` gets finite
         logits. JAX differentiates `slopes` for derivatives of higher order. Without slopes JAX
         differentiates the value.
-      label_is_invalid: returns where labels are invalid. The loss is NaN there.
+      label_is_invalid: returns where labels are invalid. The loss is NaN there. By default labels
+        outside [0, 1] are invalid, and labels that are outside by a few roundings are clipped.
       **options: declarations: `exponent(2.0)`, `number(1.0, low=0)`, `mask()`, `flag(False)`, or
         a plain number, the default of a `number`.
 
@@ -298,4 +321,5 @@ def elementwise_loss(
     Raises:
       InputError: if the parameters of `value` or `slopes` are not the declared options.
     """
-    return ElementwiseLoss(value, slopes, declared(options), label_is_invalid)
+    options = declared(options, ElementwiseLoss.__call__)
+    return ElementwiseLoss(value, slopes, options, label_is_invalid)

@@ -63,7 +63,8 @@ class Smoothing(NamedTuple):
     def weights(self, is_label: Array, dtype: jnp.dtype) -> Array:
         """Return the weight of each class."""
         one_hot = jnp.where(is_label, jnp.ones((), dtype), 0)
-        return (1 - self.s) * one_hot + self.s / self.num_classes
+        share = 0 if self.num_classes == 0 else self.s / self.num_classes
+        return (1 - self.s) * one_hot + share
 
 
 class ClassSlopes(NamedTuple):
@@ -135,13 +136,18 @@ class _Spec(NamedTuple):
     smoothing: Smoothing | None
 
 
-def _with_row(spec: _Spec, args: ClassArgs) -> tuple[ClassArgs, Row]:
-    """Return the arguments with the class indices, and the row sums."""
+def _with_index(spec: _Spec, args: ClassArgs) -> ClassArgs:
+    """Return the arguments with the class indices."""
     # Computed here, because the arrays may be flat inside `compile_separately`.
-    if spec.smoothing is not None:
-        args = args._replace(class_index=class_index(args.logits, spec.axis))
+    if spec.smoothing is None:
+        return args
+    return args._replace(class_index=class_index(args.logits, spec.axis))
+
+
+def _row(spec: _Spec, args: ClassArgs) -> Row:
+    """Return the row sums."""
     row = plain_row(spec.axis, args.logits, args.where) if args.row is None else args.row
-    return args, row._replace(max_logit=lax.stop_gradient(row.max_logit))
+    return row._replace(max_logit=lax.stop_gradient(row.max_logit))
 
 
 def _prepare(spec: _Spec, args: ClassArgs, row: Row, for_backward: bool):
@@ -153,9 +159,8 @@ def _prepare(spec: _Spec, args: ClassArgs, row: Row, for_backward: bool):
     if spec.smoothing is not None:
         is_label = args.class_index == args.labels
         return x, spec.smoothing.weights(is_label, z.dtype), alpha, options, jnp.array(False)
-    y = cast(args.labels)
-    invalid = ~(y >= 0)
-    return x, jnp.where(invalid, 0, y), alpha, options, invalid
+    y, invalid = arguments.clip_labels(args.labels, cast(args.labels), jnp.inf)
+    return x, y, alpha, options, invalid
 
 
 def _summands(spec: _Spec, args: ClassArgs, row: Row) -> Array:
@@ -249,22 +254,29 @@ def _gradient_elsewhere(spec: _Spec, args: ClassArgs, row: Row, slopes: SlopeSum
 
 @partial(jax.jit, static_argnums=0)
 def _primal(spec: _Spec, args: ClassArgs) -> Array:
-    args, row = _with_row(spec, args)
+    args, row = _with_index(spec, args), _row(spec, args)
     return _finish(_losses_on_cpu(spec, args, row), args)
 
 
 @partial(jax.jit, static_argnums=0)
-def _forward(spec: _Spec, args: ClassArgs):
-    args, row = _with_row(spec, args)
+def _values_and_sums(spec: _Spec, args: ClassArgs):
+    args, row = _with_index(spec, args), _row(spec, args)
     on_cpu, elsewhere = (partial(form, spec) for form in (_forward_on_cpu, _forward_elsewhere))
     losses, slopes = by_platform(on_cpu, elsewhere, args, row)
-    losses = _finish(losses, args)
+    return _finish(losses, args), row, slopes
+
+
+def _forward(spec: _Spec, args: ClassArgs):
+    # The arguments are no results of the compiled function: eager JAX would report a masked NaN
+    # among them with `jax_debug_nans`.
+    losses, row, slopes = _values_and_sums(spec, args)
     return losses, (args, row, slopes, losses)
 
 
 @partial(jax.jit, static_argnums=0)
 def _backward(spec: _Spec, residuals, ct: Array):
     args, row, slopes, losses = residuals
+    args = _with_index(spec, args)
     on_cpu, elsewhere = (partial(form, spec) for form in (_gradient_on_cpu, _gradient_elsewhere))
     dz, slopes = by_platform(on_cpu, elsewhere, args, row, slopes, losses)
     found = _slopes(spec, args, row, for_backward=True)

@@ -39,6 +39,9 @@ class DenseSource(NamedTuple):
     def replicated(self, logits: Array) -> dict[str, Array]:
         return {}
 
+    def promoted(self, logits: Array, where: Array | None) -> Array:
+        return logits
+
     def for_two_cotangents(self, logits: Array) -> Array:
         # Two cotangents that may cancel are added before they are rounded to 16 bits.
         return logits.astype(self.dtype(logits))
@@ -101,10 +104,11 @@ def integer_losses(
     shards = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
     axis, shape, dtype = source.axis(logits), source.logits_shape(logits), source.dtype(logits)
     losses, num_classes = shape[:axis] + shape[axis + 1 :], shards * shape[axis]
-    labels = arguments.integer_labels(labels, (*losses[:axis], num_classes, *losses[axis:]), axis)
+    logits_shape = (*losses[:axis], num_classes, *losses[axis:])
+    labels = arguments.integer_labels(labels, logits_shape, axis, ignore_label)
     alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     alpha = alpha.astype(dtype)  # its cotangents are added up in the dtype of the loss
-    prepared = prepare_options(loss.options, options, losses, dtype, axis)
+    prepared = prepare_options(loss.options, options, losses, dtype, axis, num_classes)
     mask = arguments.mask_array(where, losses, axis)
     if class_axis_name is not None:
         same = {"labels": labels, "alpha": alpha, "where": mask, **prepared}
@@ -123,7 +127,8 @@ def integer_losses(
 def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, where: Any) -> Any:
     """Return the losses and, if asked for, the log-sum-exp, with a class axis of size 1."""
     source, name = head.source, head.class_axis_name
-    axis = source.axis(logits)
+    # In the compiled function, because eager JAX would report a masked NaN with `jax_debug_nans`.
+    logits, axis = source.promoted(logits, where), source.axis(logits)
     local, place, start = source.logits_shape(logits)[axis], labels, None
     num_classes = local
     if name is not None:

@@ -1,7 +1,6 @@
 """Checks and chunk size of the linear head, whose logits are `features @ kernel + bias`."""
 
 import math
-import numbers
 from typing import Any
 
 import jax
@@ -29,7 +28,14 @@ class LinearSource(chunks.ChunkSpec):
         return linear.features.ndim - 1
 
     def dtype(self, linear: Linear) -> jnp.dtype:
-        return arguments.compute_dtype(linear.features)
+        return arguments.compute_dtype(jax.eval_shape(self.promoted, linear, None).features)
+
+    def promoted(self, linear: Linear, where: Array | None) -> Linear:
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.promote_types(linear.features.dtype, linear.kernel.dtype)
+        if dtype == linear.features.dtype:
+            return linear
+        return linear._replace(features=linear.features.astype(dtype)).mask(where)
 
     def replicated(self, linear: Linear) -> dict[str, Array]:
         same = {"features": linear.features, "temperature": linear.temperature}
@@ -77,7 +83,6 @@ def linear_source(
         )
     num_classes = kernel.shape[class_axis]
     _check_classes_not_sharded("kernel", kernel, class_axis)
-    features = features.astype(jnp.promote_types(features.dtype, kernel.dtype))
     if bias is not None:
         bias = arguments.floating_array("bias", bias)
         arguments.check_shape("bias", bias, (num_classes,), "one number per class")
@@ -96,7 +101,7 @@ def prepare_temperature(
 ) -> Array | None:
     """Return the divisor of the logits, aligned with the logits; None for the number 1."""
     divisor = TEMPERATURE.prepare("temperature", temperature, losses, dtype, axis)
-    is_one = isinstance(temperature, numbers.Real) and temperature == 1
+    is_one = arguments.real_number(temperature) == 1
     return None if is_one else divisor.astype(dtype)
 
 
@@ -129,6 +134,7 @@ def _chunk_size(chunk_size: int | None, positions: int, num_classes: int) -> int
         fortieth = unit * -(-num_classes // (40 * unit))
         most = 128 * (2**23 // (128 * max(1, positions)))
         chunk_size = min(fortieth, max(1024, most))
-    elif not isinstance(chunk_size, numbers.Integral) or chunk_size < 1:
-        raise InputError(f"chunk_size: got {chunk_size!r}, wanted None or an integer of at least 1")
-    return min(int(chunk_size), num_classes)
+    wanted = "None or an integer of at least 1"
+    size = arguments.static_integer("chunk_size", chunk_size, wanted)
+    arguments.require(size >= 1, f"chunk_size: got {size}, wanted {wanted}")
+    return min(size, num_classes)

@@ -25,10 +25,10 @@ class _Args(NamedTuple):
     """The arrays of a sum over the classes."""
 
     linear: Linear
-    places: Array  # [..., L]: the positive classes, as indices into the rows of this kernel
+    places: Any  # [..., L]: the positive classes, as indices into the rows of this kernel
     options: dict[str, Any]  # aligned with the logits
     where: Array | None
-    invalid: Array  # [..., 1]
+    invalid: Any  # [..., 1]
 
 
 class _Spec(NamedTuple):
@@ -137,7 +137,7 @@ def linear_losses(
     wanted = (*positions, *places.shape[-1:])
     why = "the positive classes of each position, padded with -1"
     arguments.check_shape("labels", places, wanted, why)
-    places = arguments.saturate_int32(places)
+    places = arguments.as_int32(places)
     prepared = prepare_options(
         loss.options, options, tuple(positions), source.dtype(linear), len(positions)
     )

@@ -6,10 +6,12 @@ implementation, the Flax modules, the command line and the documentation read it
 """
 
 import dataclasses
+import functools
+import inspect
 import math
 import numbers
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.core
@@ -19,6 +21,8 @@ from jax import Array
 
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @jax.tree_util.register_pytree_node_class
@@ -100,9 +104,9 @@ class Option:
         return value
 
     def _check_range(self, name: str, value: Any) -> None:
-        if isinstance(value, str | bytes):
+        if isinstance(value, str | bytes | bool | np.bool_):
             raise InputError(f"{name}: got {value!r}, wanted {self.wanted}")
-        known = known_numbers(value)
+        known = known_numbers(value, name, self.wanted)
         if known is None:
             return
         # A Python number becomes a float32. A number that is too large or too small for float32
@@ -128,6 +132,7 @@ class Option:
         losses: tuple[int, ...],
         dtype: jnp.dtype,
         axis: int | None = None,
+        num_classes: int = 1,
     ) -> Any:
         """Return the option checked, as a tree of arrays that are aligned with the losses.
 
@@ -146,27 +151,23 @@ class Option:
             return MaybeStatic(int(number) if is_integer else number)
         array = arguments.number_array(name, value, dtype)
         arguments.check_broadcastable(name, array, losses, "the losses")
+        arguments.check_unambiguous(name, array, losses, num_classes, "the classes")
         array = arguments.align(array, losses, axis)
         return MaybeStatic(array) if self.kind == "exponent" else array
 
 
-def known_numbers(value: Any) -> np.ndarray | None:
+def known_numbers(value: Any, name: str, wanted: str) -> np.ndarray | None:
     """Return the numbers of a Python, NumPy or concrete JAX value; None if they are not known."""
     if isinstance(value, jax.core.Tracer) or hasattr(value, "__jax_array__"):
         return None
+    number = arguments.real_number(value)
     if isinstance(value, Array):
         if not value.is_fully_addressable or jnp.issubdtype(value.dtype, jax.dtypes.extended):
             return None
-        value = value.astype(jnp.float32) if value.dtype.itemsize < 4 else value
-    elif any(isinstance(leaf, Array) for leaf in jax.tree.leaves(value)):
-        return None
-    try:
-        known = np.asarray(float(value) if isinstance(value, numbers.Real) else value)
-    except OverflowError:  # a Python integer that is larger than every float
-        return np.asarray(math.inf)
-    except ValueError:  # a ragged list: `as_array` names the argument
-        return None
-    return known.astype(np.float64) if known.dtype.kind in "biuf" else None
+        known = np.asarray(value.astype(jnp.float32) if value.dtype.itemsize < 4 else value)
+    else:
+        known = arguments.numpy_array(name, value if number is None else number, wanted)
+    return known.astype(np.float64) if known is not None and known.dtype.kind in "biuf" else None
 
 
 def exponent(default: float | None, *, low: float = 0.0, per_class: bool = False) -> Option:
@@ -204,21 +205,65 @@ CLASS_WEIGHTS = number(None, low=0.0, per_class=True)
 TEMPERATURE = number(1.0, low=0.0, above_low=True)
 
 
-def declared(options: Mapping[str, Any]) -> dict[str, Option]:
-    """Return declarations by name; a plain number or None is the default of a `number`."""
-    return {
-        name: option if isinstance(option, Option) else number(option)
-        for name, option in options.items()
-    }
+def declared(options: Mapping[str, Any], *functions: Callable[..., Any]) -> dict[str, Option]:
+    """Return declarations by name; a plain number or None is the default of a `number`.
+
+    Raise for invalid defaults, and for names of parameters of `functions`.
+    """
+    out, used = (
+        {},
+        {name for function in functions for name in inspect.signature(function).parameters},
+    )
+    for name, option in options.items():
+        if name in used - {"options"}:
+            raise InputError(f"{name}: got an argument of every loss, wanted another name")
+        out[name] = option if isinstance(option, Option) else number(option)
+        out[name].check(name, out[name].default)
+    return out
 
 
-def check_names(loss: str, declared: Mapping[str, Option], given: Mapping[str, Any]) -> None:
+# Words of other libraries. Their arguments have another meaning or are passed elsewhere.
+_OF_REDUCE_LOSS = "focal_jax.reduce_loss reduces the losses, with normalization= and weights="
+_HINTS = {
+    **dict.fromkeys(("reduction", "reduce", "size_average", "avg_factor"), _OF_REDUCE_LOSS),
+    **dict.fromkeys(("sample_weight", "weights"), _OF_REDUCE_LOSS),
+    **dict.fromkeys(("weight", "class_weight", "class_weights"), "alpha= weights the classes"),
+    **dict.fromkeys(("ignore_index", "ignore_class"), "use ignore_label="),
+    **dict.fromkeys(("dim", "class_axis"), "use axis="),
+    "mask": "use where=",
+    "from_logits": "all losses take logits",
+    "pos_weight": "focal_jax.training.positive_weight returns alpha and a factor",
+}
+
+
+def check_names(loss: str, known: Iterable[str], given: Iterable[str]) -> None:
     """Raise for the name of an option that the loss does not have."""
+    known = list(known)
     for name in given:
-        if name not in declared:
+        if name not in known:
+            hint = f"; {_HINTS[name]}" if name in _HINTS else ""
             raise InputError(
-                f"{name}: got an option that {loss} does not have, wanted one of {list(declared)}"
+                f"{name}: got an option that {loss} does not have, wanted one of {known}{hint}"
             )
+
+
+def check_call(function: F) -> F:
+    """Raise `InputError` if the arguments do not fit the signature of the function (decorator)."""
+    signature, name = inspect.signature(function), function.__qualname__
+    named = {k: p for k, p in signature.parameters.items() if k != "self"}
+    names = [p.replace(annotation=p.empty) for p in named.values()]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        try:
+            signature.bind(*args, **keywords)
+        except TypeError as error:
+            check_names(name, named, keywords)
+            wanted = f"{name}{inspect.Signature(names)}"
+            raise InputError(f"{name}: got {error}, wanted {wanted}") from None
+        return function(*args, **keywords)
+
+    return cast(F, checked)
 
 
 def prepare_options(
@@ -227,9 +272,12 @@ def prepare_options(
     losses: tuple[int, ...],
     dtype: jnp.dtype,
     axis: int | None = None,
+    num_classes: int = 1,
 ) -> dict[str, Any]:
     """Return all declared options as trees of arrays, see `Option.prepare`."""
     return {
-        name: option.prepare(name, given.get(name, option.default), losses, dtype, axis)
+        name: option.prepare(
+            name, given.get(name, option.default), losses, dtype, axis, num_classes
+        )
         for name, option in declared.items()
     }

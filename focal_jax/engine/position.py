@@ -19,10 +19,17 @@ from focal_jax.engine.arguments import InputError
 from focal_jax.engine.class_sums import AxisName, ClassSums
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.declaration import Loss
-from focal_jax.engine.elementwise import Slopes, parameter_order, slopes_by_name, slopes_of
+from focal_jax.engine.elementwise import (
+    Slopes,
+    check_value,
+    parameter_order,
+    slopes_by_name,
+    slopes_of,
+)
 from focal_jax.engine.options import (
     CLASS_WEIGHTS,
     Option,
+    check_call,
     check_names,
     declared,
     number,
@@ -72,6 +79,7 @@ class PositionLoss:
         )
         self.__signature__ = _signature(PositionLoss.__call__, self.options)
 
+    @check_call
     def __call__(
         self, logits: ArrayLike, labels: ArrayLike, *, axis: int = -1, **options: Any
     ) -> Any:
@@ -80,6 +88,7 @@ class PositionLoss:
         source = head.DenseSource(arguments.static_axis(axis, logits.ndim))
         return head.integer_losses(self, source, logits, labels, **options)
 
+    @check_call
     def linear(
         self,
         features: ArrayLike,
@@ -171,11 +180,12 @@ class PositionLoss:
         labels = arguments.real_array("labels", labels)
         why = "a distribution over the classes, as the logits"
         arguments.check_shape("labels", labels, logits.shape, why)
+        arguments.warn_of_one_class(logits.shape[axis])
         losses = logits.shape[:axis] + logits.shape[axis + 1 :]
         dtype, num_classes = arguments.compute_dtype(logits), logits.shape[axis]
         alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
         alpha = alpha.reshape([alpha.size if i == axis else 1 for i in range(logits.ndim)])
-        prepared = prepare_options(self.options, options, losses, dtype, axis)
+        prepared = prepare_options(self.options, options, losses, dtype, axis, num_classes)
         mask = arguments.mask_array(where, losses, axis)
         args = every_class.ClassArgs(logits, labels, alpha, prepared, mask)
         return jnp.squeeze(every_class.sum_over_classes(self, axis, args, None), axis)
@@ -200,7 +210,9 @@ class PositionLoss:
 
     def value_of(self, t: Terms, options: Mapping[str, Any]) -> Array:
         """Return the value for options by name."""
-        return self._value(t, *(options[name] for name in self._names))
+        result = self._value(t, *(options[name] for name in self._names))
+        check_value(result, t.n.shape)
+        return result
 
     def slopes_of(self, t: Terms, options: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
         """Return the derivative of the value in n, and the derivatives in the options by name."""
@@ -331,7 +343,8 @@ def position_loss(
     Raises:
       InputError: if the parameters of `value` or `slopes` are not the declared options.
     """
-    return PositionLoss(value, slopes, declared(options))
+    heads = head.integer_losses, PositionLoss.__call__, PositionLoss.linear
+    return PositionLoss(value, slopes, declared(options, *heads))
 
 
 def of_log_probability(

@@ -35,25 +35,25 @@ def sparse_losses(
     arguments.check_integer("indices", places)
     why = "K class indices for each position, on the last axis, padded with -1"
     arguments.check_shape("indices", places, (*losses, *places.shape[-1:]), why)
-    weights = arguments.real_array("weights", weights)
-    arguments.check_shape("weights", weights, places.shape, "one weight per class index")
+    given = arguments.real_array("weights", weights)
+    arguments.check_shape("weights", given, places.shape, "one weight per class index")
     prepared = prepare_options(loss.options, options, losses, dtype, axis)
     mask = arguments.mask_array(where, losses, axis)
     if class_axis_name is not None:
-        same = {"indices": places, "weights": weights, "where": mask, **prepared}
+        same = {"indices": places, "weights": given, "where": mask, **prepared}
         for name, x in (source.replicated(logits) | same).items():
             check_not_varying(name, x, class_axis_name)
         num_classes = local * lax.axis_size(class_axis_name)
         start = local * lax.axis_index(class_axis_name)
     alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
-    places = jnp.moveaxis(arguments.saturate_int32(places), -1, axis)
-    weights = arguments.cast_and_mask(jnp.moveaxis(weights, -1, axis), dtype, mask)
+    places = jnp.moveaxis(arguments.as_int32(places), -1, axis)
+    y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)
     row = row_statistics.of_source(source, logits, places, mask, class_axis_name, start)
     x, rest = row_statistics.of_picked(row, places)
     of_class, invalid = label_weight(alpha, places, num_classes)
     padding = places == -1
-    invalid = (invalid & ~padding) | ~(weights >= 0)
+    invalid = (invalid & ~padding) | ~(y >= 0)
     keep = ~padding if mask is None else mask & ~padding
-    weight = of_class.astype(dtype) * jnp.where(invalid, 0, weights)
+    weight = of_class.astype(dtype) * jnp.where(invalid, 0, y)
     found = loss.of_sums(x, rest, weight, prepared, keep, invalid)
     return jnp.sum(found, axis)

@@ -14,21 +14,12 @@ from focal_jax.engine.class_sums import class_sums
 _cross_entropy = position_loss(lambda terms: terms.n, lambda terms: (jnp.ones_like(terms.n),))
 
 
-@jax.custom_jvp
-def _nan_to_zero(y: Array) -> Array:
-    """Return `y` with 0 for NaN, and the derivative 1: 0 * NaN in second derivatives is NaN."""
-    return jnp.where(jnp.isnan(y), 0, y)
-
-
-_nan_to_zero.defjvps(lambda dy, _, y: dy)
-
-
 @partial(jax.jit, static_argnums=0)
 def _losses(axis: int, logits: Array, labels: Array, where: Array | None) -> Array:
     """Return the losses. Labels, mask and losses have a class axis of size 1."""
     last, dtype = logits.shape[axis] - 1, arguments.compute_dtype(logits)
     y = arguments.cast_and_mask(labels, dtype, where)
-    invalid, y = ~((y >= 0) & (y <= last)), _nan_to_zero(y)
+    y, invalid = arguments.clip_labels(labels, y, last)
     left = lax.stop_gradient(jnp.clip(jnp.floor(y), 0, max(last - 1, 0)))
     index = jnp.where(invalid, -1, left).astype(jnp.int32)
     places = index, jnp.where(invalid, -1, jnp.minimum(index + 1, last))
@@ -84,4 +75,6 @@ def distribution_focal_loss(
     labels = arguments.real_array("labels", labels)
     arguments.check_label_shape(labels, logits.shape, axis)
     mask = arguments.mask_array(where, labels.shape, axis)
-    return jnp.squeeze(_losses(axis, logits, jnp.expand_dims(labels, axis), mask), axis)
+    with jax.debug_nans(False):  # the mask is applied in `_losses`
+        labels = jnp.expand_dims(labels, axis)
+    return jnp.squeeze(_losses(axis, logits, labels, mask), axis)

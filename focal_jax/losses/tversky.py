@@ -42,9 +42,10 @@ def _losses(axis, axis_name, logits, labels, options, where):
 
     dtype = arguments.compute_dtype(logits)
     y = arguments.cast_and_mask(labels, dtype, where)
+    y, invalid = arguments.clip_labels(labels, y, 1)
     options = arguments.cast_and_mask(options, dtype, None)
     alpha, beta, gamma, smooth = (unwrap(options[name]) for name in _OPTIONS)
-    y = jnp.where((y >= 0) & (y <= 1), y, jnp.nan)
+    y = jnp.where(invalid, jnp.nan, y)
     p, q = class_probabilities(axis, logits, where)
     positions = tuple(i for i in range(logits.ndim) if i != axis)
     counts = [
@@ -117,6 +118,8 @@ def focal_tversky_loss(
     labels = arguments.real_array("labels", labels)
     why = "the shape of the logits; jax.nn.one_hot converts class indices"
     arguments.check_shape("labels", labels, logits.shape, why)
+    arguments.warn_of_one_class(logits.shape[axis])
+    arguments.check_axis_name("axis_name", axis_name)
     given = {"alpha": alpha, "beta": beta, "gamma": gamma, "smooth": smooth}
     dtype, num_classes = arguments.compute_dtype(logits), logits.shape[axis]
     options = prepare_options(_OPTIONS, given, (num_classes,), dtype)

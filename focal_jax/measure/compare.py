@@ -176,8 +176,9 @@ def _options(loss: Loss, given: Mapping[str, Any], num_classes: int) -> dict[str
         known[name].check(name, value)
         if value is None or known[name].kind == "flag":
             continue
-        array, per_class = known_numbers(value), known[name].per_class
+        per_class = known[name].per_class
         wanted = "one number" + f", or {num_classes} numbers, one per class" * per_class
+        array = known_numbers(value, name, wanted)
         if array is None:  # traced, complex or no number
             raise InputError(f"{name}: got {shown(value)}, wanted {wanted}")
         if array.shape not in [(), (num_classes,)][: 1 + per_class]:

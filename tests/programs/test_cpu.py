@@ -96,6 +96,7 @@ def test_xla_cpu_still_needs_compile_separately(monkeypatch):
 # ---------------------------------------------------------------- values
 
 
+@pytest.mark.filterwarnings("ignore:logits. got one class")
 @pytest.mark.parametrize("row", [row for row in PROGRAMS if row.softmax], ids=str)
 def test_single_class_on_any_axis(row):
     # With one class, logits and sums have the same shape, so they may be flattened together.
