@@ -31,8 +31,9 @@ def _shares(wrong: Array, right: Array) -> tuple[Array, Array]:
 @_shares.defjvp
 def _shares_jvp(primals, tangents):
     # Autodiff of the quotient would form TI as 1 - (1 - TI), which cancels if the class is absent.
-    one_minus_index, index = _shares(*primals)
-    slope = scalar.divide(index * tangents[0] - one_minus_index * tangents[1], sum(primals))
+    (wrong, right), (one_minus_index, index) = primals, _shares(*primals)
+    change = index * tangents[0] - one_minus_index * tangents[1]
+    slope = scalar.divide(change, right + wrong)
     return (one_minus_index, index), (slope, -slope)
 
 
