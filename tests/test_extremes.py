@@ -338,6 +338,7 @@ def test_the_true_class_at_minus_infinity(row):
 
 
 @pytest.mark.parametrize("row", [row for row in ONE_CLASS if row.softmax], ids=str)
+@pytest.mark.filterwarnings("ignore:logits. got one class")
 def test_only_the_true_class_is_left(row):
     exponents = (0.5, 2) if row.region else (0, 0.5, 2)  # a region has the loss 0**gamma
     traced = [dict.fromkeys(row.exponents, jnp.float32(exponents[0]))]
