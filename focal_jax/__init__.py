@@ -31,10 +31,7 @@ from typing import TYPE_CHECKING
 from focal_jax import catalogue as catalogue, engine as engine
 from focal_jax._version import __version__ as __version__
 from focal_jax.engine import InputError as InputError
-from focal_jax.losses.asymmetric import (
-    asymmetric_loss as asymmetric_loss,
-    linear_asymmetric_loss as linear_asymmetric_loss,
-)
+from focal_jax.losses.asymmetric import asymmetric_loss as asymmetric_loss
 from focal_jax.losses.distribution import distribution_focal_loss as distribution_focal_loss
 from focal_jax.losses.dual import (
     dual_focal_loss_with_integer_labels as dual_focal_loss_with_integer_labels,
@@ -49,16 +46,11 @@ from focal_jax.losses.probability_weighted import (
     softmax_probability_weighted_loss_with_integer_labels as softmax_probability_weighted_loss_with_integer_labels,  # noqa: E501
 )
 from focal_jax.losses.quality import quality_focal_loss as quality_focal_loss
-from focal_jax.losses.sigmoid import (
-    linear_sigmoid_focal_loss as linear_sigmoid_focal_loss,
-    sigmoid_focal_loss as sigmoid_focal_loss,
-)
+from focal_jax.losses.sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
 from focal_jax.losses.softmax import (
     linear_softmax_focal_loss_with_integer_labels as linear_softmax_focal_loss_with_integer_labels,
-    linear_softmax_focal_loss_with_sparse_labels as linear_softmax_focal_loss_with_sparse_labels,
     softmax_focal_loss as softmax_focal_loss,
     softmax_focal_loss_with_integer_labels as softmax_focal_loss_with_integer_labels,
-    softmax_focal_loss_with_sparse_labels as softmax_focal_loss_with_sparse_labels,
 )
 from focal_jax.losses.star import sigmoid_focal_loss_star as sigmoid_focal_loss_star
 from focal_jax.losses.tversky import focal_tversky_loss as focal_tversky_loss
@@ -68,17 +60,17 @@ from focal_jax.losses.varifocal import varifocal_loss as varifocal_loss
 _MODULES = ("compat", "detection", "linen", "measure", "nnx", "reference", "training")
 _FUNCTIONS = {
     "compare_gradients": "measure",
+    "linear_asymmetric_loss": "losses.multilabel",
+    "linear_sigmoid_focal_loss": "losses.multilabel",
+    "linear_softmax_focal_loss_with_sparse_labels": "losses.sparse",
     "linear_token_statistics": "statistics",
     "reduce_loss": "reduction",
+    "softmax_focal_loss_with_sparse_labels": "losses.sparse",
     "token_statistics": "statistics",
 }
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     *catalogue.LOSSES,
-    "linear_asymmetric_loss",
-    "linear_sigmoid_focal_loss",
-    "linear_softmax_focal_loss_with_sparse_labels",
-    "softmax_focal_loss_with_sparse_labels",
     *("InputError", "catalogue", "engine"),
     *_FUNCTIONS,
     *_MODULES,
@@ -93,6 +85,14 @@ if TYPE_CHECKING:
         nnx as nnx,
         reference as reference,
         training as training,
+    )
+    from focal_jax.losses.multilabel import (
+        linear_asymmetric_loss as linear_asymmetric_loss,
+        linear_sigmoid_focal_loss as linear_sigmoid_focal_loss,
+    )
+    from focal_jax.losses.sparse import (
+        linear_softmax_focal_loss_with_sparse_labels as linear_softmax_focal_loss_with_sparse_labels,  # noqa: E501
+        softmax_focal_loss_with_sparse_labels as softmax_focal_loss_with_sparse_labels,
     )
     from focal_jax.measure import compare_gradients as compare_gradients
     from focal_jax.reduction import reduce_loss as reduce_loss

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments
+from focal_jax.engine import arguments, checks
 from focal_jax.engine.declaration import Loss
 from focal_jax.engine.options import CLASS_WEIGHTS, TEMPERATURE, Option, check_call
 
@@ -261,7 +261,7 @@ def _linear(formula, declared, a) -> Any:
         bias = _float("bias", a.bias)
         arguments.check_shape("bias", bias, kernel.shape[1:], "one number per class")
         logits = logits + jnp.broadcast_to(bias.astype(logits.dtype), logits.shape)
-    cap = arguments.static_logit_softcap(a.logit_softcap)
+    cap = checks.static_logit_softcap(a.logit_softcap)
     if cap is not None:  # a logit of -inf stays -inf, and one that is small beside the cap
         small = jnp.abs(logits / cap) < jnp.finfo(logits.dtype).eps ** 0.5
         capped = cap * jnp.tanh(logits / cap)

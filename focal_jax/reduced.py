@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax import catalogue
-from focal_jax.engine import arguments
+from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.options import check_call, check_names
 from focal_jax.losses.sigmoid import sigmoid_focal_loss
@@ -68,7 +68,7 @@ _STATIC: dict[str, Callable[[Any], Any]] = {
     "axis": lambda value: arguments.static_axis(value, 64),  # the rank of the logits is unknown
     "ignore_label": arguments.static_ignore_label,
     "label_smoothing": arguments.static_label_smoothing,
-    "logit_softcap": arguments.static_logit_softcap,
+    "logit_softcap": checks.static_logit_softcap,
     "class_axis_name": lambda value: arguments.check_axis_name("class_axis_name", value),
     "transpose_kernel": lambda value: arguments.static_bool("transpose_kernel", value),
     "chunk_size": lambda value: value is None or arguments.static_integer("chunk_size", value),

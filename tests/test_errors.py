@@ -39,7 +39,7 @@ def _raises(call, row, changes, message):
 
 
 def _id(x):
-    return str(x)[:40]
+    return getattr(x, "__qualname__", str(x))[:40]
 
 
 # ---------------------------------------------------------------- arrays

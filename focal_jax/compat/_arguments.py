@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from focal_jax import catalogue
 from focal_jax.engine import arguments
+from focal_jax.engine.checks import check_holds_class
 
 
 def class_indices(
@@ -22,7 +23,7 @@ def class_indices(
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         arguments.check_integer(name, labels)
         return arguments.as_int32(labels)
-    arguments.check_holds_class(name, labels, num_classes - 1)
+    check_holds_class(name, labels, num_classes - 1)
     labels = labels.astype(arguments.compute_dtype(labels))
     fits = (labels >= arguments.INT32.min) & (labels < arguments.INT32.max)
     return jnp.where(fits, labels.astype(jnp.int32), -2 if ignore_label == -1 else -1)

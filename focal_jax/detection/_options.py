@@ -15,7 +15,7 @@ _FLOAT32 = jnp.finfo(jnp.float32)
 def static_number(name: str, value: Any, wanted: str, low: float, high: float) -> float:
     """Return a Python or NumPy number in `[low, high]` as a float. Traced numbers are invalid."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    number = known_numbers(value) if is_number else None
+    number = known_numbers(value, name, wanted) if is_number else None
     if number is None or not low <= number <= high:
         raise InputError(f"{name}: got {shown(value)}, wanted {wanted}")
     return float(number)
@@ -23,7 +23,7 @@ def static_number(name: str, value: Any, wanted: str, low: float, high: float) -
 
 def static_numbers(name: str, values: Any, wanted: str, low: float, high: float) -> np.ndarray:
     """Return a sequence of Python or NumPy numbers in `[low, high]` as a float64 array."""
-    known = known_numbers(values)
+    known = known_numbers(values, name, wanted)
     if known is None or known.ndim != 1 or not np.all((known >= low) & (known <= high)):
         raise InputError(f"{name}: got {shown(values)}, wanted {wanted}")
     return known

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from focal_jax.detection import _options
 from focal_jax.detection.boxes import Box, box_arrays, clip_coordinates, iou, pairwise_iou, to_box
 from focal_jax.engine import arguments
+from focal_jax.engine.checks import check_holds_class
 from focal_jax.engine.options import known_numbers
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.sharding import cast_to_common_varying
@@ -61,12 +62,12 @@ def annotation_array(
     array = arguments.number_array("annotations", annotations, jnp.dtype(jnp.float32), wanted)
     rows = array.shape[len(images) : len(images) + 1] or (1,)
     arguments.check_shape("annotations", array, (*images, *rows, 5), wanted)
-    known = known_numbers(annotations)
+    known = known_numbers(annotations, "annotations", wanted)
     known = np.zeros((0, 5)) if known is None else known[known[..., 4] != _NO_MATCH]
     largest = np.max(known[:, 4], initial=0) if num_classes is None else num_classes - 1
-    arguments.check_holds_class("annotations", array, largest)
+    check_holds_class("annotations", array, largest)
     if len(known) and np.all(np.abs(known[:, :4]) <= 1):
-        pixels = known_numbers(anchors)
+        pixels = known_numbers(anchors, "anchors", "numbers")
         if pixels is not None and np.any(np.abs(pixels) >= 100):
             text = "annotations: got coordinates of at most 1, wanted pixels as for the anchors"
             warnings.warn(text, stacklevel=3)

@@ -5,11 +5,13 @@ position and its class index. Both have the conventions in `focal_jax.__doc__`. 
 also has label smoothing, sharded classes and a memory-efficient linear head.
 """
 
+from typing import Any
+
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.declaration import Loss
 from focal_jax.engine.elementwise import ElementwiseLoss, elementwise_loss
 from focal_jax.engine.options import Option, exponent, flag, mask, number
-from focal_jax.engine.position import PositionLoss, of_log_probability, position_loss
+from focal_jax.engine.position import PositionLoss, position_loss
 from focal_jax.engine.scalar import (
     Terms,
     abs_power,
@@ -47,7 +49,7 @@ __all__ = [
     "mask",
     "minus_dfocal_dlog_p",
     "number",
-    "of_log_probability",
+    "of_log_probability",  # pyright: ignore[reportUnsupportedDunderAll]
     "position_loss",
     "power",
     "sigmoid_terms",
@@ -55,3 +57,11 @@ __all__ = [
     "softmax_terms",
     "weigh",
 ]
+
+
+def __getattr__(name: str) -> Any:  # loaded on first use
+    if name == "of_log_probability":
+        from focal_jax.engine.log_probability import of_log_probability
+
+        return of_log_probability
+    raise AttributeError(f"module 'focal_jax.engine' has no attribute {name!r}")

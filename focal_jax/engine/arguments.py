@@ -204,21 +204,17 @@ def as_int32(labels: Any, ignore_label: int | None = None) -> Any:
 def warn_of_one_class(num_classes: int) -> None:
     """Warn if a softmax has one class; of sharded classes, all shards count."""
     if num_classes == 1:
-        message = (
-            "logits: got one class, whose softmax is 1: loss and gradient are 0; wanted two "
-            "classes, or a loss of one logit such as sigmoid_focal_loss"
-        )
+        message = "logits: got one class, whose softmax is 1: loss and gradient are 0; wanted two "
+        message += "classes, or a loss of one logit such as sigmoid_focal_loss"
         warnings.warn(message, stacklevel=2)
 
 
 def class_weights(alpha: ArrayLike | None, num_classes: int, dtype: jnp.dtype) -> Array:
     """Return alpha as an array: a scalar (1 for None), or one weight per class."""
     alpha = number_array("alpha", 1.0 if alpha is None else alpha, dtype)
-    if alpha.shape not in ((), (num_classes,)):
-        raise InputError(
-            f"alpha: got shape {alpha.shape}, wanted a scalar or ({num_classes},), one weight "
-            "per class"
-        )
+    wanted = f"a scalar or ({num_classes},), one weight per class"
+    fits = alpha.shape in ((), (num_classes,))
+    require(fits, f"alpha: got shape {alpha.shape}, wanted {wanted}")
     return alpha
 
 
@@ -254,17 +250,6 @@ def check_real(name: str, x: Array) -> None:
     require(is_real, f"{name}: got dtype {x.dtype}, wanted real numbers")
 
 
-def check_holds_class(name: str, x: Array, largest: Any) -> None:
-    """Raise if `x` is a floating array of fewer than 32 bits that rounds large class indices."""
-    if x.dtype.itemsize < 4 and jnp.issubdtype(x.dtype, jnp.floating):
-        limit = 2 ** (jnp.finfo(x.dtype).nmant + 1)  # all integers up to this one are exact
-        if largest >= limit:  # the next index rounds to this one
-            raise InputError(
-                f"{name}: got dtype {x.dtype}, wanted float32 or an integer dtype: {x.dtype} "
-                f"rounds integers above {limit}, and there is a class {largest:g}"
-            )
-
-
 def check_shape(name: str, x: Array, wanted: Sequence[int], why: str) -> None:
     """Raise unless `x` has exactly the shape `wanted`."""
     wanted = tuple(wanted)
@@ -297,13 +282,10 @@ def check_label_shape(labels: Array, logits: Sequence[int], axis: int | None) ->
     if axis is None:
         return check_shape("labels", labels, logits, "the shape of the losses")
     wanted = tuple(n for i, n in enumerate(logits) if i != axis)
-    hint = ""
+    others = [i for i in range(len(logits)) if (*logits[:i], *logits[i + 1 :]) == labels.shape]
+    hint = f"; the class axis may be {others[0]}: axis={others[0]}" if others else ""
     if labels.shape == tuple(logits):
         hint = "; softmax_focal_loss takes a distribution over the classes"
-    else:
-        others = [i for i in range(len(logits)) if (*logits[:i], *logits[i + 1 :]) == labels.shape]
-        if others:
-            hint = f"; the class axis may be {others[0]}: axis={others[0]}"
     why = f"the shape of the logits, {tuple(logits)}, without the class axis{hint}"
     check_shape("labels", labels, wanted, why)
 
@@ -384,20 +366,6 @@ def static_label_smoothing(value: Any) -> float:
     number = real_number(value)
     if number is None or not 0 <= number < 1:
         raise InputError(f"label_smoothing: got {shown(value)}, wanted a number in [0, 1)")
-    return number
-
-
-def static_logit_softcap(value: Any) -> float | None:
-    """Return `value` as a finite positive Python number, or None."""
-    if value is None:
-        return None
-    number, float32 = real_number(value), jnp.finfo(jnp.float32)
-    if number is None:
-        raise InputError(f"logit_softcap: got {shown(value)}, wanted None or a number")
-    if not float32.tiny <= number <= float32.max:
-        raise InputError(
-            f"logit_softcap: got {value}, wanted a finite number > 0 that is a normal float32"
-        )
     return number
 
 

@@ -199,29 +199,15 @@ class ElementwiseLoss:
         return self._core(*args)
 
     def linear(
-        self,
-        features: ArrayLike,
-        kernel: ArrayLike,
-        labels: ArrayLike,
-        *,
-        bias: ArrayLike | None = None,
-        where: ArrayLike | None = None,
-        class_axis_name: str | tuple[str, ...] | None = None,
-        transpose_kernel: bool = False,
-        chunk_size: int | None = None,
-        **options: Any,
+        self, features: ArrayLike, kernel: ArrayLike, labels: ArrayLike, **options: Any
     ) -> Array:
         """Return the losses of `features @ kernel + bias`, summed over the classes.
 
-        The arguments are those of `focal_jax.linear_sigmoid_focal_loss`. The logits are computed
-        in chunks of classes and never stored.
+        The arguments are those of `focal_jax.linear_sigmoid_focal_loss`, with the loss's options.
         """
-        # Imported here, because most programs do not use it.
-        from focal_jax.engine.multilabel import linear_losses
+        from focal_jax.engine.multilabel import linear_losses  # most programs do not use it
 
-        own = {"bias": bias, "where": where, "class_axis_name": class_axis_name}
-        own |= {"transpose_kernel": transpose_kernel, "chunk_size": chunk_size}
-        return linear_losses(self, features, kernel, labels, **own, **options)
+        return linear_losses(self, features, kernel, labels, **options)
 
     def value_of(self, z: Array, y: Array, options: Mapping[str, Any]) -> Array:
         """Return the value for options by name."""

@@ -56,7 +56,7 @@ class DenseSource(NamedTuple):
         return rows.row_sums(self.class_axis, logits, where)
 
     def row_statistics(self, logits: Array, places: Array, where: Array | None) -> Any:
-        from focal_jax.engine import row_statistics
+        from focal_jax.engine import row_statistics  # most programs do not use it
 
         return row_statistics.of_array(self.class_axis, logits, places, where)
 

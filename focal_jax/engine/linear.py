@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments, chunks
+from focal_jax.engine import arguments, checks, chunks, linear_sums
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.chunks import Linear
 from focal_jax.engine.class_sums import ClassSums
@@ -45,10 +45,10 @@ class LinearSource(chunks.ChunkSpec):
         return linear  # wider features would make the products slower
 
     def class_sums(self, linear: Linear, place: Array, where: Array | None) -> ClassSums:
-        return chunks.class_sums(self, linear, place, where)
+        return linear_sums.class_sums(self, linear, place, where)
 
     def row_sums(self, linear: Linear, where: Array | None) -> Row:
-        return chunks.row_sums(self, linear, where)
+        return linear_sums.row_sums(self, linear, where)
 
     def row_statistics(self, linear: Linear, places: Array, where: Array | None) -> Any:
         from focal_jax.engine import row_statistics
@@ -59,7 +59,7 @@ class LinearSource(chunks.ChunkSpec):
         # The cotangents of the chunks are added up in the dtype of the loss.
         dtype = self.dtype(args.logits)
         options = arguments.cast_and_mask(args.options, dtype, None)
-        return chunks.sum_over_classes(loss, self, args._replace(options=options), smoothing)
+        return linear_sums.sum_over_classes(loss, self, args._replace(options=options), smoothing)
 
 
 def linear_source(
@@ -89,7 +89,7 @@ def linear_source(
         _check_classes_not_sharded("bias", bias, 0)
         bias = _replicate_on_mesh(bias, features)
     size = _chunk_size(chunk_size, math.prod(features.shape[:-1]), num_classes)
-    softcap = arguments.static_logit_softcap(logit_softcap)
+    softcap = checks.static_logit_softcap(logit_softcap)
     source = LinearSource(size, softcap, 0 if class_axis == 0 else -1)
     dtype, positions = arguments.compute_dtype(features), features.shape[:-1]
     divisor = prepare_temperature(temperature, positions, dtype, len(positions))

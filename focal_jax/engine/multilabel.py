@@ -68,13 +68,13 @@ def _on_chunk(function: Callable[..., Array], args: _Args, chunk: Any) -> Array:
 def _losses(spec: _Spec, args: _Args) -> Array:
     masked = args.linear.mask(args.where)
 
-    @chunks._recomputed
+    @chunks.recomputed
     def step(size, total, start):
-        chunk = chunks._chunk(spec.chunks, masked, size, start)
+        chunk = chunks.chunk_of(spec.chunks, masked, size, start)
         values = _on_chunk(spec.loss.value_of, args, chunk)
         return total + jnp.sum(values, -1, keepdims=True)
 
-    losses = chunks._fold(step, masked.zeros(), spec.chunks, masked)
+    losses = chunks.fold(step, masked.zeros(), spec.chunks, masked)
     return arguments.mask_and_invalidate(losses, args.invalid, args.where)
 
 
@@ -100,7 +100,7 @@ def _backward(spec: _Spec, args: _Args, ct: Array):
         return ct * by_logit, {name: total(name) for name in names}, ()
 
     totals = {name: jnp.zeros_like(ct) for name in names}
-    found = chunks._gradients(spec.chunks, args.linear, args.where, of_chunk, totals, ())
+    found = chunks.gradients(spec.chunks, args.linear, args.where, of_chunk, totals, ())
     of_linear, sums, _ = found
 
     def of_option(name):
@@ -120,11 +120,11 @@ def linear_losses(
     kernel: ArrayLike,
     labels: ArrayLike,
     *,
-    bias: ArrayLike | None,
-    where: ArrayLike | None,
-    class_axis_name: AxisName | None,
-    transpose_kernel: bool,
-    chunk_size: int | None,
+    bias: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    class_axis_name: AxisName | None = None,
+    transpose_kernel: bool = False,
+    chunk_size: int | None = None,
     **options: Any,
 ) -> Array:
     """Return the sum over the classes for each position; see `ElementwiseLoss.linear`."""

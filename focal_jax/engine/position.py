@@ -116,48 +116,6 @@ class PositionLoss:
         )
         return head.integer_losses(self, source, arrays, labels, **options)
 
-    def of_sparse(
-        self,
-        logits: ArrayLike,
-        indices: ArrayLike,
-        weights: ArrayLike,
-        *,
-        axis: int = -1,
-        **options: Any,
-    ) -> Array:
-        """Return the losses of K pairs of a class index and a weight per position.
-
-        The arguments are those of `focal_jax.softmax_focal_loss_with_sparse_labels`.
-        """
-        from focal_jax.engine.sparse import sparse_losses  # see `linear`
-
-        logits = arguments.floating_array("logits", logits)
-        source = head.DenseSource(arguments.static_axis(axis, logits.ndim))
-        return sparse_losses(self, source, logits, indices, weights, **options)
-
-    def linear_of_sparse(
-        self,
-        features: ArrayLike,
-        kernel: ArrayLike,
-        indices: ArrayLike,
-        weights: ArrayLike,
-        *,
-        bias: ArrayLike | None = None,
-        logit_softcap: float | None = None,
-        temperature: ArrayLike = 1.0,
-        transpose_kernel: bool = False,
-        chunk_size: int | None = None,
-        **options: Any,
-    ) -> Array:
-        """Return the losses of `of_sparse` for `features @ kernel + bias`."""
-        from focal_jax.engine.linear import linear_source
-        from focal_jax.engine.sparse import sparse_losses
-
-        source, arrays = linear_source(
-            features, kernel, bias, transpose_kernel, logit_softcap, chunk_size, temperature
-        )
-        return sparse_losses(self, source, arrays, indices, weights, **options)
-
     def of_distribution(
         self,
         logits: ArrayLike,
@@ -189,24 +147,6 @@ class PositionLoss:
         mask = arguments.mask_array(where, losses, axis)
         args = every_class.ClassArgs(logits, labels, alpha, prepared, mask)
         return jnp.squeeze(every_class.sum_over_classes(self, axis, args, None), axis)
-
-    def of_log_probability(
-        self, log_probability: ArrayLike, *, where: ArrayLike | None = None, **options: Any
-    ) -> Array:
-        """Return the losses of log-probabilities of the true class, whatever computed them.
-
-        See `focal_jax.engine.of_log_probability`.
-        """
-        check_names(self.__name__, self.options, options)
-        if self.row_option is not None:
-            raise InputError(f"loss: {self.__name__} needs a whole row of logits")
-        log_p = arguments.floating_array("log_probability", log_probability)
-        dtype = arguments.compute_dtype(log_p)
-        prepared = prepare_options(self.options, options, log_p.shape, dtype)
-        mask = arguments.mask_array(where, log_p.shape)
-        log_p = log_p.astype(dtype)
-        one = jnp.ones((1,) * log_p.ndim, dtype)
-        return self.of_sums(log_p, -jnp.expm1(log_p), one, prepared, mask, ~(log_p <= 0))
 
     def value_of(self, t: Terms, options: Mapping[str, Any]) -> Array:
         """Return the value for options by name."""
@@ -345,42 +285,3 @@ def position_loss(
     """
     heads = head.integer_losses, PositionLoss.__call__, PositionLoss.linear
     return PositionLoss(value, slopes, declared(options, *heads))
-
-
-def of_log_probability(
-    loss: Callable[..., Any],
-    log_probability: ArrayLike,
-    *,
-    where: ArrayLike | None = None,
-    **options: Any,
-) -> Array:
-    """Compute a loss of a softmax position from the log-probability of the true class.
-
-    `p = exp(log_probability)`, and `1 - p` is computed without cancellation. The log-probability
-    can come from any head, for example from `focal_jax.linear_token_statistics`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import focal_jax
-      >>> loss = focal_jax.softmax_focal_loss_with_integer_labels
-      >>> found = focal_jax.token_statistics(jnp.array([[2.0, 0.0, 0.0]]), jnp.array([0]))
-      >>> losses = focal_jax.engine.of_log_probability(loss, found.log_probability, gamma=2.0)
-      >>> [round(x, 4) for x in losses.tolist()]
-      [0.0109]
-
-    Args:
-      loss: a loss of `position_loss`, or a function of this package with integer labels.
-      log_probability: `[...]`, floating, at most 0; NaN gives NaN.
-      where: mask of the losses.
-      **options: the options of the loss besides `alpha`.
-
-    Returns:
-      The losses, `[...]`.
-
-    Raises:
-      InputError: for a loss that is not a function of the log-probability alone.
-    """
-    position = getattr(getattr(loss, "declaration", None), "engine_loss", None)
-    if not isinstance(position, PositionLoss):
-        raise InputError(f"loss: got {loss!r}, wanted a loss of a softmax and class indices")
-    return position.of_log_probability(log_probability, where=where, **options)

@@ -68,9 +68,8 @@ def of_classes(axis: int, z: Array, index: Array, places: Array) -> RowStatistic
     return RowStatistics(top, own + start, rest, spread, _pick(z, places - start, axis))
 
 
-def _elementwise_gradient(
-    z, index, top, max_class, rest, spread, of_top, of_rest, of_spread, *picked
-):
+def _elementwise_gradient(z, index, row, of_top, of_rest, of_spread, *picked):
+    top, max_class, rest, spread = row
     x = scalar.clip_inf(z - top)
     of_others = jnp.exp(x) * (of_rest - (1 + x) * of_spread)
     # The largest class moves the `x` of all others.
@@ -187,9 +186,9 @@ def of_array(axis: int, logits: Array, places: Array, where: Array | None) -> Ro
 def _linear(spec: ChunkSpec, linear: Linear, places: Array, where: Array | None) -> RowStatistics:
     masked = linear.mask(where)
 
-    @chunks._recomputed
+    @chunks.recomputed
     def step(size, row, start):
-        chunk = chunks._chunk(spec, masked, size, start)
+        chunk = chunks.chunk_of(spec, masked, size, start)
         axis = chunk.logits.ndim - 1
         return _merge(row, of_classes(axis, chunk.logits, chunk.class_index, places))
 
@@ -197,7 +196,7 @@ def _linear(spec: ChunkSpec, linear: Linear, places: Array, where: Array | None)
     nothing = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero.astype(jnp.int32) - 1
     # A sum with zeros, so that inside `shard_map` the carry varies over the axes of the features.
     initial = RowStatistics(*nothing, zero, zero, zero + jnp.zeros(places.shape, zero.dtype))
-    return chunks._fold(step, initial, spec, masked)
+    return chunks.fold(step, initial, spec, masked)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -208,7 +207,7 @@ def _linear_backward(spec, residuals, cts):
         axis = chunk.logits.ndim - 1
         return _gradient(axis, chunk.logits, chunk.class_index, places, row, cts), (), ()
 
-    return chunks._gradients(spec, linear, where, of_chunk, (), ())[0], None, None
+    return chunks.gradients(spec, linear, where, of_chunk, (), ())[0], None, None
 
 
 _linear_core = jax.custom_vjp(_linear, nondiff_argnums=(0,))

@@ -8,12 +8,43 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, row_statistics
 from focal_jax.engine.class_sums import AxisName
-from focal_jax.engine.head import label_weight
+from focal_jax.engine.head import DenseSource, label_weight
+from focal_jax.engine.linear import linear_source
 from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options
 from focal_jax.engine.sharding import check_not_varying
 
 
-def sparse_losses(
+def of_array(
+    loss: Any, logits: ArrayLike, indices: ArrayLike, weights: ArrayLike, *, axis: int, **options
+) -> Array:
+    """Return the losses of an array of logits."""
+    logits = arguments.floating_array("logits", logits)
+    source = DenseSource(arguments.static_axis(axis, logits.ndim))
+    return _losses(loss, source, logits, indices, weights, **options)
+
+
+def of_linear(
+    loss: Any,
+    features: ArrayLike,
+    kernel: ArrayLike,
+    indices: ArrayLike,
+    weights: ArrayLike,
+    *,
+    bias: ArrayLike | None,
+    logit_softcap: float | None,
+    temperature: ArrayLike,
+    transpose_kernel: bool,
+    chunk_size: int | None,
+    **options: Any,
+) -> Array:
+    """Return the losses of `features @ kernel + bias`."""
+    source, arrays = linear_source(
+        features, kernel, bias, transpose_kernel, logit_softcap, chunk_size, temperature
+    )
+    return _losses(loss, source, arrays, indices, weights, **options)
+
+
+def _losses(
     loss: Any,
     source: Any,
     logits: Any,

@@ -112,7 +112,7 @@ def _hard_slopes(z, y, alpha, gamma):
 
 
 # For bool and integer labels the loss is a function of the margin, with fewer operations.
-_hard = elementwise_loss(
+hard_loss = elementwise_loss(
     _hard_value,
     _hard_slopes,
     label_is_invalid=lambda y: (y != 0) & (y != 1),
@@ -165,64 +165,5 @@ def sigmoid_focal_loss(
       [Lin et al. 2017, Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002).
     """
     labels = arguments.as_array("labels", labels)
-    loss = _soft if jnp.issubdtype(labels.dtype, jnp.floating) else _hard
+    loss = _soft if jnp.issubdtype(labels.dtype, jnp.floating) else hard_loss
     return loss(logits, labels, alpha=alpha, gamma=gamma, where=where)
-
-
-def linear_sigmoid_focal_loss(
-    features: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    *,
-    bias: ArrayLike | None = None,
-    alpha: ArrayLike | None = None,
-    gamma: ArrayLike = 2.0,
-    where: ArrayLike | None = None,
-    class_axis_name: str | tuple[str, ...] | None = None,
-    transpose_kernel: bool = False,
-    chunk_size: int | None = None,
-) -> Array:
-    r"""Compute the sigmoid focal loss of many labels without storing the logits.
-
-    With `logits = features @ kernel + bias`, and `y_c = 1` for the classes in `labels`, else 0:
-
-        loss = sum over c of sigmoid_focal_loss(logits_c, y_c)
-
-    Taggers, recommenders and extreme multi-label classifiers have many classes, of which a few are
-    positive. The logits are computed for one chunk of classes at a time, once for the loss and
-    again for the gradient.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from focal_jax import linear_sigmoid_focal_loss
-      >>> features = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-      >>> kernel = jnp.array([[2.0, 0.0, -2.0], [0.0, 1.0, 0.0]])
-      >>> labels = jnp.array([[0, -1], [1, 2]])
-      >>> [round(x, 4) for x in linear_sigmoid_focal_loss(features, kernel, labels).tolist()]
-      [0.1769, 0.3692]
-
-    Args:
-      features: `[..., D]`.
-      kernel: `[D, C]`, or `[C, D]` with `transpose_kernel`. The products have the wider dtype of
-        features and kernel, and are accumulated in float32 at least.
-      labels: `[..., L]`, integer: the indices of the positive classes, padded with -1. A class that
-        is given twice counts once. Any other index outside `[0, C)` makes its position NaN.
-      bias: None or `[C]`.
-      alpha: weight of the positives in [0, 1], a number or `[...]`; negatives weigh `1 - alpha`.
-      gamma: focusing exponent, at least 0, a number or `[...]`.
-      where: mask of the positions.
-      class_axis_name: mapped axes over which the classes of kernel and bias are sharded; see
-        `linear_softmax_focal_loss_with_integer_labels`. Labels refer to all classes.
-      transpose_kernel: whether the kernel is `[C, D]`, such as an embedding.
-      chunk_size: classes per chunk; see `linear_softmax_focal_loss_with_integer_labels`.
-
-    Returns:
-      The sums of the losses over the classes, `[...]`.
-
-    Raises:
-      InputError: for an invalid argument.
-
-    References:
-      [Lin et al. 2017, Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002).
-    """
-    return _hard.linear(**locals())

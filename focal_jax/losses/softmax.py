@@ -151,7 +151,8 @@ def linear_softmax_focal_loss_with_integer_labels(
 
     For a large vocabulary the logits are the largest array of a training step. This loss computes
     one chunk of classes at a time, once for the loss and again for the gradient, with four matrix
-    products. A linear layer followed by a loss takes three.
+    products. A linear layer followed by a loss takes three. The arguments that are not listed are
+    those of `softmax_focal_loss_with_integer_labels`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -172,27 +173,21 @@ def linear_softmax_focal_loss_with_integer_labels(
       labels: class indices, `[...]`. An invalid label makes the gradients of the kernel and the
         bias NaN, because they are sums over the positions.
       bias: None or `[C]`.
-      alpha: class weights: None, a scalar, or `[C]`, from which the label selects.
-      gamma: focusing exponent, at least 0.
       label_smoothing: as in `softmax_focal_loss_with_integer_labels`, with five matrix products, or
         eight with `class_axis_name` or `return_logsumexp`.
       logit_softcap: None or a number > 0: the logits are `cap * tanh(logits / cap)`. A logit of
         -inf stays -inf.
       temperature: number > 0, or an array that broadcasts to the losses, that the logits are
         divided by, after the softcap.
-      ignore_label: positions with this label have loss 0 and gradient 0.
-      where: mask of the losses.
       class_axis_name: as in `softmax_focal_loss_with_integer_labels`. Kernel and bias are then
         this device's slice of the classes, and the features have to be equal on all devices. The
         devices also exchange the features' gradient.
-      return_logsumexp: whether to return `(losses, logsumexp)`.
       transpose_kernel: whether the kernel is `[C, D]`, such as a tied embedding. Neither the kernel
         nor its gradient is then transposed in memory.
       chunk_size: classes per chunk. By default a fortieth of the classes: the logits of a chunk and
         their gradient take about a twentieth of the memory of all logits. Chunks of more than
         1,024 classes are reduced to 2**23 logits, which fit into a TPU's on-chip memory, but not
-        below 1,024 classes, because every chunk reads all features. The default is a multiple of
-        128, the width of a matrix unit, or of 16 below 5,120 classes.
+        below 1,024 classes. The default is a multiple of 128, or of 16 below 5,120 classes.
 
     Returns:
       The losses, `[...]`; or with `return_logsumexp` a pair with the log-sum-exp, as in
@@ -209,89 +204,3 @@ def linear_softmax_focal_loss_with_integer_labels(
       softmax](https://arxiv.org/abs/1805.02867).
     """
     return _loss.linear(**locals())
-
-
-def softmax_focal_loss_with_sparse_labels(
-    logits: ArrayLike,
-    indices: ArrayLike,
-    weights: ArrayLike,
-    *,
-    alpha: ArrayLike | None = None,
-    gamma: ArrayLike = 2.0,
-    axis: int = -1,
-    where: ArrayLike | None = None,
-    class_axis_name: str | tuple[str, ...] | None = None,
-) -> Array:
-    r"""Compute the focal loss of a softmax and a few weighted classes per position.
-
-    With `p = softmax(logits)` along the class axis and K pairs of a class `c_k` and a weight `w_k`:
-
-        loss = sum over k of alpha_c_k w_k * (1 - p_c_k)**gamma * (-log p_c_k)
-
-    This is `softmax_focal_loss` of the distribution that has these weights, without an array of the
-    distribution. Distillation from the K most probable classes of a teacher is `gamma=0`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from focal_jax import softmax_focal_loss_with_sparse_labels
-      >>> logits = jnp.array([[2.0, 0.0, -jnp.inf]])
-      >>> indices, weights = jnp.array([[0, 1, -1]]), jnp.array([[0.9, 0.1, 0.0]])
-      >>> losses = softmax_focal_loss_with_sparse_labels(logits, indices, weights)
-      >>> [round(x, 4) for x in losses.tolist()]
-      [0.1666]
-
-    Args:
-      logits: `[..., C, ...]`: unnormalized log-probabilities.
-      indices: `[..., K]`, integer: class indices of each position, on the last axis, padded with
-        -1. Equal indices add up. Any other index outside `[0, C)` makes its position NaN.
-      weights: of the shape of `indices`, at least 0; a negative weight makes its position NaN.
-      alpha: class weights: None, a scalar or `[C]`.
-      gamma: focusing exponent, at least 0.
-      axis: the class axis of the logits.
-      where: mask of the losses.
-      class_axis_name: as in `softmax_focal_loss_with_integer_labels`.
-
-    Returns:
-      The losses, of the logits' shape without the class axis.
-    """
-    return _loss.of_sparse(**locals())
-
-
-def linear_softmax_focal_loss_with_sparse_labels(
-    features: ArrayLike,
-    kernel: ArrayLike,
-    indices: ArrayLike,
-    weights: ArrayLike,
-    *,
-    bias: ArrayLike | None = None,
-    alpha: ArrayLike | None = None,
-    gamma: ArrayLike = 2.0,
-    logit_softcap: float | None = None,
-    temperature: ArrayLike = 1.0,
-    where: ArrayLike | None = None,
-    class_axis_name: str | tuple[str, ...] | None = None,
-    transpose_kernel: bool = False,
-    chunk_size: int | None = None,
-) -> Array:
-    r"""Compute the focal loss of a few weighted classes without storing the logits.
-
-    The loss is that of `softmax_focal_loss_with_sparse_labels` for `features @ kernel + bias`. The
-    other arguments are those of `linear_softmax_focal_loss_with_integer_labels`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from focal_jax import linear_softmax_focal_loss_with_sparse_labels
-      >>> features, kernel = jnp.array([[1.0, 0.0]]), jnp.array([[2.0, 0.0], [0.0, 1.0]])
-      >>> pairs = jnp.array([[0, 1]]), jnp.array([[0.9, 0.1]])
-      >>> losses = linear_softmax_focal_loss_with_sparse_labels(features, kernel, *pairs)
-      >>> [round(x, 4) for x in losses.tolist()]
-      [0.1666]
-
-    Args:
-      indices: `[..., K]`, integer: class indices, padded with -1.
-      weights: of the shape of `indices`, at least 0.
-
-    Returns:
-      The losses, `[...]`.
-    """
-    return _loss.linear_of_sparse(**locals())

@@ -1,0 +1,33 @@
+"""Checks that only the linear heads, the layers of other systems and detection need."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from focal_jax.engine.arguments import InputError, real_number, shown
+
+
+def check_holds_class(name: str, x: Array, largest: Any) -> None:
+    """Raise if `x` is a floating array of fewer than 32 bits that rounds large class indices."""
+    if x.dtype.itemsize < 4 and jnp.issubdtype(x.dtype, jnp.floating):
+        limit = 2 ** (jnp.finfo(x.dtype).nmant + 1)  # all integers up to this one are exact
+        if largest >= limit:  # the next index rounds to this one
+            raise InputError(
+                f"{name}: got dtype {x.dtype}, wanted float32 or an integer dtype: {x.dtype} "
+                f"rounds integers above {limit}, and there is a class {largest:g}"
+            )
+
+
+def static_logit_softcap(value: Any) -> float | None:
+    """Return `value` as a finite positive Python number, or None."""
+    if value is None:
+        return None
+    number, float32 = real_number(value), jnp.finfo(jnp.float32)
+    if number is None:
+        raise InputError(f"logit_softcap: got {shown(value)}, wanted None or a number")
+    if not float32.tiny <= number <= float32.max:
+        raise InputError(
+            f"logit_softcap: got {value}, wanted a finite number > 0 that is a normal float32"
+        )
+    return number
