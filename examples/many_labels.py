@@ -167,7 +167,7 @@ def hits(scores, words, labels, group_of):
     for group in range(len(EDGES)):
         member = (group_of == group)[None]
         best = jnp.argmax(jnp.where(member, scores, -jnp.inf), 1)
-        hit = positive[rows[:, 0], best]
+        hit = positive[rows[:, 0], best].astype(scores.dtype)
         of_groups.append(jnp.where(jnp.any(positive & member, 1), hit, jnp.nan))
     return correct, jnp.stack(of_groups, 1)
 
