@@ -1,14 +1,16 @@
-"""Draw the figures of the documentation and compute the table of docs/numerics.md.
+"""Draw the figures of the documentation and compute its tables of errors and of linear heads.
 
     python docs/figures.py                   # write docs/figures/*.svg
     python docs/figures.py --out folder      # write the figures to another folder
     python docs/figures.py --numbers         # print the table of docs/numerics.md
+    python docs/figures.py --heads           # measure the linear heads, about a minute
 
 The figures show the public losses of the package. The exact gradients are a numerically stable
 form of the formula in float64.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +120,115 @@ def numbers() -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------- linear heads
+
+
+def _plain_softmax(x, w, labels):
+    ce = optax.losses.softmax_cross_entropy_with_integer_labels(x @ w, labels[:, 0])
+    return (1 - jnp.exp(-ce)) ** 2 * ce
+
+
+def _statistics(x, w, labels):
+    found = focal_jax.linear_token_statistics(x, w, labels[:, 0])
+    return found.entropy - found.log_probability
+
+
+def _plain_statistics(x, w, labels):
+    log_p = jax.nn.log_softmax(x @ w)
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, -1)
+    return entropy - jnp.take_along_axis(log_p, labels[:, :1], -1)[:, 0]
+
+
+def _sparse(x, w, labels):
+    weights = jnp.full(labels.shape, 1 / labels.shape[1], x.dtype)
+    loss = focal_jax.linear_softmax_focal_loss_with_sparse_labels
+    return loss(x, w, labels, weights, gamma=0.0)
+
+
+def _plain_sparse(x, w, labels):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(x @ w), labels, -1), -1)
+
+
+def _plain_sigmoid(x, w, labels):
+    logits = x @ w
+    y = jnp.put_along_axis(jnp.zeros_like(logits), labels, 1.0, -1, inplace=False)
+    ce = optax.losses.sigmoid_binary_cross_entropy(logits, y)
+    p = jax.nn.sigmoid(logits)
+    return jnp.sum((1 - (y * p + (1 - y) * (1 - p))) ** 2 * ce, -1)
+
+
+# Functions of features, kernel and eight classes per position: the linear head, and plain JAX.
+HEADS: dict[str, tuple[Callable, Callable]] = {
+    "softmax focal loss": (
+        lambda x, w, y: focal_jax.linear_softmax_focal_loss_with_integer_labels(x, w, y[:, 0]),
+        _plain_softmax,
+    ),
+    "log-probability and entropy": (_statistics, _plain_statistics),
+    "sparse labels, K = 8": (_sparse, _plain_sparse),
+    "sigmoid focal loss, 8 labels": (focal_jax.linear_sigmoid_focal_loss, _plain_sigmoid),
+}
+
+
+def compile_head(head: Callable, classes: int, positions: int = 2048, depth: int = 512):
+    """Return the compiled value and gradient of a head in features and kernel."""
+    shapes = (positions, depth), (depth, classes), (positions, 8)
+    dtypes = jnp.float32, jnp.float32, jnp.int32
+    step = jax.value_and_grad(lambda *args: jnp.sum(head(*args)), (0, 1))
+    return jax.jit(step).lower(*map(jax.ShapeDtypeStruct, shapes, dtypes)).compile()
+
+
+def temporaries(program) -> int:
+    """Return the bytes of the temporary buffers of a compiled program."""
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def _seconds(programs: list, args: tuple, rounds: int) -> np.ndarray:
+    """Return the median time of each program. The programs alternate."""
+    times = np.empty((rounds, len(programs)))
+    for row in times:
+        for i, program in enumerate(programs):
+            start = time.perf_counter()
+            jax.block_until_ready(program(*args))
+            row[i] = time.perf_counter() - start
+    return np.median(times, 0)
+
+
+def heads(classes: int = 32_000, rounds: int = 7) -> str:
+    """Return the table of docs/vocabularies.md: time and temporaries of the linear heads."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2048, 512)).astype(np.float32)
+    kernel = rng.normal(size=(512, classes)).astype(np.float32) / 16
+    labels = rng.integers(classes, size=(2048, 8)).astype(np.int32)
+    args = jax.device_put((features, kernel, labels))
+    lines = [
+        "| head | time / plain JAX | temporaries / logits | temporaries of plain JAX / logits |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, pair in HEADS.items():
+        programs = [compile_head(head, classes) for head in pair]
+        linear, plain = _seconds(programs, args, rounds)
+        shares = [temporaries(program) / (2048 * classes * 4) for program in programs]
+        lines.append(f"| {name} | {linear / plain:.2f} | {shares[0]:.2f} | {shares[1]:.2f} |")
+    return "\n".join(lines)
+
+
+def heads_figure():
+    """Draw the temporaries of loss and gradient against the number of classes."""
+    classes = [2**i for i in range(13, 20, 2)]
+    figure, panel = style.figure(height=4.2)
+    for (name, pair), colour in zip(HEADS.items(), style.PALETTE):
+        for head, line in zip(pair, ("-", ":")):
+            sizes = [temporaries(compile_head(head, n)) / 1e9 for n in classes]
+            label = name if line == "-" else f"{name}, plain JAX"
+            panel.plot(classes, sizes, line, color=colour, label=label, alpha=0.8)
+    panel.set(xscale="log", yscale="log", xlabel="classes")
+    panel.set_xticks(classes, [f"{n:,}" for n in classes])
+    panel.minorticks_off()
+    panel.set_title("temporaries of loss and gradient in GB, 2,048 positions, float32")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
 # ---------------------------------------------------------------- figures of the gradient
 
 
@@ -205,20 +316,22 @@ FIGURE_OF: dict[str, Callable] = {
     "factor": factor,
     "one_minus_p": one_minus_p,
     "margins": margins,
+    "heads": heads_figure,
     **{name: lambda loss=loss: loss_figure(loss) for name, loss in LOSSES.items()},
 }
 
 
 @style.applied()
 def main(argv: list[str] | None = None) -> None:
-    """Write the figures, or print the table."""
+    """Write the figures, or print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FIGURES, help="folder (default: %(default)s)")
-    parser.add_argument("--numbers", action="store_true", help="print the table, write no figures")
+    parser.add_argument("--numbers", action="store_true", help="print the table of errors only")
+    parser.add_argument("--heads", action="store_true", help="print the table of linear heads only")
     parser.add_argument("--only", nargs="*", choices=FIGURE_OF, default=list(FIGURE_OF))
     args = parser.parse_args(argv)
-    if args.numbers:
-        print(numbers())
+    if args.numbers or args.heads:
+        print(numbers() if args.numbers else heads())
         return
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.only:

@@ -15,6 +15,10 @@ The first half of the steps is the same for all losses and uses cross entropy. T
 The losses differ only in the second half because, as long as all predictions are wrong, the focal
 loss equals cross entropy, and the weights of dynamic fine-tuning are almost 0.
 
+`linear_token_statistics` computes the log-probability, the entropy and the prediction for held-out
+text. The tables show perplexity, calibration error, accuracy and entropy by the frequency of the
+token in the training text.
+
 `--devices 8` trains on eight devices of the machine or of its CPU.
 """
 
@@ -39,7 +43,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from focal_jax import linear_softmax_focal_loss_with_integer_labels, reduce_loss
+from focal_jax import (
+    linear_softmax_focal_loss_with_integer_labels,
+    linear_token_statistics,
+    reduce_loss,
+)
 from focal_jax.measure import style
 
 SOURCES = "python", "numpy", "flax", "optax", "sklearn"
@@ -49,7 +57,12 @@ LOSSES = {
     "focal loss": {"gamma": 2},
     "dynamic fine-tuning": {"gamma": 0, "weight_by_probability": True},
 }
-TITLES = "Perplexity of held-out text", "Calibration error on held-out text, %"
+TITLES = {  # and the number of decimal places
+    "Perplexity of held-out text": 1,
+    "Calibration error on held-out text, %": 2,
+    "Accuracy on held-out text, %": 1,
+    "Mean entropy of the prediction on held-out text, nats": 2,
+}
 LENGTH, WIDTH, HEADS, LAYERS = 64, 128, 4, 2
 EDGES = 0, 10, 100, 1_000, 10_000  # token groups, by the count in the training text
 
@@ -168,11 +181,15 @@ def training_step(mesh: Mesh, **options):
 
 @nnx.jit
 def predict(model: LanguageModel, windows, members):
-    """Return -log p, the confidence, whether the prediction is correct, and p of each group."""
-    log_p = jax.nn.log_softmax(model(windows[:, :-1]) @ model.kernel.T)
-    p, labels = jnp.exp(log_p), windows[:, 1:]
-    losses = -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]
-    return losses, p.max(-1), p.argmax(-1) == labels, p @ members
+    """Return -log p, the entropy, the confidence, whether the prediction is correct, p of groups.
+
+    The calibration of the groups needs the probabilities of all tokens, and so an array of logits.
+    """
+    features, labels = model(windows[:, :-1]), windows[:, 1:]
+    found = linear_token_statistics(features, model.kernel, labels, transpose_kernel=True)
+    p = jax.nn.softmax(features @ model.kernel.T)
+    correct = found.argmax == labels
+    return -found.log_probability, found.entropy, p.max(-1), correct, p @ members
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
@@ -183,27 +200,30 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
 
 
 def measures(predictions, groups: np.ndarray) -> np.ndarray:
-    """Return the perplexities and the calibration errors in percent: of all tokens, of each group.
+    """Return the measures in `TITLES`: of all tokens, of each group.
 
     The calibration error of a group is that of the event that the next token belongs to the group.
     (The confidence in a token would be biased after a selection by that token.)
     """
-    losses, confidence, correct, group_p = (np.concatenate(x) for x in zip(*predictions))
-    rows = [(losses.mean(), calibration_error(confidence, correct))]
+    losses, entropy, confidence, correct, group_p = (np.concatenate(x) for x in zip(*predictions))
+
+    def row(chosen, error):
+        means = [x[chosen].mean() if chosen.any() else np.nan for x in (losses, correct, entropy)]
+        return np.exp(means[0]), 100 * error, 100 * means[1], means[2]
+
+    rows = [row(np.ones(groups.shape, bool), calibration_error(confidence, correct))]
     for group in range(group_p.shape[-1]):
         in_group = groups == group
-        mean = losses[in_group].mean() if in_group.any() else np.nan
-        rows.append((mean, calibration_error(group_p[..., group], in_group)))
-    means, errors = np.array(rows).T
-    return np.stack([np.exp(means), 100 * errors])
+        rows.append(row(in_group, calibration_error(group_p[..., group], in_group)))
+    return np.array(rows).T
 
 
 def show(names: list[str], shares: np.ndarray, results: dict[str, np.ndarray], console: Console):
-    """Print a table of the perplexities and one of the calibration errors."""
-    for which, title in enumerate(TITLES):
+    """Print a table of each measure."""
+    for which, (title, digits) in enumerate(TITLES.items()):
         table = Table("count in training", "share, %", *results, title=title)
         for row, (name, share) in enumerate(zip(names, shares)):
-            cells = (f"{result[which, row]:,.{1 + which}f}" for result in results.values())
+            cells = (f"{result[which, row]:,.{digits}f}" for result in results.values())
             table.add_row(name, f"{share:.1f}", *cells)
         for column in table.columns[1:]:
             column.justify = "right"
@@ -212,7 +232,7 @@ def show(names: list[str], shares: np.ndarray, results: dict[str, np.ndarray], c
 
 @style.applied()
 def plot(names: list[str], results: dict[str, np.ndarray], path: Path) -> None:
-    """Draw both measures for each group of tokens."""
+    """Draw perplexity and calibration error for each group of tokens."""
     figure, axes = style.figure(1, 2, width=13, height=4)
     for axis, title in zip(axes, TITLES):
         axis.set(title=title, yscale="log")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pages import code_blocks
 
-from examples import calibration
+from examples import calibration, many_labels
 from focal_jax import sigmoid_focal_loss
 
 pytestmark = pytest.mark.slow
@@ -98,6 +98,58 @@ def test_negative_log_likelihood_and_calibration_error_of_known_predictions():
     expected = -np.mean(np.log([0.75] * 3 + [0.25] + [0.95] * 2 + [0.05] * 2))
     likelihood = calibration.negative_log_likelihood(labels, logits)
     np.testing.assert_allclose(likelihood, expected, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- many labels
+
+
+def test_many_labels_trains_and_reports(tmp_path, capsys):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        curves, results = many_labels.main(["--quick", f"--out={tmp_path}"])
+    assert list(curves) == list(many_labels.LOSSES)
+    assert list(results) == ["frequency", *curves]
+    for curve in curves.values():
+        assert len(curve) == 60
+        assert np.mean(curve[-10:]) < 0.8 * np.mean(curve[:3])
+    for name, (at, groups) in results.items():
+        assert at.shape == (many_labels.RANKS,)
+        assert groups.shape == (len(many_labels.EDGES),)
+        assert ((at >= 0) & (at <= 100)).all()
+        assert (np.diff(at) < 1).all()  # the first label is the surest
+        assert groups[-1] > groups[1]
+        assert name == "frequency" or at[4] > results["frequency"][0][4]
+    assert "Figure" in capsys.readouterr().out
+    height, width, _ = plt.imread(tmp_path / "many_labels.png").shape
+    assert height > 400
+    assert width > 1000
+
+
+def test_many_labels_measures_of_known_predictions():
+    scores = jnp.arange(20.0)[None]
+    # The best label, 19, is given. Of the candidates 18, 17, ... the labels are 18 and 15.
+    words, labels = jnp.array([[19, -1]]), jnp.array([[18, 15]])
+    correct, groups = many_labels.hits(scores, words, labels, jnp.arange(20) // 5)
+    assert correct[0].tolist() == [True, False, False, True] + 6 * [False]
+    np.testing.assert_array_equal(groups, [[np.nan, np.nan, np.nan, 1]])
+    at, of_groups = many_labels.precision([(np.asarray(correct), np.asarray(groups))])
+    np.testing.assert_allclose(at[[0, 1, 4]], [100, 50, 40])
+    assert of_groups[-1] == 100
+
+
+def test_many_labels_splits_words_into_halves():
+    rows = np.array([[5, 6, 7, 8, -1, -1], [1, 2, 3, 4, 9, -1]])
+    words, labels = many_labels.split(rows, np.random.default_rng(0))
+    for row, a, b in zip(rows, words, labels):
+        assert sorted([*a[a >= 0], *b[b >= 0]]) == row[row >= 0].tolist()
+        assert 0 <= (a >= 0).sum() - (b >= 0).sum() <= 1
+
+
+def test_many_labels_help_states_what_runs(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        many_labels.main(["--help"])
+    text = capsys.readouterr().out
+    assert "about a minute" in text
+    assert text.count("default: ") >= 6
 
 
 # ---------------------------------------------------------------- quickstart

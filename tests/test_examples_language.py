@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from flax import nnx
 
 pytestmark = pytest.mark.slow
 
@@ -51,13 +53,18 @@ def test_every_loss_trains(tiny):
 
 def test_measures_are_valid(tiny):
     _, results, out = tiny
-    for perplexity, error in results.values():
-        assert perplexity.shape == error.shape == (6,)
+    for result in results.values():
+        perplexity, error, accuracy, entropy = result
+        assert result.shape == (4, 6)
         finite = perplexity[~np.isnan(perplexity)]
         assert len(finite) >= 4
         assert (finite > 1).all()
         assert finite[1] > finite[-1]  # rare tokens are harder to predict
         assert ((error >= 0) & (error <= 100)).all()
+        known = ~np.isnan(perplexity)
+        assert ((accuracy[known] >= 0) & (accuracy[known] <= 100)).all()
+        assert accuracy[0] > 0
+        assert ((entropy[known] > 0) & (entropy[known] < np.log(32_768))).all()
     height, width, _ = plt.imread(out / "language_model.png").shape
     assert height > 300
     assert width > 1000
@@ -86,3 +93,27 @@ def test_calibration_error_of_known_predictions():
     confidence = np.array([0.75] * 4 + [0.95] * 4)
     correct = np.array([1, 1, 1, 0, 1, 1, 0, 0], bool)
     np.testing.assert_allclose(calibration_error(confidence, correct, bins=2), 0.225)
+
+
+def test_predictions_agree_with_a_dense_head():
+    names = runpy.run_path(EXAMPLE)
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32)
+    labels = rng.integers(20, size=(2, 5)).astype(np.int32)
+
+    class Model(nnx.Module):
+        kernel = jnp.asarray(rng.normal(size=(20, 8)), jnp.float32)
+
+        def __call__(self, tokens):
+            return features
+
+    members = jax.nn.one_hot(np.arange(20) % 5, 5)
+    losses, entropy, confidence, correct, group_p = names["predict"](Model(), labels, members)
+    log_p = np.asarray(jax.nn.log_softmax(features @ Model.kernel.T))
+    p = np.exp(log_p)
+    want = -np.take_along_axis(log_p, labels[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(losses, want, rtol=1e-5)
+    np.testing.assert_allclose(entropy, -np.sum(p * log_p, -1), rtol=1e-5)
+    np.testing.assert_allclose(confidence, p.max(-1), rtol=1e-5)
+    np.testing.assert_array_equal(correct, log_p.argmax(-1) == labels[:, 1:])
+    np.testing.assert_allclose(group_p[..., 0], p[..., ::5].sum(-1), rtol=1e-5)

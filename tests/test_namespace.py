@@ -86,6 +86,8 @@ TYPES = {
     "focal_jax.compat.caffe.FocalLossLayer.from_prototxt('')": "FocalLossLayer",
     "focal_jax.reduce_loss(1.0, normalization='mean')": "Array",
     "focal_jax.sigmoid_focal_loss(1.0, 1)": "Array",
+    "focal_jax.linear_sigmoid_focal_loss(1.0, 1.0, 1)": "Array",
+    "focal_jax.linear_token_statistics(1.0, 1.0, 1)": "TokenStatistics",
     # An array, or with return_logsumexp a pair.
     "focal_jax.softmax_focal_loss_with_integer_labels(1.0, 1)": "Any",
     "focal_jax.InputError('')": "InputError",

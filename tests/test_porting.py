@@ -150,6 +150,18 @@ detached = (0.75 * sigmoid(logits) ** 2 * ~positive + quality) * entropy(logits,
 mal = np.where(positive, 1, sigmoid(logits) ** 1.5) * entropy(logits, quality**1.5)
 
 
+features, hidden = rng.normal(size=(N, 6)), rng.normal(size=(2, 5, 6))
+embedding = rng.normal(size=(8, 6))
+tags = np.array([[0, 7, 3], [2, 2, -1], [-1, -1, -1], [5, -1, -1]])  # a class counts once
+completion = np.array([[1, 7, 0], [4, 4, 6]])
+is_tag = np.array([[c in row for c in range(len(embedding))] for row in tags.tolist()], float)
+dense = features @ embedding.T
+capped = 5 * np.tanh(dense / 5)
+# The logits before each token of the completion.
+sampled = (hidden[:, 1:-1] @ embedding.T / 0.8).reshape(6, -1)
+log_p = np.log(softmax(sampled))
+
+
 def gaussian(z, heat):
     """Return the Gaussian focal loss of CornerNet, CenterNet and mmdetection."""
     p = sigmoid(z)
@@ -198,6 +210,12 @@ INPUTS = {
     "num_boxes": num_boxes,
     "tokens": tokens,
     "counts": counts,
+    "features": features,
+    "hidden": hidden,
+    "embedding": embedding,
+    "kernel": embedding.T,
+    "tags": tags,
+    "completion": completion,
     "matched": matched_boxes,
     "scores": scores,
     "labels": labels,
@@ -321,6 +339,29 @@ EXPECTED = {
         (sample_weight[:, None] * binary(logits, gt_rows, 0.25)).sum() / 2
     ),
     "`FocalLoss(loss_weight=2.0)(pred, gt)`": 2 * binary(logits, gt_rows, 0.25).mean(),
+    # linear heads
+    "RecML: `cut_binary_focal_cross_entropy(features, embedding, tags)`": (
+        binary(dense, is_tag).mean()
+    ),
+    "RecML: the same with `gamma=1.5, alpha=0.25, apply_class_balancing=True`": (
+        binary(dense, is_tag, 0.25, 1.5).mean()
+    ),
+    "tunix: `compute_per_token_logps(..., temperature=0.8)`": (
+        log_p[np.arange(6), completion.ravel()].reshape(2, 3)
+    ),
+    "tunix: the same with `return_entropy=True`, second result": (
+        -(np.exp(log_p) * log_p).sum(1).reshape(2, 3)
+    ),
+    "levanter: `fused_cross_entropy_loss_and_logsumexp_penalty(features, classes, kernel)`": (
+        -np.log(softmax(dense)[np.arange(N), classes]).mean()
+    ),
+    "levanter: the same with `logsumexp_weight=0.01, logit_soft_cap=5.0`": (
+        (
+            0.01 * np.log(np.exp(capped).sum(1)) ** 2
+            - np.log(softmax(capped)[np.arange(N), classes])
+        ).mean()
+    ),
+    "levanter: the same with `return_argmax=True`, second result": (dense.argmax(1)),
     # related losses
     "mmdetection: `QualityFocalLoss()(pred, quality)`": (
         (np.abs(quality - sigmoid(logits)) ** 2 * entropy(logits, quality)).sum(1).mean()

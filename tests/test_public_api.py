@@ -18,6 +18,15 @@ from focal_jax.catalogue import LOSSES
 
 ROOT = Path(focal_jax.__file__).parent
 FUNCTIONS = [*LOSSES, "reduce_loss"]
+# Functions that the catalogue and the reference do not contain.
+MORE_FUNCTIONS = [
+    "linear_asymmetric_loss",
+    "linear_sigmoid_focal_loss",
+    "linear_softmax_focal_loss_with_sparse_labels",
+    "linear_token_statistics",
+    "softmax_focal_loss_with_sparse_labels",
+    "token_statistics",
+]
 
 
 def _module_name(path):
@@ -195,7 +204,22 @@ def test_signature_extends_that_of_optax():
 # ---------------------------------------------------------------- docstrings
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", MORE_FUNCTIONS)
+def test_functions_outside_the_catalogue_are_listed(name):
+    parameters = _signature(getattr(focal_jax, name))
+    assert {"where", "class_axis_name"} <= set(parameters)
+    linear = {"bias", "transpose_kernel", "chunk_size"}
+    assert linear & set(parameters) == (linear if name.startswith("linear_") else set())
+    for page in ("README.md", "docs/family.md", "docs/conventions.md"):
+        assert f"`{name}`" in (ROOT.parent / page).read_text(encoding="utf-8"), page
+
+
+def test_every_function_of_the_package_is_known():
+    public = {name for name in focal_jax.__all__ if inspect.isfunction(getattr(focal_jax, name))}
+    assert public == {*FUNCTIONS, *MORE_FUNCTIONS, "compare_gradients"}
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *MORE_FUNCTIONS])
 def test_docstring_has_example_arguments_and_result(name):
     text = inspect.getdoc(getattr(focal_jax, name))
     sections = ["Example:", "Args:", "Returns:"]
@@ -216,7 +240,7 @@ def _public_functions():
             public = getattr(sys.modules[module.name], name)
             if inspect.isfunction(public):
                 yield f"{module.name}.{name}", public
-    for name in FUNCTIONS:
+    for name in (*FUNCTIONS, *MORE_FUNCTIONS):
         yield f"focal_jax.{name}", getattr(focal_jax, name)
 
 

@@ -27,8 +27,8 @@ TEXTS = [
     *PAGES,
 ]
 # The code of these pages has tests of its own: test_porting.py, test_scaling_docs.py (eight
-# devices) and test_vocabulary_docs.py.
-TESTED_ELSEWHERE = {"porting.md", "scaling.md", "vocabularies.md"}
+# devices) and test_vocabulary_docs.py (two pages).
+TESTED_ELSEWHERE = {"many-labels.md", "porting.md", "scaling.md", "vocabularies.md"}
 
 
 def _name(path: Path) -> str:
