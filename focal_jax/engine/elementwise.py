@@ -27,7 +27,7 @@ from focal_jax.engine.options import (
     prepare_options,
     unwrap,
 )
-from focal_jax.engine.sharding import cast_to_common_varying
+from focal_jax.engine.sharding import cast_to_common_varying, place_like
 
 Slopes = tuple[Any, ...]  # arrays, and None for a derivative that is 0
 
@@ -195,7 +195,8 @@ class ElementwiseLoss:
                 self.options, options, logits.shape, dtype, num_classes=channels
             )
             labels = arguments.align(labels, logits.shape)
-            args = cast_to_common_varying(logits, labels, prepared, mask)
+            given = place_like(logits, (labels, prepared, mask))
+            args = cast_to_common_varying(logits, *given)
         return self._core(*args)
 
     def linear(

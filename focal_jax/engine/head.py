@@ -17,7 +17,7 @@ from focal_jax.engine import arguments, class_sums
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.class_sums import AxisName, ClassSums
 from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options
-from focal_jax.engine.sharding import check_not_varying
+from focal_jax.engine.sharding import check_not_varying, place_like
 
 _BLOCK = 256  # positions whose weights share a cotangent, see `_pick`
 
@@ -64,7 +64,8 @@ class DenseSource(NamedTuple):
         from focal_jax.engine import every_class
 
         others = [i for i in range(args.logits.ndim) if i != self.class_axis]
-        args = args._replace(alpha=lax.expand_dims(args.alpha, others))
+        alpha = place_like(args.logits, lax.expand_dims(args.alpha, others))
+        args = args._replace(alpha=alpha)
         return every_class.sum_over_classes(loss, self.class_axis, args, smoothing)
 
 
@@ -129,6 +130,8 @@ def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, wh
     source, name = head.source, head.class_axis_name
     # In the compiled function, because eager JAX would report a masked NaN with `jax_debug_nans`.
     logits, axis = source.promoted(logits, where), source.axis(logits)
+    first = jax.tree.leaves(logits)[0]
+    labels, alpha, options, where = place_like(first, (labels, alpha, options, where))
     local, place, start = source.logits_shape(logits)[axis], labels, None
     num_classes = local
     if name is not None:

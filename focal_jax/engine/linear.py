@@ -91,9 +91,10 @@ def linear_source(
     size = _chunk_size(chunk_size, math.prod(features.shape[:-1]), num_classes)
     softcap = checks.static_logit_softcap(logit_softcap)
     source = LinearSource(size, softcap, 0 if class_axis == 0 else -1)
-    dtype, positions = arguments.compute_dtype(features), features.shape[:-1]
-    divisor = prepare_temperature(temperature, positions, dtype, len(positions))
-    return source, Linear(features, _replicate_on_mesh(kernel, features), bias, divisor)
+    linear = Linear(features, _whole_features(kernel, class_axis, features), bias)
+    positions = features.shape[:-1]
+    divisor = prepare_temperature(temperature, positions, source.dtype(linear), len(positions))
+    return source, linear._replace(temperature=divisor)
 
 
 def prepare_temperature(
@@ -114,6 +115,19 @@ def _check_classes_not_sharded(name: str, x: Array, axis: int) -> None:
             "classes on every device, or a slice of them inside jax.shard_map, with "
             "class_axis_name"
         )
+
+
+def _whole_features(kernel: Array, class_axis: int, like: Array) -> Array:
+    """Return the kernel with all features on every device of an explicit mesh.
+
+    FSDP shards the features of a kernel and gathers them at every use. The transpose of the
+    gathering gives the gradient the sharding of the kernel.
+    """
+    sharding = jax.typeof(kernel).sharding
+    if sharding.spec[1 - class_axis] is None:
+        return _replicate_on_mesh(kernel, like)
+    spec = [None if axis != class_axis else sharding.spec[axis] for axis in range(2)]
+    return jax.sharding.reshard(kernel, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
 def _replicate_on_mesh(x: Array, like: Array) -> Array:

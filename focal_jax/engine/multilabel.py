@@ -15,7 +15,7 @@ from focal_jax.engine.class_sums import AxisName
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.linear import linear_source
 from focal_jax.engine.options import check_names, prepare_options, unwrap
-from focal_jax.engine.sharding import cast_to_common_varying, check_not_varying
+from focal_jax.engine.sharding import cast_to_common_varying, check_not_varying, place_like
 
 # Up to this number of labels, comparisons with the class index replace a scatter.
 _FEW = 16
@@ -152,7 +152,9 @@ def linear_losses(
     invalid = jnp.any((places < -1) | (places >= num_classes), -1, keepdims=True)
     # A label of -1 is padding. It must not be a class of another shard.
     places = jnp.where(places < 0, -1, places - start)
-    args = _Args(linear, places, prepared, mask, invalid)
+    linear = source.promoted(linear, mask)
+    given = place_like(linear.features, (places, prepared, mask, invalid))
+    args = _Args(linear, *given)
     losses = _core(_Spec(loss, source), cast_to_common_varying(args)[0])
     losses = losses if class_axis_name is None else lax.psum(losses, class_axis_name)
     return jnp.squeeze(losses, -1)

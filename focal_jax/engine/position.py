@@ -37,7 +37,7 @@ from focal_jax.engine.options import (
     unwrap,
 )
 from focal_jax.engine.scalar import Terms
-from focal_jax.engine.sharding import cast_to_common_varying
+from focal_jax.engine.sharding import cast_to_common_varying, place_like
 
 # An option that is computed from the row of logits:
 # (axis, class_axis_name, logits, class sums, mask) -> array.
@@ -145,7 +145,8 @@ class PositionLoss:
         alpha = alpha.reshape([alpha.size if i == axis else 1 for i in range(logits.ndim)])
         prepared = prepare_options(self.options, options, losses, dtype, axis, num_classes)
         mask = arguments.mask_array(where, losses, axis)
-        args = every_class.ClassArgs(logits, labels, alpha, prepared, mask)
+        given = place_like(logits, (labels, alpha, prepared, mask))
+        args = every_class.ClassArgs(logits, *given)
         return jnp.squeeze(every_class.sum_over_classes(self, axis, args, None), axis)
 
     def value_of(self, t: Terms, options: Mapping[str, Any]) -> Array:

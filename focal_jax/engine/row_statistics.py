@@ -22,7 +22,7 @@ from focal_jax.engine import arguments, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
 from focal_jax.engine.class_sums import AxisName, cast_logits, class_index, pick_class
 from focal_jax.engine.cpu import compile_separately
-from focal_jax.engine.sharding import cast_to_common_varying
+from focal_jax.engine.sharding import cast_to_common_varying, place_like
 
 # Up to this number of picked classes, comparisons with the class index replace a scatter.
 _FEW = 16
@@ -134,6 +134,8 @@ def of_source(
     start: Any,
 ) -> RowStatistics:
     """Return the statistics of all classes; `start` is the index of this device's first class."""
+    logits = source.promoted(logits, where)
+    places, where = place_like(jax.tree.leaves(logits)[0], (places, where))
     if class_axis_name is None:
         return source.row_statistics(logits, places, where)
     return over_shards(source.row_statistics(logits, places - start, where), class_axis_name, start)

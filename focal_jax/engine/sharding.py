@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from focal_jax.engine.arguments import InputError
 
@@ -49,3 +50,22 @@ def check_not_varying(name: str, x: Any, axis_name: str | tuple[str, ...]) -> No
 def on_explicit_mesh(arrays: Iterable[Array]) -> bool:
     """Return whether the type of any of the arrays shards it over an explicit mesh."""
     return any(any(jax.typeof(x).sharding.spec) for x in arrays)
+
+
+def place_like(like: Array, tree: Any) -> Any:
+    """Return the arrays of a tree, sharded over an explicit mesh as `like` is.
+
+    The arrays broadcast to `like`, or have another rank and become replicated. On an explicit mesh,
+    JAX rejects a select and the cotangents of a `custom_vjp` whose operands are sharded in
+    different ways. Without an explicit mesh the arrays are returned unchanged.
+    """
+    if not on_explicit_mesh(jax.tree.leaves((like, tree))):
+        return tree
+    sharding = jax.typeof(like).sharding
+
+    def place(x: Array) -> Array:
+        axes = zip(sharding.spec, like.shape, x.shape) if x.ndim == like.ndim else ()
+        spec = PartitionSpec(*(name if n == m > 1 else None for name, n, m in axes))
+        return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+
+    return tree if sharding.mesh.empty else jax.tree.map(place, tree)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -11,7 +12,7 @@ from focal_jax.engine.class_sums import AxisName
 from focal_jax.engine.head import DenseSource, label_weight
 from focal_jax.engine.linear import linear_source
 from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options
-from focal_jax.engine.sharding import check_not_varying
+from focal_jax.engine.sharding import check_not_varying, place_like
 
 
 def of_array(
@@ -79,6 +80,8 @@ def _losses(
     alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     places = jnp.moveaxis(arguments.as_int32(places), -1, axis)
     y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)
+    given = places, y, alpha, prepared, mask
+    places, y, alpha, prepared, mask = place_like(jax.tree.leaves(logits)[0], given)
     row = row_statistics.of_source(source, logits, places, mask, class_axis_name, start)
     x, rest = row_statistics.of_picked(row, places)
     of_class, invalid = label_weight(alpha, places, num_classes)
