@@ -58,7 +58,8 @@ from focal_jax.losses.varifocal import varifocal_loss as varifocal_loss
 
 # Loaded on first use. Some of these modules import Flax, optax, protobuf or measuring code.
 _MODULES = ("compat", "detection", "linen", "measure", "nnx", "reference", "training")
-_FUNCTIONS = {
+_NAMES = {
+    "TokenStatistics": "statistics",
     "compare_gradients": "measure",
     "linear_asymmetric_loss": "losses.multilabel",
     "linear_sigmoid_focal_loss": "losses.multilabel",
@@ -72,7 +73,7 @@ _FUNCTIONS = {
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     *catalogue.LOSSES,
     *("InputError", "catalogue", "engine"),
-    *_FUNCTIONS,
+    *_NAMES,
     *_MODULES,
 ]
 
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from focal_jax.measure import compare_gradients as compare_gradients
     from focal_jax.reduction import reduce_loss as reduce_loss
     from focal_jax.statistics import (
+        TokenStatistics as TokenStatistics,
         linear_token_statistics as linear_token_statistics,
         token_statistics as token_statistics,
     )
@@ -105,8 +107,8 @@ else:
     def __getattr__(name):
         if name in _MODULES:
             return importlib.import_module(f"focal_jax.{name}")
-        if name in _FUNCTIONS:
-            return getattr(importlib.import_module(f"focal_jax.{_FUNCTIONS[name]}"), name)
+        if name in _NAMES:
+            return getattr(importlib.import_module(f"focal_jax.{_NAMES[name]}"), name)
         raise AttributeError(f"module 'focal_jax' has no attribute {name!r}")
 
 

@@ -192,6 +192,17 @@ def test_16_bits(name, dtype):
         assert_close(a.astype(jnp.float32), b, rtol=2e-2, atol=1e-2 * float(jnp.max(jnp.abs(b))))
 
 
+def test_16_bit_features_with_a_float32_kernel():
+    (features, kernel, _), labels = _inputs()
+    half = features.astype(jnp.bfloat16)
+    for head, columns in (
+        (focal_jax.linear_sigmoid_focal_loss, labels),
+        (lambda *args: focal_jax.linear_token_statistics(*args).entropy, labels[..., 0] % CLASSES),
+    ):
+        found, want = head(half, kernel, columns), head(half.astype(jnp.float32), kernel, columns)
+        assert_close(found, want, rtol=1e-6)
+
+
 def test_a_sum_that_a_formula_with_1_minus_p_loses():
     # Every class adds about exp(-60): its factor (1 - p)**2 is 0 if 1 - p is a difference.
     features, kernel = jnp.ones((1, 1)), jnp.full((1, 50), -20.0).at[0, 3].set(20.0)

@@ -10,7 +10,6 @@ from jax.typing import ArrayLike
 from focal_jax.catalogue import declare
 from focal_jax.engine import exponent, scalar
 from focal_jax.engine.class_sums import AxisName, ClassSums
-from focal_jax.engine.next_class import largest_below
 from focal_jax.engine.position import PositionLoss
 from focal_jax.engine.scalar import Terms
 
@@ -23,6 +22,8 @@ def _share(
     where: Array | None,
 ) -> Array:
     """Return `p_j / (1 - p_t)`, the share of the next less probable class in `1 - p_t`."""
+    from focal_jax.engine.next_class import largest_below  # most programs do not use it
+
     below = largest_below(axis, logits, sums.label_logit, where, class_axis_name)
     return jnp.exp(below - sums.max_logit - _log(sums.rest))
 
