@@ -77,14 +77,14 @@ def _losses(
             check_not_varying(name, x, class_axis_name)
         num_classes = local * lax.axis_size(class_axis_name)
         start = local * lax.axis_index(class_axis_name)
-    alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
+    weight = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     places = jnp.moveaxis(arguments.as_int32(places), -1, axis)
     y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)
-    given = places, y, alpha, prepared, mask
-    places, y, alpha, prepared, mask = place_like(jax.tree.leaves(logits)[0], given)
+    given = places, y, weight, prepared, mask
+    places, y, weight, prepared, mask = place_like(jax.tree.leaves(logits)[0], given)
     row = row_statistics.of_source(source, logits, places, mask, class_axis_name, start)
     x, rest = row_statistics.of_picked(row, places)
-    of_class, invalid = label_weight(alpha, places, num_classes)
+    of_class, invalid = label_weight(weight, places, num_classes)
     padding = places == -1
     invalid = (invalid & ~padding) | ~(y >= 0)
     keep = ~padding if mask is None else mask & ~padding
