@@ -1,5 +1,6 @@
 """Reduce losses per position to one number."""
 
+import math
 from typing import Any
 
 import jax
@@ -25,15 +26,17 @@ def count_true(where: Array, losses: Array, int32_limit: int = 2**31) -> Array:
 
     An int32 count wraps at 2**31, and a float32 sum of ones stops growing at 2**24. So the longest
     axes are counted in int32, as many as cannot reach the limit, and the counts are added in
-    floating point.
+    floating point, like axes of a symbolic size.
     """
     axes, positions = [], 1
-    for axis in sorted(range(where.ndim), key=lambda axis: -where.shape[axis]):
+    static = [axis for axis, n in enumerate(where.shape) if isinstance(n, int)]
+    for axis in sorted(static, key=lambda axis: -where.shape[axis]):
         if positions * where.shape[axis] < int32_limit:
             axes.append(axis)
             positions *= where.shape[axis]
     counts = jnp.sum(where, axes, dtype=jnp.int32)
-    return jnp.sum(counts.astype(losses.dtype)) * float(losses.size // max(1, where.size))
+    repeats = math.prod(n for n, m in zip(losses.shape, where.shape) if m == 1)
+    return jnp.sum(counts.astype(losses.dtype)) * jnp.asarray(repeats, losses.dtype)
 
 
 def check_normalization(normalization: Any, losses: Array) -> None:
@@ -79,13 +82,13 @@ def _denominator(
     # The count is floating before the psum, because an int32 sum over devices could wrap.
     match normalization:
         case "batch_size":
-            denominator = float(losses.shape[0])
+            denominator = jnp.asarray(losses.shape[0], losses.dtype)
         case "valid" if weights is not None:
             denominator = jnp.sum(jnp.broadcast_to(weights, losses.shape))
         case "valid" if where is not None:
             denominator = count_true(where, losses)
         case _:
-            denominator = float(losses.size)
+            denominator = jnp.asarray(losses.size, losses.dtype)
     if axis_name is not None:
         denominator = lax.psum(denominator, axis_name)
     return jnp.asarray(denominator, losses.dtype)

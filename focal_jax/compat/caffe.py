@@ -266,7 +266,8 @@ class FocalLossLayer:
         labels, ignore_label = labels.reshape(positions), self.ignore_label
         options = {"alpha": self.alpha, "gamma": self.gamma, "ignore_label": ignore_label}
         losses = softmax_focal_loss_with_integer_labels(logits, labels, axis=axis, **options)
-        normalization = _NORMALIZATIONS[self.normalization] or math.prod(logits.shape[:axis])
+        count = jnp.asarray(math.prod(logits.shape[:axis]), jnp.float32)
+        normalization = _NORMALIZATIONS[self.normalization] or count
         loss = self.loss_weight * reduce_loss(
             losses, normalization=normalization, labels=labels, ignore_label=ignore_label
         )

@@ -98,7 +98,8 @@ class FocalLoss:
             losses = loss(predict, target, **options)
             count = samples * num_classes
         axes = tuple(range(losses.ndim - len(positions), losses.ndim))
-        losses = jnp.sum(losses, axes) / max(1, math.prod(positions))
+        size, count = (jnp.asarray(n, losses.dtype) for n in (math.prod(positions), count))
+        losses = jnp.sum(losses, axes) / jnp.maximum(size, 1)
         if self.reduction == "none":
             return losses
-        return jnp.sum(losses) / (max(1, count) if self.reduction == "mean" else 1)
+        return jnp.sum(losses) / (jnp.maximum(count, 1) if self.reduction == "mean" else 1)

@@ -202,15 +202,16 @@ def retinanet_loss(
     error = box_regression.astype(dtype) - offsets.astype(dtype)
     smooth_l1 = optax.huber_loss(arguments.mask_to_zero(error, positive), delta=beta) / beta
 
-    positives, scale = jnp.sum(positive, 1, dtype=jnp.int32), 1 / max(1, images)
+    positives, devices, count = jnp.sum(positive, 1, dtype=jnp.int32), 1, images
     if normalization == "batch":
-        positives, scale = jnp.sum(positives), 1
+        positives, count = jnp.sum(positives), 1
         if axis_name is not None:
-            positives, scale = lax.psum(positives, axis_name), lax.axis_size(axis_name)
+            positives, devices = lax.psum(positives, axis_name), lax.axis_size(axis_name)
 
     def reduced(losses, per_anchor):
         # No sum per image: XLA:GPU fuses the sum over the classes into the gradient, and would read
         # the logits again. Weights inside the sum over the classes keep XLA:CPU from vectorizing.
+        scale = devices / jnp.maximum(jnp.asarray(count, losses.dtype), 1)
         weight = scale / jnp.maximum(per_anchor * positives.astype(losses.dtype), 1)
         return jnp.sum(jnp.sum(losses, 2) * jnp.where(valid, weight, jnp.nan))
 

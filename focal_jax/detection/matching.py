@@ -98,7 +98,7 @@ def find_best(anchors: Array, annotations: Array, *columns: Array) -> tuple[Arra
     of `columns`, arrays `[M]`, at that index. Everything is -1 if there is no annotation.
     """
     valid = (annotations[:, 4] != _NO_MATCH) & are_boxes(annotations)
-    index = jnp.arange(len(annotations), dtype=jnp.int32)
+    index = jnp.arange(annotations.shape[0], dtype=jnp.int32)
     args = (to_box(anchors), to_box(annotations), valid, index, *columns)
     return by_platform(_best_by_scan, _best_by_reduce, *args)
 

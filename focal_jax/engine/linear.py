@@ -146,7 +146,8 @@ def _chunk_size(chunk_size: int | None, positions: int, num_classes: int) -> int
     if chunk_size is None:
         unit = 16 if num_classes < 40 * 128 else 128
         fortieth = unit * -(-num_classes // (40 * unit))
-        most = 128 * (2**23 // (128 * max(1, positions)))
+        known = positions if isinstance(positions, int) else 1  # a symbolic size is not known
+        most = 128 * (2**23 // (128 * max(1, known)))
         chunk_size = min(fortieth, max(1024, most))
     wanted = "None or an integer of at least 1"
     size = arguments.static_integer("chunk_size", chunk_size, wanted)
