@@ -150,7 +150,7 @@ def find_case(workload, dtype, implementation=FOCAL_JAX):
     makers = {
         "sigmoid, int8 labels": _narrow_labels,
         "retinanet": accelerators.retinanet_cases,
-        "linear head": accelerators.linear_cases,
+        **{name: partial(accelerators.linear_cases, name) for name in accelerators.HEADS},
     }
     make = makers.get(workload) or partial(accelerators.workload_cases, workload)
     (found,) = (case for case in make(dtype) if case.implementation == implementation)
