@@ -279,7 +279,7 @@ def _linear_sigmoid(features: Array, kernel: Array, labels: Array) -> Array:
 
 def _plain_linear_sigmoid(features: Array, kernel: Array, labels: Array) -> Array:
     logits = jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
-    index = jnp.arange(kernel.shape[1], dtype=jnp.int32)
+    index = jnp.arange(kernel.shape[1], dtype=jnp.int32)[None]
     is_label = sum((labels[:, k : k + 1] == index).astype(jnp.float32) for k in range(POSITIVES))
     return jnp.sum(_plain_sigmoid(logits, jnp.minimum(is_label, 1)), -1)
 

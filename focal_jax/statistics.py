@@ -111,7 +111,7 @@ def linear_token_statistics(
       >>> features, kernel = jnp.array([[1.0, 0.0]]), jnp.array([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
       >>> found = linear_token_statistics(features, kernel, jnp.array([0]), temperature=2.0)
       >>> [round(x.item(), 4) for x in found]
-      [-0.5514, 1.5514, 0.9751, 0]
+      [-0.5514, 1.5514, 0.9753, 0]
 
     Args:
       features: `[..., D]`.

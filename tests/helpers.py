@@ -382,20 +382,28 @@ def published_values_of(*names):
     return lambda test: test
 
 
-# Values of wrong types, for tests that every function raises an error that names the argument.
-NOT_AN_ARRAY = (
-    *(None, "a", b"a", Path("a"), {}, {"a": 1}, [{"bbox": [1, 2, 3, 4]}], [[1], [1, 2]], [1, [2]]),
-    *([jnp.zeros((1, 5)), jnp.zeros((2, 5))], [np.zeros((1, 5)), np.zeros((2, 5))], [None, 1]),
-    *(10**400, object(), len, int, slice(3), {1}, np.array(["a"]), np.array([None])),
-    *(
-        np.datetime64("2020-01-01"),
-        jax.random.key(0),
-        jnp.zeros((7, 5, 3, 2)),
+@functools.cache
+def _not_an_array():
+    return (
+        *(None, "a", b"a", Path("a"), {}, {"a": 1}, [{"bbox": [1, 2, 3, 4]}], [[1], [1, 2]]),
+        *([1, [2]], [jnp.zeros((1, 5)), jnp.zeros((2, 5))], [np.zeros((1, 5)), np.zeros((2, 5))]),
+        *([None, 1], 10**400, object(), len, int, slice(3), {1}, np.array(["a"]), np.array([None])),
+        *(np.datetime64("2020-01-01"), jax.random.key(0), jnp.zeros((7, 5, 3, 2))),
         np.ones((1, 4), complex),
-    ),
-)
-# Options are numbers, words or flags.
-NOT_AN_OPTION = (*NOT_AN_ARRAY[1:], math.nan, [], (), np.array([1, 2]), "nothing", [True, "a"])
+    )
+
+
+def __getattr__(name):
+    """Return values of wrong types, for tests that an error names the argument.
+
+    The arrays are made on first use: `jax.distributed.initialize` has to come before.
+    """
+    if name == "NOT_AN_ARRAY":
+        return _not_an_array()
+    if name == "NOT_AN_OPTION":  # options are numbers, words or flags
+        others = math.nan, [], (), np.array([1, 2]), "nothing", [True, "a"]
+        return (*_not_an_array()[1:], *others)
+    raise AttributeError(name)
 
 
 def assert_errors_name(function, arguments, invalid):

@@ -232,6 +232,8 @@ class FocalLossLayer:
         check_options(softmax_focal_loss_with_integer_labels, alpha=self.alpha, gamma=self.gamma)
         for name in ("gamma", "loss_weight"):
             option = getattr(self, name)
+            if arguments.real_number(option) == math.inf:
+                raise InputError(f"{name}: got {shown(option)}, wanted a finite number")
             if not isinstance(option, float):
                 option = arguments.number_array(name, option, jnp.dtype(jnp.float32))
                 arguments.check_shape(name, option, (), "one number")

@@ -5,7 +5,7 @@ position and its class index. Both have the conventions in `focal_jax.__doc__`. 
 also has label smoothing, sharded classes and a memory-efficient linear head.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.declaration import Loss
@@ -49,7 +49,7 @@ __all__ = [
     "mask",
     "minus_dfocal_dlog_p",
     "number",
-    "of_log_probability",  # pyright: ignore[reportUnsupportedDunderAll]
+    "of_log_probability",
     "position_loss",
     "power",
     "sigmoid_terms",
@@ -59,9 +59,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # loaded on first use
-    if name == "of_log_probability":
-        from focal_jax.engine.log_probability import of_log_probability
+if TYPE_CHECKING:
+    from focal_jax.engine.log_probability import of_log_probability as of_log_probability
+else:
 
-        return of_log_probability
-    raise AttributeError(f"module 'focal_jax.engine' has no attribute {name!r}")
+    def __getattr__(name):  # loaded on first use
+        if name == "of_log_probability":
+            from focal_jax.engine.log_probability import of_log_probability
+
+            return of_log_probability
+        raise AttributeError(f"module 'focal_jax.engine' has no attribute {name!r}")

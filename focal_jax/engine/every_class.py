@@ -4,7 +4,6 @@
 differ in the weights only.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -160,7 +159,7 @@ def _prepare(spec: _Spec, args: ClassArgs, row: Row, for_backward: bool):
     if spec.smoothing is not None:
         is_label = args.class_index == args.labels
         return x, spec.smoothing.weights(is_label, z.dtype), alpha, options, jnp.array(False)
-    y, invalid = arguments.clip_labels(args.labels, cast(args.labels), math.inf)
+    y, invalid = arguments.clip_labels(args.labels, cast(args.labels), jnp.inf)
     return x, y, alpha, options, invalid
 
 

@@ -99,7 +99,7 @@ def linear_asymmetric_loss(
       >>> kernel = jnp.array([[2.0, 0.0, -2.0], [0.0, 1.0, 0.0]])
       >>> losses = linear_asymmetric_loss(jnp.array([[1.0, 0.0]]), kernel, jnp.array([[0]]))
       >>> [round(x, 4) for x in losses.tolist()]
-      [0.1515]
+      [0.1514]
 
     Args:
       labels: `[..., L]`, integer: the indices of the positive classes, padded with -1.

@@ -43,7 +43,9 @@ def _losses(axis, axis_name, logits, labels, options, where):
 
     dtype = arguments.compute_dtype(logits)
     y = arguments.cast_and_mask(labels, dtype, where)
-    y, invalid = arguments.clip_labels(labels, y, 1)
+    _, invalid = arguments.clip_labels(labels, y, 1)
+    # The derivative is 1, also at the bounds. XLA:GPU does not fuse the result of `clip_labels`.
+    y = y + lax.stop_gradient(jnp.clip(y, 0, 1) - y)
     options = arguments.cast_and_mask(options, dtype, None)
     alpha, beta, gamma, smooth = (unwrap(options[name]) for name in _OPTIONS)
     y = jnp.where(invalid, jnp.nan, y)
