@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, row_statistics
@@ -11,7 +11,7 @@ from focal_jax.engine.arguments import InputError
 from focal_jax.engine.class_sums import cast_logits
 from focal_jax.engine.head import DenseSource
 from focal_jax.engine.linear import linear_source, prepare_temperature
-from focal_jax.engine.sharding import check_not_varying
+from focal_jax.engine.sharding import check_not_varying, class_range
 
 __all__ = ["TokenStatistics", "linear_token_statistics", "token_statistics"]
 
@@ -148,23 +148,18 @@ def _statistics(
     losses, local = shape[:axis] + shape[axis + 1 :], shape[axis]
     if not local:
         raise InputError("logits: got 0 classes, wanted at least one")
-    num_classes, start = local, None
-    if class_axis_name is not None:
-        num_classes = local * lax.axis_size(class_axis_name)
-        start = local * lax.axis_index(class_axis_name)
+    num_classes, _ = class_range(local, class_axis_name)
     whole = (*losses[:axis], num_classes, *losses[axis:])
     labels = arguments.integer_labels(labels, whole, axis, ignore_label)
     mask = arguments.mask_array(where, losses, axis)
-    if class_axis_name is not None:
-        same = source.replicated(logits)
-        same |= {"labels": labels, "where": mask, "temperature": divisor}
-        for name, x in same.items():
-            check_not_varying(name, x, class_axis_name)
+    same = {"labels": labels, "where": mask}
+    same |= {} if divisor is None else {"temperature": divisor}
+    check_not_varying(source.replicated(logits) | same, class_axis_name)
     labels = jnp.expand_dims(labels, axis)
     mask = arguments.not_ignored(labels, ignore_label, mask)
     if divisor is not None:  # XLA fuses the division into the reductions
         logits = cast_logits(logits, mask) / divisor
-    row = row_statistics.of_source(source, logits, labels, mask, class_axis_name, start)
+    row = row_statistics.of_source(source, logits, labels, mask, class_axis_name)
     x, _ = row_statistics.of_picked(row, labels)
     invalid = (labels < 0) | (labels >= num_classes)
     log_sum = jnp.log1p(row.rest)

@@ -1,12 +1,11 @@
 """Checks of the static options of the detection functions."""
 
-import numbers
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from focal_jax.engine.arguments import InputError, shown
+from focal_jax.engine.arguments import InputError, real_number, shown
 from focal_jax.engine.options import known_numbers
 
 _FLOAT32 = jnp.finfo(jnp.float32)
@@ -14,11 +13,10 @@ _FLOAT32 = jnp.finfo(jnp.float32)
 
 def static_number(name: str, value: Any, wanted: str, low: float, high: float) -> float:
     """Return a Python or NumPy number in `[low, high]` as a float. Traced numbers are invalid."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    number = known_numbers(value, name, wanted) if is_number else None
+    number = real_number(value)
     if number is None or not low <= number <= high:
         raise InputError(f"{name}: got {shown(value)}, wanted {wanted}")
-    return float(number)
+    return number
 
 
 def static_numbers(name: str, values: Any, wanted: str, low: float, high: float) -> np.ndarray:

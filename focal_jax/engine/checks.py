@@ -4,8 +4,19 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
+from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, real_number, shown
+
+
+def class_index_lists(name: str, indices: ArrayLike, positions: tuple[int, ...]) -> Array:
+    """Return int32 class indices `[*positions, K]`, padded with -1."""
+    array = arguments.as_array(name, indices, "an array of integers")
+    arguments.check_integer(name, array)
+    why = "K class indices for each position, on the last axis, padded with -1"
+    arguments.check_shape(name, array, (*positions, *array.shape[-1:]), why)
+    return arguments.as_int32(array)
 
 
 def check_holds_class(name: str, x: Array, largest: Any) -> None:

@@ -15,6 +15,10 @@ from jax import Array, lax
 
 from focal_jax.engine import arguments, scalar
 
+# Up to this number of given classes per position, comparisons with the class index of a chunk
+# replace a gather or a scatter.
+MAX_COMPARISONS = 16
+
 
 class ChunkSpec(NamedTuple):
     """The static description of the logits."""

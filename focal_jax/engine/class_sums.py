@@ -16,9 +16,8 @@ from jax import Array, lax
 from focal_jax.engine import arguments
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.sharding import cast_to_common_varying
+from focal_jax.engine.sharding import AxisName, cast_to_common_varying
 
-AxisName = str | tuple[str, ...]
 Places = tuple[Array, ...]  # class indices, each with a class axis of size 1
 
 

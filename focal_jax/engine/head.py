@@ -17,7 +17,7 @@ from focal_jax.engine import arguments, class_sums
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.class_sums import AxisName, ClassSums
 from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options
-from focal_jax.engine.sharding import check_not_varying, place_like
+from focal_jax.engine.sharding import check_not_varying, class_range, place_like
 
 _BLOCK = 256  # positions whose weights share a cotangent, see `_pick`
 
@@ -102,19 +102,17 @@ def integer_losses(
             "of the label only, not for every class"
         )
     arguments.check_axis_name("class_axis_name", class_axis_name)
-    shards = 1 if class_axis_name is None else lax.axis_size(class_axis_name)
     axis, shape, dtype = source.axis(logits), source.logits_shape(logits), source.dtype(logits)
-    losses, num_classes = shape[:axis] + shape[axis + 1 :], shards * shape[axis]
+    losses = shape[:axis] + shape[axis + 1 :]
+    num_classes, _ = class_range(shape[axis], class_axis_name)
     logits_shape = (*losses[:axis], num_classes, *losses[axis:])
     labels = arguments.integer_labels(labels, logits_shape, axis, ignore_label)
     alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     alpha = alpha.astype(dtype)  # its cotangents are added up in the dtype of the loss
     prepared = prepare_options(loss.options, options, losses, dtype, axis, num_classes)
     mask = arguments.mask_array(where, losses, axis)
-    if class_axis_name is not None:
-        same = {"labels": labels, "alpha": alpha, "where": mask, **prepared}
-        for name, x in (source.replicated(logits) | same).items():
-            check_not_varying(name, x, class_axis_name)
+    same = {"labels": labels, "alpha": alpha, "where": mask, **prepared}
+    check_not_varying(source.replicated(logits) | same, class_axis_name)
     labels = jnp.expand_dims(labels, axis)
     mask = arguments.not_ignored(labels, ignore_label, mask)
     pair = arguments.static_bool("return_logsumexp", return_logsumexp)
@@ -132,11 +130,9 @@ def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, wh
     logits, axis = source.promoted(logits, where), source.axis(logits)
     first = jax.tree.leaves(logits)[0]
     labels, alpha, options, where = place_like(first, (labels, alpha, options, where))
-    local, place, start = source.logits_shape(logits)[axis], labels, None
-    num_classes = local
-    if name is not None:
-        start = local * lax.axis_index(name)
-        place, num_classes = labels - start, local * lax.axis_size(name)
+    local = source.logits_shape(logits)[axis]
+    num_classes, start = class_range(local, name)
+    place = labels if start is None else labels - start
     weight, invalid = label_weight(alpha, labels, num_classes)
     if head.label_smoothing:
         weights = _local_weights(alpha, local, start)

@@ -91,7 +91,7 @@ def linear_source(
     size = _chunk_size(chunk_size, math.prod(features.shape[:-1]), num_classes)
     softcap = checks.static_logit_softcap(logit_softcap)
     source = LinearSource(size, softcap, 0 if class_axis == 0 else -1)
-    linear = Linear(features, _whole_features(kernel, class_axis, features), bias)
+    linear = Linear(features, _replicate_on_mesh(kernel, features), bias)
     positions = features.shape[:-1]
     divisor = prepare_temperature(temperature, positions, source.dtype(linear), len(positions))
     return source, linear._replace(temperature=divisor)
@@ -117,26 +117,16 @@ def _check_classes_not_sharded(name: str, x: Array, axis: int) -> None:
         )
 
 
-def _whole_features(kernel: Array, class_axis: int, like: Array) -> Array:
-    """Return the kernel with all features on every device of an explicit mesh.
-
-    FSDP shards the features of a kernel and gathers them at every use. The transpose of the
-    gathering gives the gradient the sharding of the kernel.
-    """
-    sharding = jax.typeof(kernel).sharding
-    if sharding.spec[1 - class_axis] is None:
-        return _replicate_on_mesh(kernel, like)
-    spec = [None if axis != class_axis else sharding.spec[axis] for axis in range(2)]
-    return jax.sharding.reshard(kernel, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
-
-
 def _replicate_on_mesh(x: Array, like: Array) -> Array:
-    """Return `x` replicated over the mesh of `like`.
+    """Return `x` replicated over its explicit mesh, or over that of `like`.
 
-    On an explicit mesh the carry of a scan must not mix arrays of different meshes.
+    On an explicit mesh the carry of a scan must not mix arrays of different shardings. FSDP shards
+    the features of a kernel and gathers them at every use. The transpose of the gathering gives the
+    gradient the sharding of the kernel.
     """
-    mesh = jax.typeof(like).sharding.mesh
-    if mesh.empty or jax.typeof(x).sharding.mesh == mesh:
+    own, mesh = jax.typeof(x).sharding, jax.typeof(like).sharding.mesh
+    mesh = own.mesh if mesh.empty else mesh
+    if mesh.empty or (own.mesh == mesh and not any(own.spec)):
         return x
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 

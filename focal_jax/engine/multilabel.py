@@ -9,16 +9,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments, chunks
+from focal_jax.engine import arguments, checks, chunks
 from focal_jax.engine.chunks import ChunkSpec, Linear
 from focal_jax.engine.class_sums import AxisName
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.linear import linear_source
 from focal_jax.engine.options import check_names, prepare_options, unwrap
-from focal_jax.engine.sharding import cast_to_common_varying, check_not_varying, place_like
-
-# Up to this number of labels, comparisons with the class index replace a scatter.
-_FEW = 16
+from focal_jax.engine.sharding import (
+    cast_to_common_varying,
+    check_not_varying,
+    class_range,
+    place_like,
+)
 
 
 class _Args(NamedTuple):
@@ -40,7 +42,7 @@ class _Spec(NamedTuple):
 
 def _is_positive(class_index: Array, places: Array, z: Array) -> Array:
     """Return which classes of a chunk are labels, in the shape of the chunk's logits."""
-    if places.shape[-1] > _FEW:
+    if places.shape[-1] > chunks.MAX_COMPARISONS:
         local = places - class_index[..., :1]
         local = jnp.where(local < 0, z.shape[-1], local)  # -1 would be the last class
         labels = jnp.zeros(z.shape, bool)
@@ -93,21 +95,21 @@ def _backward(spec: _Spec, args: _Args, ct: Array):
     def of_chunk(chunk):
         by_logit = _on_chunk(lambda *x: spec.loss.slopes_of(*x)[0], args, chunk)
 
-        def total(name):
+        def in_option(name):
             slope = _on_chunk(lambda *x: spec.loss.slopes_of(*x)[2][name], args, chunk)
             return ct * jnp.sum(slope, -1, keepdims=True)
 
-        return ct * by_logit, {name: total(name) for name in names}, ()
+        return ct * by_logit, {name: in_option(name) for name in names}, ()
 
     totals = {name: jnp.zeros_like(ct) for name in names}
     found = chunks.gradients(spec.chunks, args.linear, args.where, of_chunk, totals, ())
     of_linear, sums, _ = found
 
-    def of_option(name):
-        like = lambda x: arguments.cotangent_like(x, sums[name]) if name in sums else None  # noqa: E731
-        return jax.tree.map(like, args.options[name])
-
-    return (_Args(of_linear, None, {name: of_option(name) for name in args.options}, None, None),)
+    of_options: dict[str, Any] = dict.fromkeys(args.options)
+    for name, total in sums.items():
+        like = partial(arguments.cotangent_like, ct=total)
+        of_options[name] = jax.tree.map(like, args.options[name])
+    return (_Args(of_linear, None, of_options, None, None),)
 
 
 _core = jax.custom_vjp(_losses, nondiff_argnums=(0,))
@@ -132,26 +134,17 @@ def linear_losses(
     source, linear = linear_source(features, kernel, bias, transpose_kernel, None, chunk_size)
     *positions, local = source.logits_shape(linear)
     arguments.check_axis_name("class_axis_name", class_axis_name)
-    places = arguments.as_array("labels", labels, "an array of integers")
-    arguments.check_integer("labels", places)
-    wanted = (*positions, *places.shape[-1:])
-    why = "the positive classes of each position, padded with -1"
-    arguments.check_shape("labels", places, wanted, why)
-    places = arguments.as_int32(places)
+    places = checks.class_index_lists("labels", labels, tuple(positions))
     prepared = prepare_options(
         loss.options, options, tuple(positions), source.dtype(linear), len(positions)
     )
     mask = arguments.mask_array(where, tuple(positions), len(positions))
-    num_classes, start = local, 0
-    if class_axis_name is not None:
-        same = {"labels": places, "where": mask, **prepared}
-        for name, x in (source.replicated(linear) | same).items():
-            check_not_varying(name, x, class_axis_name)
-        num_classes = local * lax.axis_size(class_axis_name)
-        start = local * lax.axis_index(class_axis_name)
+    same = {"labels": places, "where": mask, **prepared}
+    check_not_varying(source.replicated(linear) | same, class_axis_name)
+    num_classes, start = class_range(local, class_axis_name)
     invalid = jnp.any((places < -1) | (places >= num_classes), -1, keepdims=True)
-    # A label of -1 is padding. It must not be a class of another shard.
-    places = jnp.where(places < 0, -1, places - start)
+    if start is not None:  # padding stays -1
+        places = jnp.where(places < 0, -1, places - start)
     linear = source.promoted(linear, mask)
     given = place_like(linear.features, (places, prepared, mask, invalid))
     args = _Args(linear, *given)

@@ -210,10 +210,8 @@ def declared(options: Mapping[str, Any], *functions: Callable[..., Any]) -> dict
 
     Raise for invalid defaults, and for names of parameters of `functions`.
     """
-    out, used = (
-        {},
-        {name for function in functions for name in inspect.signature(function).parameters},
-    )
+    out: dict[str, Option] = {}
+    used = {name for function in functions for name in inspect.signature(function).parameters}
     for name, option in options.items():
         if name in used - {"options"}:
             raise InputError(f"{name}: got an argument of every loss, wanted another name")

@@ -22,14 +22,11 @@ from focal_jax.engine import arguments, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
 from focal_jax.engine.class_sums import AxisName, cast_logits, class_index, pick_class
 from focal_jax.engine.cpu import compile_separately
-from focal_jax.engine.sharding import cast_to_common_varying, place_like
-
-# Up to this number of picked classes, comparisons with the class index replace a scatter.
-_FEW = 16
+from focal_jax.engine.sharding import cast_to_common_varying, class_range, place_like
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of each row, with a class axis of size 1. Every array but an index is exact.
+    """Statistics of each row, with a class axis of size 1.
 
     Attributes:
       max_logit: the largest logit; finite even if every logit is -inf.
@@ -52,7 +49,7 @@ def _columns(places: Array, axis: int) -> list[Array]:
 
 
 def _pick(z: Array, places: Array, axis: int) -> Array:
-    if not 0 < places.shape[axis] <= _FEW:
+    if not 0 < places.shape[axis] <= chunks.MAX_COMPARISONS:
         return pick_class(z, places, axis)
     return jnp.concatenate([pick_class(z, place, axis) for place in _columns(places, axis)], axis)
 
@@ -68,24 +65,25 @@ def of_classes(axis: int, z: Array, index: Array, places: Array) -> RowStatistic
     return RowStatistics(top, own + start, rest, spread, _pick(z, places - start, axis))
 
 
-def _elementwise_gradient(z, index, row, of_top, of_rest, of_spread, *picked):
-    top, max_class, rest, spread = row
+def _elementwise_gradient(z, index, row, cts, picked):
+    """Return the gradient of the logits; `picked` has pairs of a class index and a cotangent."""
+    (top, max_class, rest, spread), (of_top, of_rest, of_spread) = row, cts
     x = scalar.clip_inf(z - top)
     of_others = jnp.exp(x) * (of_rest - (1 + x) * of_spread)
     # The largest class moves the `x` of all others.
     of_max = of_top - rest * of_rest + (rest - spread) * of_spread
     dz = jnp.where(index == max_class, of_max, of_others)
-    for place, ct in zip(picked[::2], picked[1::2]):
+    for place, ct in picked:
         dz = dz + jnp.where(index == place, ct, 0)
     return dz
 
 
 def _gradient(axis: int, z: Array, index: Array, places: Array, row: RowStatistics, cts) -> Array:
     """Return the gradient of the logits."""
-    few = places.shape[axis] <= _FEW
-    pairs = zip(_columns(places, axis), _columns(cts.picked, axis)) if few else ()
-    arrays = row[:4], cts.max_logit, cts.rest, cts.spread, *(x for pair in pairs for x in pair)
-    dz = compile_separately(_elementwise_gradient, z, index, *arrays)
+    few = places.shape[axis] <= chunks.MAX_COMPARISONS
+    pairs = list(zip(_columns(places, axis), _columns(cts.picked, axis))) if few else []
+    of_sums = cts.max_logit, cts.rest, cts.spread
+    dz = compile_separately(_elementwise_gradient, z, index, row[:4], of_sums, pairs)
     if few:
         return dz
     local = places - lax.index_in_dim(index, 0, axis)
@@ -131,12 +129,12 @@ def of_source(
     places: Array,
     where: Array | None,
     class_axis_name: AxisName | None,
-    start: Any,
 ) -> RowStatistics:
-    """Return the statistics of all classes; `start` is the index of this device's first class."""
+    """Return the statistics of all classes, of all shards."""
     logits = source.promoted(logits, where)
     places, where = place_like(jax.tree.leaves(logits)[0], (places, where))
-    if class_axis_name is None:
+    _, start = class_range(source.logits_shape(logits)[source.axis(logits)], class_axis_name)
+    if class_axis_name is None or start is None:
         return source.row_statistics(logits, places, where)
     return over_shards(source.row_statistics(logits, places - start, where), class_axis_name, start)
 

@@ -1,6 +1,6 @@
 """Mesh axes in the types of arrays: varying axes in `jax.shard_map`, and explicit meshes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -8,6 +8,8 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from focal_jax.engine.arguments import InputError
+
+AxisName = str | tuple[str, ...]
 
 
 def _varying_axes(x: Any) -> frozenset[Any]:
@@ -36,15 +38,26 @@ def cast_to_common_varying(*arrays: Any) -> Any:
     return jax.tree.map(cast, arrays)
 
 
-def check_not_varying(name: str, x: Any, axis_name: str | tuple[str, ...]) -> None:
-    """Raise if the type of `x` says that it varies over one of the mapped axes."""
-    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
-    varied = set[Any]().union(*map(_varying_axes, jax.tree.leaves(x))) & names
-    if varied:
-        raise InputError(
-            f"{name}: got values that vary over {sorted(varied)}, wanted the same values on every "
-            "device that has a slice of the classes"
-        )
+def class_range(local: int, class_axis_name: AxisName | None) -> tuple[int, Array | None]:
+    """Return the number of all classes, and the index of this device's first class.
+
+    `local` is the number of this device's classes. Without `class_axis_name` the index is None.
+    """
+    if class_axis_name is None:
+        return local, None
+    return local * lax.axis_size(class_axis_name), local * lax.axis_index(class_axis_name)
+
+
+def check_not_varying(arrays: Mapping[str, Any], class_axis_name: AxisName | None) -> None:
+    """Raise if an array's type says that it varies over the mapped axes of the classes."""
+    names = {class_axis_name} if isinstance(class_axis_name, str) else set(class_axis_name or ())
+    for name, x in arrays.items():
+        varied = set[Any]().union(*map(_varying_axes, jax.tree.leaves(x))) & names
+        if varied:
+            raise InputError(
+                f"{name}: got values that vary over {sorted(varied)}, wanted the same values on "
+                "every device that has a slice of the classes"
+            )
 
 
 def on_explicit_mesh(arrays: Iterable[Array]) -> bool:
@@ -59,13 +72,13 @@ def place_like(like: Array, tree: Any) -> Any:
     JAX rejects a select and the cotangents of a `custom_vjp` whose operands are sharded in
     different ways. Without an explicit mesh the arrays are returned unchanged.
     """
-    if not on_explicit_mesh(jax.tree.leaves((like, tree))):
-        return tree
     sharding = jax.typeof(like).sharding
+    if sharding.mesh.empty or not on_explicit_mesh(jax.tree.leaves((like, tree))):
+        return tree
 
     def place(x: Array) -> Array:
         axes = zip(sharding.spec, like.shape, x.shape) if x.ndim == like.ndim else ()
         spec = PartitionSpec(*(name if n == m > 1 else None for name, n, m in axes))
         return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
-    return tree if sharding.mesh.empty else jax.tree.map(place, tree)
+    return jax.tree.map(place, tree)

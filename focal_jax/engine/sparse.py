@@ -4,15 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments, row_statistics
+from focal_jax.engine import arguments, checks, row_statistics
 from focal_jax.engine.class_sums import AxisName
 from focal_jax.engine.head import DenseSource, label_weight
 from focal_jax.engine.linear import linear_source
 from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options
-from focal_jax.engine.sharding import check_not_varying, place_like
+from focal_jax.engine.sharding import check_not_varying, class_range, place_like
 
 
 def of_array(
@@ -61,28 +61,21 @@ def _losses(
     check_names(loss.__name__, loss.options, options)
     arguments.check_axis_name("class_axis_name", class_axis_name)
     axis, shape, dtype = source.axis(logits), source.logits_shape(logits), source.dtype(logits)
-    losses, local = shape[:axis] + shape[axis + 1 :], shape[axis]
-    num_classes, start = local, None
-    places = arguments.as_array("indices", indices, "an array of integers")
-    arguments.check_integer("indices", places)
-    why = "K class indices for each position, on the last axis, padded with -1"
-    arguments.check_shape("indices", places, (*losses, *places.shape[-1:]), why)
+    losses = shape[:axis] + shape[axis + 1 :]
+    places = checks.class_index_lists("indices", indices, losses)
     given = arguments.real_array("weights", weights)
     arguments.check_shape("weights", given, places.shape, "one weight per class index")
     prepared = prepare_options(loss.options, options, losses, dtype, axis)
     mask = arguments.mask_array(where, losses, axis)
-    if class_axis_name is not None:
-        same = {"indices": places, "weights": given, "where": mask, **prepared}
-        for name, x in (source.replicated(logits) | same).items():
-            check_not_varying(name, x, class_axis_name)
-        num_classes = local * lax.axis_size(class_axis_name)
-        start = local * lax.axis_index(class_axis_name)
+    same = {"indices": places, "weights": given, "where": mask, **prepared}
+    check_not_varying(source.replicated(logits) | same, class_axis_name)
+    num_classes, _ = class_range(shape[axis], class_axis_name)
     weight = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
-    places = jnp.moveaxis(arguments.as_int32(places), -1, axis)
+    places = jnp.moveaxis(places, -1, axis)
     y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)
     given = places, y, weight, prepared, mask
     places, y, weight, prepared, mask = place_like(jax.tree.leaves(logits)[0], given)
-    row = row_statistics.of_source(source, logits, places, mask, class_axis_name, start)
+    row = row_statistics.of_source(source, logits, places, mask, class_axis_name)
     x, rest = row_statistics.of_picked(row, places)
     of_class, invalid = label_weight(weight, places, num_classes)
     padding = places == -1
