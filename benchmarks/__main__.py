@@ -36,7 +36,7 @@ import numpy as np
 from rich.progress import Progress, TimeElapsedColumn
 
 from benchmarks import report, scaling
-from benchmarks.measure import GRADIENT, add_ratios, compile_program, measure
+from benchmarks.measure import GRADIENT, Rows, add_ratios, compile_program, measure
 from benchmarks.peers import (
     FOCAL_JAX,
     OTHER_VERSION,
@@ -44,6 +44,7 @@ from benchmarks.peers import (
     Version,
     compile_losses,
     import_version,
+    is_plain,
     jax_programs,
     linear_programs,
     losses,
@@ -53,7 +54,6 @@ from benchmarks.workloads import FAMILY, WORKLOADS, Workload, growth, minimum_by
 
 DTYPES = ("float32", "bfloat16")
 SECTIONS = ("losses", "family", "linear", "growth", "scaling")
-Rows = list[dict[str, Any]]
 # The description of a case, its number of rounds, and a function that measures it. The function
 # takes a callback `on_round`.
 Case = tuple[str, int, Callable[..., Rows]]
@@ -107,7 +107,7 @@ def plain_comparison_rows(
     compared = {
         label: loss
         for label, loss in losses(workload, other_version).items()
-        if label in (FOCAL_JAX, PLAIN_JAX, OTHER_VERSION)
+        if label in (FOCAL_JAX, OTHER_VERSION) or is_plain(label)
     }
     programs = compile_losses(compared, [GRADIENT], (logits, labels), other_version)
     fields |= {"workload": workload.name, "shape": workload.shape, "dtype": "float32"}

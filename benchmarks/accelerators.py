@@ -26,13 +26,14 @@ from rich.progress import Progress, TimeElapsedColumn
 
 import focal_jax
 from benchmarks import compilers, pod, report
-from benchmarks.measure import GRADIENT
+from benchmarks.measure import GRADIENT, Rows, keep_best
 from benchmarks.peers import (
     FOCAL_JAX,
     LINEAR,
     MORE_HEADS,
     PLAIN_JAX,
     POSITIVES,
+    is_plain,
     linear_losses,
     losses,
     summed,
@@ -85,7 +86,7 @@ def workload_cases(name: str, dtype: str) -> Iterator[Case]:
     logits_reads, labels_reads = PASSES[workload.kind]
     minimum = _bytes(*[logits] * logits_reads, *[labels] * labels_reads, logits)
     for implementation, loss in losses(workload).items():
-        if implementation in (FOCAL_JAX, PLAIN_JAX, "optax"):
+        if implementation in (FOCAL_JAX, "optax") or is_plain(implementation):
             yield Case(
                 name,
                 dtype,
@@ -100,7 +101,7 @@ def workload_cases(name: str, dtype: str) -> Iterator[Case]:
 def _plain_retinanet(class_logits, box_regression, anchors, annotations):
     """Compute RetinaNet's loss in plain JAX, with one-hot labels and a mask for ignored anchors."""
     detection = focal_jax.detection
-    sigmoid = losses(LOSSES["sigmoid"])[PLAIN_JAX]
+    sigmoid = losses(LOSSES["sigmoid"])[f"{PLAIN_JAX}: torchvision"]
 
     def image_loss(logits, offsets, annotations):
         matches = detection.match_anchors(anchors, annotations)
@@ -194,9 +195,13 @@ def row(device: compilers.Device, case: Case, program: jax.stages.Compiled) -> d
 # ---------------------------------------------------------------- tables
 
 
-def add_cycles_over_plain(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows with their cycles divided by the cycles of plain JAX."""
+def add_cycles_over_plain(rows: Rows) -> Rows:
+    """Return the rows with their cycles divided by the cycles of plain JAX.
+
+    Plain JAX is the formula with the fewest cycles, or with the fewest bytes on a GPU.
+    """
     keys = ("device", "workload", "dtype")
+    rows = keep_best(rows, PLAIN_JAX, lambda row: row["cycles"] or row["bytes"], *keys)
     plain = {
         tuple(row[key] for key in keys): row["cycles"]
         for row in rows
@@ -233,7 +238,7 @@ def _device_table(name: str, rows: Sequence[dict[str, Any]]) -> report.Table:
         (
             row["workload"],
             row["dtype"],
-            row["implementation"],
+            report.implementation(row),
             f"{row['kernels']:,}",
             f"{row['bytes'] / 1e6:,.1f}",
             f"{row['bytes_over_minimum']:.2f}",

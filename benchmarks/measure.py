@@ -12,6 +12,7 @@ import numpy as np
 VALUE, GRADIENT = MODES = ("value", "value and gradient")
 # HLO operations that the tables count. All but "fusion" can make a gradient slow.
 OPS = ("scatter", "power", "transpose", "all-gather", "fusion")
+Rows = list[dict[str, Any]]
 
 # Calls shorter than this number of seconds are timed several at once.
 _MIN_SECONDS = 2e-3
@@ -80,7 +81,7 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def measure(
     programs: Sequence[Program], rounds: int, on_round: Callable[[], None], **fields: Any
-) -> list[dict[str, Any]]:
+) -> Rows:
     """Time programs in turns and return one row per program.
 
     Each round runs all programs in a new random order. An untimed call precedes every timed
@@ -117,16 +118,39 @@ def measure(
     ]
 
 
-def add_ratios(
-    rows: list[dict[str, Any]], baseline: str, logits_bytes: int
-) -> list[dict[str, Any]]:
-    """Return the rows with `temporary_share` and `speedup`.
+def keep_best(
+    rows: Rows, baseline: str, cost: Callable[[dict[str, Any]], float], *same: str
+) -> Rows:
+    """Return the rows with the best formula of the baseline only.
+
+    The implementation of a formula is labeled "<baseline>: <formula>". Among the formulas of rows
+    with the same fields `same`, the row with the lowest cost is kept. It is labeled with the
+    baseline, and its field "formula" has the name of the formula.
+    """
+    best: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        label, _, formula = row["implementation"].partition(": ")
+        key = (label, formula if label != baseline else "", *(row[name] for name in same))
+        row = row | {"implementation": label, "formula": formula}
+        if key not in best or cost(row) < cost(best[key]):
+            best[key] = row
+    return list(best.values())
+
+
+def median_seconds(row: dict[str, Any]) -> float:
+    """Return the median time of a row."""
+    return row["seconds"]["median"]
+
+
+def add_ratios(rows: Rows, baseline: str, logits_bytes: int) -> Rows:
+    """Return the rows with `temporary_share` and `speedup`, and the fastest baseline per mode.
 
     `temporary_share` is the temporary memory divided by the size of the logits. `speedup` is the
     median time of the implementation `baseline` in the same mode, divided by the row's own.
     """
+    rows = keep_best(rows, baseline, median_seconds, "mode")
     medians = {
-        row["mode"]: row["seconds"]["median"] for row in rows if row["implementation"] == baseline
+        row["mode"]: median_seconds(row) for row in rows if row["implementation"] == baseline
     }
 
     def temporary_share(row):
@@ -134,7 +158,7 @@ def add_ratios(
         return None if temporary is None else temporary / logits_bytes
 
     def speedup(row):
-        return medians[row["mode"]] / row["seconds"]["median"] if row["mode"] in medians else None
+        return medians[row["mode"]] / median_seconds(row) if row["mode"] in medians else None
 
     return [
         row | {"temporary_share": temporary_share(row), "speedup": speedup(row)} for row in rows

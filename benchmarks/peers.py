@@ -24,8 +24,8 @@ from benchmarks.measure import MODES, VALUE, Program, compile_program
 from benchmarks.workloads import SIGMOID, SOFT, SOFTMAX, Workload
 from focal_jax import reduce_loss
 
-# The labels of the implementations in tables and figures. "plain JAX" is the formula as a user
-# writes it, differentiated by JAX, in the dtype of the logits and without a mask.
+# The labels of the implementations in tables and figures. "plain JAX" is the fastest of several
+# formulas that users write, differentiated by JAX, in the dtype of the logits and without a mask.
 FOCAL_JAX, PLAIN_JAX, LINEAR = "focal_jax", "plain JAX", "focal_jax linear"
 OTHER_VERSION, LINEAR_OTHER_VERSION = "other version", "other version, linear"
 
@@ -83,20 +83,34 @@ def import_version(checkout: Path) -> Version:
 # ---------------------------------------------------------------- JAX
 
 
-def _plain_sigmoid(logits: Array, labels: Array, gamma: float = 2.0) -> Array:
+def _torchvision_sigmoid(logits: Array, labels: Array, gamma: float = 2.0) -> Array:
+    """Compute the loss in the steps of torchvision's `sigmoid_focal_loss`, without alpha."""
+    p = jax.nn.sigmoid(logits)
+    cross_entropy = optax.losses.sigmoid_binary_cross_entropy(logits, labels)
+    p_t = p * labels + (1 - p) * (1 - labels)
+    return cross_entropy * (1 - p_t) ** gamma
+
+
+def _log_sigmoid(logits: Array, labels: Array, gamma: float = 2.0) -> Array:
     p = jax.nn.sigmoid(logits)
     p_t = labels * p + (1 - labels) * (1 - p)
     log_p_t = labels * jax.nn.log_sigmoid(logits) + (1 - labels) * jax.nn.log_sigmoid(-logits)
     return -((1 - p_t) ** gamma) * log_p_t
 
 
-def _plain_softmax(logits: Array, labels: Array, axis: int, gamma: float = 2.0) -> Array:
+def _optax_cross_entropy(logits: Array, labels: Array, axis: int, gamma: float = 2.0) -> Array:
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+    n = cross_entropy(logits, labels, axis=axis)
+    return (1 - jnp.exp(-n)) ** gamma * n
+
+
+def _log_softmax(logits: Array, labels: Array, axis: int, gamma: float = 2.0) -> Array:
     log_p = jax.nn.log_softmax(logits, axis)
     log_p_t = jnp.take_along_axis(log_p, jnp.expand_dims(labels, axis), axis)
     return -((1 - jnp.exp(log_p_t)) ** gamma) * log_p_t
 
 
-def _plain_soft(logits: Array, labels: Array, axis: int, gamma: float = 2.0) -> Array:
+def _soft_log_softmax(logits: Array, labels: Array, axis: int, gamma: float = 2.0) -> Array:
     log_p = jax.nn.log_softmax(logits, axis)
     return -jnp.sum(labels * (1 - jnp.exp(log_p)) ** gamma * log_p, axis)
 
@@ -115,7 +129,12 @@ def _one_hot_softmax(logits: Array, labels: Array, axis: int, gamma: float = 2.0
     return jnp.sum((1 - p) ** gamma * (-y * jnp.log(p)), axis)
 
 
-_PLAIN_JAX = {SIGMOID: _plain_sigmoid, SOFTMAX: _plain_softmax, SOFT: _plain_soft}
+# The formulas of plain JAX by loss, in addition to `focal_jax.reference`.
+_FORMULAS: dict[str, dict[str, Callable[..., Array]]] = {
+    SIGMOID: {"torchvision": _torchvision_sigmoid, "log_sigmoid": _log_sigmoid},
+    SOFTMAX: {"optax cross entropy": _optax_cross_entropy, "log_softmax": _log_softmax},
+    SOFT: {"log_softmax": _soft_log_softmax},
+}
 _PEERS = {
     SIGMOID: {"optax": optax.losses.sigmoid_focal_loss},
     SOFTMAX: {"one-hot": _one_hot_softmax},
@@ -123,17 +142,23 @@ _PEERS = {
 }
 
 
+def is_plain(label: str) -> bool:
+    """Return whether a label is that of a formula of plain JAX."""
+    return label.partition(":")[0] == PLAIN_JAX
+
+
 def losses(
     workload: Workload, other_version: Version | None = None
 ) -> dict[str, Callable[[Array, Array], Array]]:
     """Return all JAX implementations of a workload's loss, by label.
 
-    Each implementation is a function of logits and labels that returns one loss per position.
-    Where this module has no plain JAX formula, `focal_jax.reference` provides it.
+    Each implementation is a function of logits and labels that returns one loss per position. The
+    labels of plain JAX are "plain JAX: " and the name of the formula.
     """
     name = workload.loss
-    plain = _PLAIN_JAX.get(name) or getattr(focal_jax.reference, name)
-    found = {FOCAL_JAX: getattr(focal_jax, name), PLAIN_JAX: plain, **_PEERS.get(name, {})}
+    formulas = _FORMULAS.get(name, {}) | {"reference": getattr(focal_jax.reference, name)}
+    plain = {f"{PLAIN_JAX}: {formula}": loss for formula, loss in formulas.items()}
+    found = {FOCAL_JAX: getattr(focal_jax, name), **plain, **_PEERS.get(name, {})}
     other = other_version and other_version.find(name)
     if other is not None:
         found[OTHER_VERSION] = other
@@ -281,7 +306,7 @@ def _plain_linear_sigmoid(features: Array, kernel: Array, labels: Array) -> Arra
     logits = jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
     index = jnp.arange(kernel.shape[1], dtype=jnp.int32)[None]
     is_label = sum((labels[:, k : k + 1] == index).astype(jnp.float32) for k in range(POSITIVES))
-    return jnp.sum(_plain_sigmoid(logits, jnp.minimum(is_label, 1)), -1)
+    return jnp.sum(_torchvision_sigmoid(logits, jnp.minimum(is_label, 1)), -1)
 
 
 def _statistics(features: Array, kernel: Array, labels: Array) -> Array:
@@ -315,13 +340,17 @@ def linear_losses(
     def with_logits(loss):
         return lambda features, kernel, labels: loss(features @ kernel, labels)
 
-    loss = losses(Workload("linear", SOFTMAX, ()))
     name = focal_jax.linear_softmax_focal_loss_with_integer_labels.__name__
     linear = {LINEAR: getattr(focal_jax, name)}
     other = other_version and other_version.find(name)
     if other is not None:
         linear[LINEAR_OTHER_VERSION] = other
-    return {label: with_logits(loss[label]) for label in (FOCAL_JAX, PLAIN_JAX)} | linear
+    with_all_logits = {
+        label: with_logits(loss)
+        for label, loss in losses(Workload("linear", SOFTMAX, ())).items()
+        if label == FOCAL_JAX or is_plain(label)
+    }
+    return with_all_logits | linear
 
 
 def linear_programs(

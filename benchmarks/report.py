@@ -18,12 +18,11 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks.measure import GRADIENT, MODES, OPS, VALUE
+from benchmarks.measure import GRADIENT, MODES, OPS, VALUE, Rows
 from benchmarks.peers import FOCAL_JAX, LINEAR, LINEAR_OTHER_VERSION, OTHER_VERSION, PLAIN_JAX
 from benchmarks.workloads import SMALL
 from focal_jax.measure import style
 
-Rows = list[dict[str, Any]]
 TIMES = "\N{MULTIPLICATION SIGN}"
 AT_LEAST, AT_MOST = "\N{GREATER-THAN OR EQUAL TO}", "\N{LESS-THAN OR EQUAL TO}"
 
@@ -69,6 +68,12 @@ def _megabytes(x: float | None) -> str:
 
 def _counts(ops: dict[str, int] | None) -> list[str]:
     return ["-" if ops is None else str(ops[op]) for op in OPS]
+
+
+def implementation(row: dict[str, Any]) -> str:
+    """Return the implementation, with the formula of plain JAX."""
+    formula = row.get("formula")
+    return f"{row['implementation']} ({formula})" if formula else row["implementation"]
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -262,7 +267,7 @@ def _losses(results: dict[str, Any]) -> list[Table]:
     for dtype in _distinct(row["dtype"] for row in rows):
         for mode in reversed(MODES):
             cells = [
-                (row["workload"], _shape(row["shape"]), row["implementation"], *_cost(row))
+                (row["workload"], _shape(row["shape"]), implementation(row), *_cost(row))
                 for row in select(rows, dtype=dtype, mode=mode)
             ]
             headings = ("workload", "logits", "implementation", *_COST, *_COMPILED)
@@ -293,7 +298,7 @@ def _losses(results: dict[str, Any]) -> list[Table]:
 
 def _growth(results: dict[str, Any]) -> list[Table]:
     cells = [
-        (row["curve"], row["implementation"], f"{row['size']:,}", *_cost(row)[: len(_COST)])
+        (row["curve"], implementation(row), f"{row['size']:,}", *_cost(row)[: len(_COST)])
         for row in select(results["rows"], section="growth")
     ]
     headings = ("curve", "implementation", "size", *_COST)
@@ -302,7 +307,7 @@ def _growth(results: dict[str, Any]) -> list[Table]:
 
 def _family(results: dict[str, Any]) -> list[Table]:
     cells = [
-        (row["workload"], _shape(row["shape"]), row["implementation"], *_cost(row))
+        (row["workload"], _shape(row["shape"]), implementation(row), *_cost(row))
         for row in select(results["rows"], section="family")
     ]
     headings = ("loss", "logits", "implementation", *_COST, *_COMPILED)
@@ -324,7 +329,7 @@ def _linear(results: dict[str, Any]) -> list[Table]:
     if not rows:
         return []
     shape = "{} positions, {} features, {} classes".format(*(f"{n:,}" for n in rows[0]["shape"]))
-    cells = [(row["dtype"], row["mode"], row["implementation"], *_cost(row)) for row in rows]
+    cells = [(row["dtype"], row["mode"], implementation(row), *_cost(row)) for row in rows]
     headings = ("dtype", "mode", "implementation", *_COST, *_COMPILED)
     return [Table(f"Linear head: {shape}; speed-up over {FOCAL_JAX}", headings, cells, 3)]
 

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.measure import GRADIENT, add_ratios, compile_program, measure
-from benchmarks.peers import FOCAL_JAX, PLAIN_JAX, losses, summed
+from benchmarks.peers import FOCAL_JAX, PLAIN_JAX, is_plain, losses, summed
 from benchmarks.workloads import SOFTMAX, Workload
 
 DEVICES = (1, 2, 4, 8)
@@ -33,7 +33,7 @@ def _rows(devices: int, anchors: int, rounds: int) -> list[dict[str, Any]]:
         programs = [
             compile_program(label, GRADIENT, summed(loss, GRADIENT), logits, labels)
             for label, loss in losses(workload).items()
-            if label in (FOCAL_JAX, PLAIN_JAX)
+            if label == FOCAL_JAX or is_plain(label)
         ]
         fields = {"section": "scaling", "kind": kind, "devices": devices, "dtype": "float32"}
         measured = measure(

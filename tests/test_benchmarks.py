@@ -14,8 +14,8 @@ from helpers import assert_close
 
 import focal_jax
 from benchmarks import peers, report
-from benchmarks.measure import GRADIENT, MODES
-from benchmarks.peers import FOCAL_JAX, LINEAR, OTHER_VERSION, PLAIN_JAX
+from benchmarks.measure import GRADIENT, MODES, keep_best, median_seconds
+from benchmarks.peers import FOCAL_JAX, LINEAR, OTHER_VERSION, PLAIN_JAX, is_plain
 from benchmarks.workloads import FAMILY, SIGMOID, WORKLOADS, Workload
 from focal_jax.catalogue import LOSSES
 
@@ -85,6 +85,20 @@ def test_operations_are_counted(quick):
     assert plain["ops"]["scatter"] == 1
 
 
+def test_plain_jax_is_the_fastest_formula(quick):
+    seconds = {"a": 3.0, "b": 1.0, "c": 2.0}
+    rows = [
+        {"implementation": f"{PLAIN_JAX}: {formula}", "mode": GRADIENT, "seconds": {"median": t}}
+        for formula, t in seconds.items()
+    ]
+    (row,) = keep_best(rows, PLAIN_JAX, median_seconds, "mode")
+    assert row["implementation"] == PLAIN_JAX
+    assert row["formula"] == "b"
+    formulas = {"optax cross entropy", "log_softmax", "reference"}
+    for row in _rows(quick, "losses", workload="anchors", implementation=PLAIN_JAX):
+        assert row["formula"] in formulas
+
+
 def test_family_section_has_the_plain_formula(quick):
     rows = _rows(quick, "family")
     assert {row["workload"] for row in rows} == {FAMILY_MEMBER}
@@ -140,9 +154,12 @@ def test_family_formulas_equal_the_losses(workload):
     small = dataclasses.replace(workload, shape=tuple(min(n, 7) for n in workload.shape))
     found = peers.losses(small)
     arguments = small.inputs("float32")
-    got, want = (np.asarray(found[label](*arguments)) for label in (FOCAL_JAX, PLAIN_JAX))
     assert [np.shape(x) for x in arguments] == [x.shape for x in small.shapes("float32")]
-    assert_close(got, want, 1e-5)
+    got = np.asarray(found[FOCAL_JAX](*arguments))
+    plain = [np.asarray(loss(*arguments)) for label, loss in found.items() if is_plain(label)]
+    assert plain
+    for want in plain:
+        assert_close(got, want, 1e-5)
 
 
 def test_linear_section_has_the_head_with_logits(quick):
