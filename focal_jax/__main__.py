@@ -110,7 +110,7 @@ def _parser() -> _Parser:
     figure: dict[str, Any] = file | {"type": _figure_file}
     default = "softmax_focal_loss_with_integer_labels"
     dtypes = ("float16", "bfloat16", "float32", "float64")
-    settings: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    settings = (
         ("loss", f"name (default: {default})", {"choices": losses, "metavar": "NAME"}),
         ("shape", "shape of the logits (default: 100000 21)", {"nargs": "+"} | integer),
         ("axis", "class axis of the logits (default: -1)", integer),
@@ -119,11 +119,12 @@ def _parser() -> _Parser:
         ("repeats", "number of timed calls in each regime (default: 10)", integer),
         ("plot", "draw the result to FILE, such as errors.png", figure),
     )
+    keywords: dict[str, Any]
     for name, text, keywords in settings:
         compare.add_argument(f"--{name}", help=text, **keywords)
     text = "write JSON to FILE; without FILE, print JSON and no tables"
-    file |= {"dest": "json_file", "nargs": "?", "const": Path("-")}
-    compare.add_argument("--json", help=text, **file)
+    stdout = Path("-")
+    compare.add_argument("--json", dest="json_file", nargs="?", const=stdout, help=text, **file)
     number: dict[str, Any] = {"type": float, "nargs": "+", "metavar": "X"}
     group = compare.add_argument_group("options of a loss", "One number, or one per class.")
     options = {name: value for _, found in losses.values() for name, value in found.items()}
