@@ -60,7 +60,7 @@ def on_config(config):
 def _description(markdown: str) -> str:
     """Return the first paragraph of a page as plain text of at most 160 characters."""
     paragraphs = re.split(r"\n\s*\n", markdown)
-    text = next((x for x in paragraphs if re.match(r"[A-Z`]", x)), "")
+    text = next((x for x in paragraphs if re.match(r"[A-Za-z`]", x)), "")
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"[`*$]|\s+", lambda found: " " if found[0].isspace() else "", text)
     return textwrap.shorten(text, 160, placeholder=" ...")
@@ -189,7 +189,7 @@ SOURCE_PAGE = {
 }
 
 
-def _directive(module: str, name: str, level: int, heading: bool = True) -> str:
+def _directive(module: str, name: str, level: int) -> str:
     """Return the mkdocstrings directive of a public name."""
     value = getattr(importlib.import_module(module), name)
     # Constants and type aliases are shown although they have no docstring, and so are the fields
@@ -200,7 +200,6 @@ def _directive(module: str, name: str, level: int, heading: bool = True) -> str:
         "show_if_no_docstring": is_tuple or not has_docstring,
         "show_source": module == "focal_jax.reference",
         "heading_level": level,
-        "show_root_heading": heading,
     }
     if module in ("focal_jax.nnx", "focal_jax.linen"):
         options["inherited_members"] = options["show_if_no_docstring"] = True
@@ -250,24 +249,25 @@ def api_page(page: str) -> str:
 def name_page(page: str, module: str, name: str) -> str:
     """Return the Markdown of the page of one name: formula, figure, documentation, see also."""
     title, _ = API[page]
-    meta = f"---\ndescription: {json.dumps(_summary(module, name))}\n---"
-    parts = [meta, f"# {name}", f"[{title}]({page}.md)"]
+    summary = _summary(module, name).replace("`", "") or f"{module}.{name}"
+    meta = f"---\ntitle: {name}\ndescription: {json.dumps(summary)}\n---"
+    parts = [meta, _directive(module, name, 1)]
     loss = focal_jax.catalogue.LOSSES.get(name) if module == "focal_jax" else None
     if loss is not None:
         gallery = (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
         section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", gallery, re.M | re.S)[1].strip()
-        parts.append(re.sub(r"\]\((?!\w+:|#)", "](../", section))
-    parts.append(_directive(module, name, 2, heading=False))
+        parts.append("## Formula\n\n" + re.sub(r"\]\((?!\w+:|#)", "](../", section))
     others = next((x for x in TASKS.values() if name in x), _public(module))
     links = [f"[`{x}`]({x if page == 'losses' else f'{page}.{x}'}.md)" for x in others if x != name]
     parts.append("## See also\n\n" + ", ".join(links))
-    if page == "losses":
-        parts.append("[Conventions](../conventions.md) · [All losses](../family.md)")
+    parts.append(f"[{title}]({page}.md) · [Conventions](../conventions.md)")
     return "\n\n".join(parts) + "\n"
 
 
 # A section that Google's style does not have: its heading, the text beside it, indented lines.
 _SECTION = re.compile(r"^(Differentiation|References):[ ]*(.*\n?)((?:[ ]+.*\n?|\n(?=[ ]))*)", re.M)
+
+_RESULT = re.compile(r"^(Returns:\n[^\n:]*`[^\n:]*): ", re.M)
 
 
 def _paragraph(found: re.Match) -> str:
@@ -298,6 +298,8 @@ class Docstrings(griffe.Extension):
         """Rewrite docstring sections that griffe's parser of Google style does not know."""
         if obj.docstring is not None:
             text = re.sub("^Example:", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+            # The text of a result is not its type, which the signature has.
+            text = _RESULT.sub(r"\1&#58; ", text)
             obj.docstring.value = _SECTION.sub(_paragraph, text)
 
 
@@ -356,6 +358,9 @@ class _ExtraFiles:
                 copy = f"source/{target}.md"
                 code = (ROOT / target).read_text(encoding="utf-8")
                 self.add(copy, content=f"{_UNSEARCHED}# `{target}`\n\n````python\n{code}\n````\n")
+            elif target.endswith(".md"):
+                copy = f"source/{target}"
+                self.add(copy, content=_UNSEARCHED + (ROOT / target).read_text(encoding="utf-8"))
             else:
                 copy = f"source/{target}"
                 self.add(copy, abs_src_path=str(ROOT / target))

@@ -1,8 +1,11 @@
 """Tests of the documentation: code, links, navigation, figures, numbers and the built site."""
 
 import ast
+import html
 import importlib
 import importlib.util
+import inspect
+import json
 import re
 import subprocess
 import sys
@@ -272,8 +275,10 @@ def test_pages_load_only_local_files_and_are_small(site):
         for url in resources.urls:
             assert not re.match(r"(\w+:)?//", url), f"{page.name}: {url}"
             if not url.startswith("data:"):
-                folder = site if url.startswith("/") else page.parent
-                size += (folder / url.lstrip("/").split("?")[0]).stat().st_size
+                # The page 404 has absolute URLs, because it replaces pages of every folder.
+                folder = site if url.startswith("/focal_jax/") else page.parent
+                file = url.removeprefix("/focal_jax/").split("?")[0]
+                size += (folder / file).stat().st_size
         size += sum(font.stat().st_size for font in site.rglob("*.woff*"))
         assert size < 1.5e6, f"{page.name}: {size / 1e6:.2f} MB"
     for style in site.rglob("*.css"):
@@ -289,6 +294,77 @@ def test_built_api_documents_every_public_name(site):
         module = importlib.import_module(name)
         public = {f"{name}.{each}" for each in module.__all__} - set(API_MODULES)
         assert public - {"focal_jax.compat"} <= documented
+
+
+@pytest.mark.slow
+def test_every_public_function_has_a_page(site):
+    hooks = {"losses": "", "training": "training.", "detection": "detection."}
+    for page, prefix in hooks.items():
+        (name,) = API_PAGES[page][1]
+        module, listed = importlib.import_module(name), (site / "api" / f"{page}.html").read_text()
+        for public in module.__all__:
+            value = getattr(module, public)
+            if inspect.ismodule(value):
+                continue
+            assert f'href="{prefix}{public}.html"' in listed, public
+            text = (site / "api" / f"{prefix}{public}.html").read_text(encoding="utf-8")
+            assert f'id="{name}.{public}"' in text
+            assert "See also" in text
+            assert "`" not in re.sub(r"<pre.*?</pre>|<script.*?</script>", "", text, flags=re.S)
+            if inspect.isfunction(value):
+                plain = html.unescape(re.sub(r"<[^>]*>", "", text))
+                for parameter in inspect.signature(value).parameters.values():
+                    assert re.search(rf"{parameter.name}: \S", plain), parameter
+
+
+@pytest.mark.slow
+def test_pages_describe_themselves_and_make_no_requests(site):
+    descriptions = {}
+    for page in sorted(site.rglob("*.html")):
+        text = page.read_text(encoding="utf-8")
+        # The theme's link to the repository would ask the code host for stars.
+        assert 'data-md-component="source"' not in text
+        if page.name == "404.html":
+            assert 'href="/focal_jax/nan.html"' in text
+            continue
+        name = page.relative_to(site).as_posix()
+        assert f'rel="canonical" href="https://focal-jax.github.io/focal_jax/{name}"' in text
+        (descriptions[name],) = re.findall(r'name="description" content="([^"]*)"', text)
+        assert descriptions[name], name
+        assert focal_jax.__version__ in text
+    first = [text for name, text in descriptions.items() if "/" not in name]
+    assert len(set(first)) == len(first)
+    home = (site / "index.html").read_text(encoding="utf-8")
+    assert home.count('<a class="md-button"') == 3
+    assert 'href="api/reduce_loss.html"><code>' in home
+
+
+SEARCHES = {
+    "quickstart": "tutorial.html",
+    "cite": "faq.html",
+    "DPO": "vocabularies.html",
+    "log-probability": "faq.html",
+    "Haiku": "faq.html",
+    "Equinox": "faq.html",
+    "Keras": "porting.html",
+    "NCHW": "faq.html",
+    "-100": "faq.html",
+    "tensor parallel": "vocabularies.html",
+    "gradient accumulation": "reductions.html",
+    "mixed precision": "faq.html",
+    "void": "masks.html",
+    "NaN": "nan.html",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("term", "page"), SEARCHES.items())
+def test_search_finds_a_heading(site, term, page):
+    # The search of the theme ranks titles first.
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    found = [x["location"] for x in index["docs"] if term.lower() in x["title"].lower()]
+    assert any(location.startswith(page) for location in found), found
+    assert not any(x["location"].startswith(("source/", "benchmarks")) for x in index["docs"])
 
 
 @pytest.mark.slow
