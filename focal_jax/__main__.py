@@ -3,6 +3,7 @@
 import argparse
 import ast
 import difflib
+import functools
 import importlib
 import os
 import re
@@ -49,13 +50,12 @@ def _help(losses: dict[str, tuple[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- arguments
-
-
-def _file(name: str) -> Path:
+def _file(name: str, is_figure: bool = False) -> Path:
     """Return the path of a file that the command can write."""
     path, wanted = Path(name), ""
-    if path.is_dir():
+    if is_figure and not path.suffix.strip("."):  # matplotlib would write to another path
+        wanted = f"a name that ends with a format, such as {path.name}.png"
+    elif path.is_dir():
         wanted = "a file, not a folder"
     elif not path.parent.is_dir():
         wanted = "an existing folder"
@@ -64,14 +64,6 @@ def _file(name: str) -> Path:
     if wanted:
         raise argparse.ArgumentTypeError(f"got {name!r}, wanted {wanted}")
     return path
-
-
-def _figure_file(name: str) -> Path:
-    """Return the path. Without a suffix, matplotlib would write to another path."""
-    if not Path(name).suffix.strip("."):
-        wanted = f"a name that ends with a format, such as {Path(name).name}.png"
-        raise argparse.ArgumentTypeError(f"got {name!r}, wanted {wanted}")
-    return _file(name)
 
 
 def _near(word: str, known: Sequence[str]) -> str:
@@ -107,7 +99,7 @@ def _parser() -> _Parser:
     compare = commands.add_parser("compare", help=about, **layout)
     integer: dict[str, Any] = {"type": int, "metavar": "N"}
     file: dict[str, Any] = {"type": _file, "metavar": "FILE"}
-    figure: dict[str, Any] = file | {"type": _figure_file}
+    figure: dict[str, Any] = file | {"type": functools.partial(_file, is_figure=True)}
     default = "softmax_focal_loss_with_integer_labels"
     dtypes = ("float16", "bfloat16", "float32", "float64")
     settings = (

@@ -1,12 +1,12 @@
 """The commands of `focal-jax`: compare, plot and doctor. `focal_jax.__main__` parses them."""
 
 import argparse
-import contextlib
 import dataclasses
+import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,22 +43,6 @@ def _save(figure: Any, path: Path) -> None:
     print(f"{path} written", file=sys.stderr)
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], object]]:
-    """Yield a function that shows the current step, if the output is a terminal."""
-    try:
-        console = require_extra("rich.console").Console(stderr=True)
-        status = require_extra("rich.status").Status("", console=console)
-    except ImportError:  # `compare --json` does not need rich
-        yield lambda _: None
-        return
-    with status:
-        yield status.update
-
-
-# ---------------------------------------------------------------- commands
-
-
 def _compare(json_file: Path | None = None, plot: Path | None = None, **arguments: Any) -> None:
     modules = {"mpmath": True, "rich.table": json_file != Path("-"), "matplotlib.figure": plot}
     for module in filter(modules.get, modules):  # a missing module is an error at the start
@@ -68,8 +52,8 @@ def _compare(json_file: Path | None = None, plot: Path | None = None, **argument
     for name, value in arguments.items():  # an option with one number is not per class
         if name != "shape" and isinstance(value, list) and len(value) == 1:
             arguments[name] = value[0]
-    with _progress() as progress:
-        report = compare_gradients(progress=progress, **arguments)
+    progress = functools.partial(print, file=sys.stderr) if sys.stderr.isatty() else None
+    report = compare_gradients(progress=progress, **arguments)
     if json_file == Path("-"):
         print(_json(report))
     else:
@@ -127,7 +111,7 @@ def _errors_without_mpmath(loss: catalogue.Loss) -> list[GradientError]:
     cases = compare._cases(loss, (24, 5), -1, "float32", np.random.default_rng(0))[:2]
     found = [compare._compile(loss.function, {}, *case)(*case) for case in cases]
     with jax.enable_x64(True):
-        wide = [jax.tree.map(lambda x: x if x.dtype == int else x.astype(float), c) for c in cases]
+        wide = [[x.astype(float) if x.dtype == np.float32 else x for x in case] for case in cases]
         plain = [compare._compile(getattr(reference, loss.name), {}, *c)(*c)[1] for c in wide]
         return [compare._error(x, np.asarray(exact)) for x, exact in zip(found, plain)]
 
