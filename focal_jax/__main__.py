@@ -22,7 +22,7 @@ _EXAMPLES = """examples:
 # Arguments of losses that are not options of `focal-jax compare`.
 _OTHERS = {"axis", "axis_name", "bias", "chunk_size", "class_axis_name", "ignore_label"}
 _OTHERS |= {"label_smoothing", "logit_softcap", "positive", "return_logsumexp", "temperature"}
-_OTHERS |= {"transpose_kernel", "where"}
+_OTHERS |= {"mesh", "transpose_kernel", "where"}
 
 
 def _losses() -> dict[str, tuple[str, dict[str, Any]]]:
