@@ -97,6 +97,8 @@ def on_page_content(content: str, page, **_) -> str:
     content = _MATHEMATICS.sub(_mathml, content)
     if page.file.src_uri == "index.md":
         content = _BUTTONS.sub(buttons, content)
+    if page.file.src_uri == "family.md":
+        content = content.replace("<img ", '<img class="gallery" ')
     return _NAMES.sub(_breakable, _LINKABLE.sub(link, content))
 
 
@@ -136,8 +138,6 @@ API = {
         ["focal_jax.reference", "focal_jax.measure"],
     ),
 }  # fmt: skip
-# The names of these pages have a page each. The others share one page.
-SPLIT = {"losses", "training", "detection"}
 # The table of the page on losses: every task, and the functions for it.
 TASKS = {
     "Detectors and heat maps": [
@@ -166,10 +166,9 @@ def _public(module: str) -> list[str]:
     return [name for name in found.__all__ if not inspect.ismodule(getattr(found, name))]
 
 
-def _uri(page: str, module: str, name: str) -> str:
-    """Return the page that documents a name."""
-    short = f"{module}.{name}".removeprefix("focal_jax.")
-    return f"api/{short if page in SPLIT else page}.md"
+def _page_of(module: str, name: str) -> str:
+    """Return the page that documents a name, in the folder `api`."""
+    return f"{module}.{name}".removeprefix("focal_jax.") + ".md"
 
 
 # The page of every name. A name without its module is one of `focal_jax`, `training`, `detection`.
@@ -178,9 +177,9 @@ for _page, (_, _modules) in API.items():
     for _module in _modules:
         PAGE_OF[_module] = f"api/{_page}.md"
         for _name in _public(_module):
-            PAGE_OF[f"{_module}.{_name}"] = _uri(_page, _module, _name)
-            if _page in SPLIT:
-                PAGE_OF[_name] = _uri(_page, _module, _name)
+            PAGE_OF[f"{_module}.{_name}"] = f"api/{_page_of(_module, _name)}"
+            if _page in ("losses", "training", "detection"):
+                PAGE_OF[_name] = f"api/{_page_of(_module, _name)}"
 # Where pages link to the source of a module, the site links to the page on the module.
 SOURCE_PAGE = {
     os.path.relpath(importlib.import_module(module).__file__, ROOT): f"api/{page}.md"
@@ -189,7 +188,7 @@ SOURCE_PAGE = {
 }
 
 
-def _directive(module: str, name: str, level: int) -> str:
+def _directive(module: str, name: str) -> str:
     """Return the mkdocstrings directive of a public name."""
     value = getattr(importlib.import_module(module), name)
     # Constants and type aliases are shown although they have no docstring, and so are the fields
@@ -199,7 +198,7 @@ def _directive(module: str, name: str, level: int) -> str:
     options = {
         "show_if_no_docstring": is_tuple or not has_docstring,
         "show_source": module == "focal_jax.reference",
-        "heading_level": level,
+        "heading_level": 1,
     }
     if module in ("focal_jax.nnx", "focal_jax.linen"):
         options["inherited_members"] = options["show_if_no_docstring"] = True
@@ -217,18 +216,15 @@ def _summary(module: str, name: str) -> str:
     return (inspect.getdoc(value) or "").partition("\n")[0]
 
 
-def _table(page: str, module: str, names: list[str]) -> str:
+def _table(module: str, names: list[str]) -> str:
     """Return a table with a link and a summary for every name."""
     rows = ["| name | summary |", "| --- | --- |"]
-    for name in names:
-        uri = _uri(page, module, name).removeprefix("api/")
-        link = uri if page in SPLIT else f"#{module}.{name}"
-        rows.append(f"| [`{name}`]({link}) | {_summary(module, name)} |")
+    rows += [f"| [`{x}`]({_page_of(module, x)}) | {_summary(module, x)} |" for x in names]
     return "\n".join(rows)
 
 
 def api_page(page: str) -> str:
-    """Return the Markdown of an API page: a table of its names, and their documentation."""
+    """Return the Markdown of an API page: the tables of its names, and the module docstrings."""
     title, modules = API[page]
     parts = [f"# {title}"]
     for module in modules:
@@ -236,13 +232,11 @@ def api_page(page: str) -> str:
         if len(modules) > 1:
             parts.append(f"## `{module}`")
         if page == "losses":
-            parts += [f"## {task}\n\n{_table(page, module, each)}" for task, each in TASKS.items()]
+            parts += [f"## {task}\n\n{_table(module, each)}" for task, each in TASKS.items()]
             parts.append("## Conventions")
         elif names:
-            parts.append(_table(page, module, names))
+            parts.append(_table(module, names))
         parts.append(inspect.getdoc(importlib.import_module(module)) or "")
-        if page not in SPLIT:
-            parts += [_directive(module, name, 3 if len(modules) > 1 else 2) for name in names]
     return "\n\n".join(parts) + "\n"
 
 
@@ -251,14 +245,15 @@ def name_page(page: str, module: str, name: str) -> str:
     title, _ = API[page]
     summary = _summary(module, name).replace("`", "") or f"{module}.{name}"
     meta = f"---\ntitle: {name}\ndescription: {json.dumps(summary)}\n---"
-    parts = [meta, _directive(module, name, 1)]
+    parts = [meta, _directive(module, name)]
     loss = focal_jax.catalogue.LOSSES.get(name) if module == "focal_jax" else None
     if loss is not None:
         gallery = (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
         section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", gallery, re.M | re.S)[1].strip()
         parts.append("## Formula\n\n" + re.sub(r"\]\((?!\w+:|#)", "](../", section))
-    others = next((x for x in TASKS.values() if name in x), _public(module))
-    links = [f"[`{x}`]({x if page == 'losses' else f'{page}.{x}'}.md)" for x in others if x != name]
+    tasks = TASKS.values() if module == "focal_jax" else ()
+    others = next((x for x in tasks if name in x), _public(module))
+    links = [f"[`{x}`]({_page_of(module, x)})" for x in others if x != name]
     parts.append("## See also\n\n" + ", ".join(links))
     parts.append(f"[{title}]({page}.md) · [Conventions](../conventions.md)")
     return "\n\n".join(parts) + "\n"
@@ -376,9 +371,10 @@ def on_files(files, config):
     extra.add("assets/math.woff", content=_font())
     for page, (_, modules) in API.items():
         extra.add(f"api/{page}.md", content=api_page(page))
-        for module in modules if page in SPLIT else ():
+        for module in modules:
             for name in _public(module):
-                extra.add(_uri(page, module, name), content=name_page(page, module, name))
+                uri = PAGE_OF[f"{module}.{name}"]
+                extra.add(uri, content=name_page(page, module, name))
     for path, uri in ELSEWHERE.items():
         extra.add_page(path, uri)
     for file in files.documentation_pages():

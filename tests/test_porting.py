@@ -18,7 +18,8 @@ from pages import code_blocks
 
 import focal_jax
 
-GUIDE = (Path(__file__).parents[1] / "docs" / "porting.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+GUIDE = "".join((DOCS / page).read_text() for page in ("porting.md", "porting-losses.md"))
 (IMPORTS,) = code_blocks(GUIDE)
 ROWS = [  # the call of the other library, and the call of focal_jax
     (original.strip(), call)

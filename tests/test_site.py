@@ -33,8 +33,14 @@ TEXTS = [
     *PAGES,
 ]
 # The code of these pages has tests of its own: test_porting.py, test_scaling_docs.py (eight
-# devices) and test_vocabulary_docs.py (two pages).
-TESTED_ELSEWHERE = {"many-labels.md", "porting.md", "scaling.md", "vocabularies.md"}
+# devices) and test_vocabulary_docs.py (three pages).
+TESTED_ELSEWHERE = {
+    "language-models.md",
+    "many-labels.md",
+    "porting.md",
+    "scaling.md",
+    "vocabularies.md",
+}
 
 
 def _name(path: Path) -> str:
@@ -110,6 +116,7 @@ def test_navigation_lists_every_page():
         ("faq.md#frameworks", "### Equinox"),
         ("porting.md", "## Keras"),
         ("vocabularies.md", "## Token statistics"),
+        ("language-models.md", "## DPO"),
         ("masks.md", "-100"),
         ("write-your-own-loss.md", "## A loss of one logit"),
         ("which-head.md", "tokamax"),
@@ -316,20 +323,21 @@ def test_built_api_documents_every_public_name(site):
 
 @pytest.mark.slow
 def test_every_public_function_has_a_page(site):
-    hooks = {"losses": "", "training": "training.", "detection": "detection."}
-    for page, prefix in hooks.items():
-        (name,) = API_PAGES[page][1]
-        module, listed = importlib.import_module(name), (site / "api" / f"{page}.html").read_text()
-        for public in module.__all__:
-            value = getattr(module, public)
-            if inspect.ismodule(value):
-                continue
-            assert f'href="{prefix}{public}.html"' in listed, public
-            text = (site / "api" / f"{prefix}{public}.html").read_text(encoding="utf-8")
-            assert f'id="{name}.{public}"' in text
-            assert "See also" in text
-            assert "`" not in re.sub(r"<pre.*?</pre>|<script.*?</script>", "", text, flags=re.S)
-            if inspect.isfunction(value):
+    for page, (_, modules) in API_PAGES.items():
+        listed = (site / "api" / f"{page}.html").read_text(encoding="utf-8")
+        for name in modules:
+            module, prefix = importlib.import_module(name), f"{name}.".removeprefix("focal_jax.")
+            for public in module.__all__:
+                value = getattr(module, public)
+                if inspect.ismodule(value):
+                    continue
+                assert f'href="{prefix}{public}.html"' in listed, public
+                text = (site / "api" / f"{prefix}{public}.html").read_text(encoding="utf-8")
+                assert f'id="{name}.{public}"' in text
+                assert "See also" in text
+                assert "`" not in re.sub(r"<(pre|script).*?</\1>", "", text, flags=re.S), public
+                if not inspect.isfunction(value) or name == "focal_jax.reference":
+                    continue
                 plain = html.unescape(re.sub(r"<[^>]*>", "", text))
                 for parameter in inspect.signature(value).parameters.values():
                     assert re.search(rf"{parameter.name}: \S", plain), parameter
@@ -360,7 +368,7 @@ def test_pages_describe_themselves_and_make_no_requests(site):
 SEARCHES = {
     "quickstart": "tutorial.html",
     "cite": "faq.html",
-    "DPO": "vocabularies.html",
+    "DPO": "language-models.html",
     "log-probability": "faq.html",
     "Haiku": "faq.html",
     "Equinox": "faq.html",
