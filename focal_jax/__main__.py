@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ _EXAMPLES = """examples:
   focal-jax compare --loss varifocal_loss --gamma 0.5 --plot errors.png
   focal-jax plot --family --out losses.png
 """
+_INTERRUPTED = b"focal-jax: interrupted\n"
 # Arguments of losses that are not options of `focal-jax compare`.
 _OTHERS = {"axis", "axis_name", "bias", "chunk_size", "class_axis_name", "ignore_label"}
 _OTHERS |= {"label_smoothing", "logit_softcap", "positive", "return_logsumexp", "temperature"}
@@ -142,6 +144,8 @@ def _parser() -> _Parser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. An invalid argument ends the program with a message and exit code 2."""
+    if arguments is None:  # as a program: a callback of JAX may swallow KeyboardInterrupt
+        signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, _INTERRUPTED) and 130))
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     if (command := options.pop("command", None)) is None:
@@ -150,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         importlib.import_module("focal_jax.measure.command_line").run(parser, command, options)
     except KeyboardInterrupt:
-        parser.exit(130, "focal-jax: interrupted\n")
+        parser.exit(130, _INTERRUPTED.decode())
     except ImportError as error:
         raise SystemExit(str(error)) from error
 

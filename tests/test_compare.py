@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 
@@ -716,6 +717,18 @@ def test_interrupt_during_the_import_of_jax_is_one_line(monkeypatch, capsys):
         main(["doctor"])
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "focal-jax: interrupted\n"
+
+
+def test_interrupt_of_the_program_is_one_line():
+    command = [sys.executable, "-m", "focal_jax", "doctor"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **streams) as program:
+        while " passed " not in program.stdout.readline():
+            assert program.poll() is None
+        program.send_signal(signal.SIGINT)
+        _, errors = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert errors == "focal-jax: interrupted\n"
 
 
 def test_colours_are_off_without_a_terminal_and_with_no_color(monkeypatch, capsys):
