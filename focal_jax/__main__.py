@@ -130,7 +130,7 @@ def _parser() -> _Parser:
     about = "draw the focal loss and its gradient for several values of gamma, or all losses"
     layout["epilog"] = ""
     plot = commands.add_parser("plot", help=about, **layout)
-    text, default = "file to write (default: focal_loss.png)", Path("focal_loss.png")
+    text, default = "file to write (default: focal_loss.png)", "focal_loss.png"
     plot.add_argument("--out", help=text, default=default, **figure)
     choice = plot.add_mutually_exclusive_group()
     choice.add_argument("--gamma", help="exponents (default: 0 0.5 1 2 5)", **number)

@@ -513,6 +513,15 @@ def test_files_are_checked_before_the_measurement(option, path, message, capsys,
     assert message in capsys.readouterr().err
 
 
+def test_default_figure_is_checked_before_the_drawing(capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr(command_line, "_plot", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["plot"])
+    assert stopped.value.code == 2
+    assert "'focal_loss.png', wanted a file that can be written" in capsys.readouterr().err
+
+
 def test_without_a_command_the_help_is_printed(capsys):
     main([])
     assert "COMMAND" in capsys.readouterr().out
