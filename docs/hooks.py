@@ -244,7 +244,15 @@ def name_page(page: str, module: str, name: str) -> str:
     """Return the Markdown of the page of one name: formula, figure, documentation, see also."""
     title, _ = API[page]
     summary = _summary(module, name).replace("`", "") or f"{module}.{name}"
-    meta = f"---\ntitle: {name}\ndescription: {json.dumps(summary)}\n---"
+    short = _page_of(module, name).removesuffix(".md")
+    # The search ranks a loss before its reference, which has the same name.
+    boost = 0.1 if module == "focal_jax.reference" else 1
+    lines = [
+        f"title: {short}",
+        f"description: {json.dumps(summary)}",
+        f"search: {{boost: {boost}}}",
+    ]
+    meta = "\n".join(["---", *lines, "---"])
     parts = [meta, _directive(module, name)]
     loss = focal_jax.catalogue.LOSSES.get(name) if module == "focal_jax" else None
     if loss is not None:
