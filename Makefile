@@ -29,7 +29,7 @@ types: $(READY)
 # Builds the site in out/site. Warnings are errors. Then tests the built pages.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m pytest -q tests/test_site.py -m slow
+	BUILT_SITE=out/site $(BIN)/python -m pytest -q tests/test_site.py -m slow
 
 figures: $(READY)
 	$(BIN)/python docs/figures.py

@@ -90,10 +90,12 @@ def errors(x: np.ndarray, gamma: float) -> dict[str, np.ndarray]:
     return found
 
 
-# The ranges of the margin in the columns of the table.
+# The ranges of the margin in the columns of the table. A probability of 1e-7 has the margin -16.1,
+# a probability of 1e-4 the margin -9.2.
 RANGES = {
-    "-120 to -17": (-120, -17),
-    "-17 to 4": (-17, 4),
+    "-120 to -16.2": (-120, -16.2),
+    "-16.1 to -9.3": (-16.1, -9.3),
+    "-9.2 to 4": (-9.2, 4),
     "4 to 17": (4, 17),
     "17 to 40": (17, 40),
 }

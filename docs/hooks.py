@@ -8,6 +8,7 @@ import html
 import importlib.util
 import inspect
 import io
+import json
 import os
 import re
 import textwrap
@@ -50,14 +51,55 @@ def _breakable(found: re.Match) -> str:
     return "".join(tags_and_texts)
 
 
-def on_page_markdown(markdown: str, **_) -> str:
-    """Insert the table of losses where a page has the markers of `loss_table`."""
+def on_config(config):
+    """Show the version of the package in the header."""
+    config.extra["release"] = focal_jax.__version__
+    return config
+
+
+def _description(markdown: str) -> str:
+    """Return the first paragraph of a page as plain text of at most 160 characters."""
+    paragraphs = re.split(r"\n\s*\n", markdown)
+    text = next((x for x in paragraphs if re.match(r"[A-Za-z`]", x)), "")
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"[`*$]|\s+", lambda found: " " if found[0].isspace() else "", text)
+    return textwrap.shorten(text, 160, placeholder=" ...")
+
+
+def on_page_markdown(markdown: str, page, **_) -> str:
+    """Describe the page for search engines; insert the table of losses at its markers."""
+    page.meta.setdefault("description", _description(markdown))
     return loss_table.with_table(markdown, loss_table.section)
 
 
-def on_page_content(content: str, **_) -> str:
-    """Convert TeX to MathML and let long names break. Invalid TeX stops the build."""
-    return _NAMES.sub(_breakable, _MATHEMATICS.sub(_mathml, content))
+# Code, headings, links and inline code. Only inline code outside of the others is a link.
+_LINKABLE = re.compile(
+    r"<(pre|a|h[1-6]|figure)\b.*?</\1>|<code>([A-Za-z_][\w.]*)</code>", re.DOTALL
+)
+# A paragraph of links on the home page.
+_BUTTONS = re.compile(r"<p>((?:<a href=\"[^\"]*\">[^<]*</a>(?: · )?){2,})</p>")
+
+
+def on_page_content(content: str, page, **_) -> str:
+    """Convert TeX to MathML, link the names of functions, and let long names break."""
+
+    def link(found: re.Match) -> str:
+        uri = PAGE_OF.get(found[2] or "")
+        if uri is None or uri == page.file.src_uri:
+            return found[0]
+        folder = os.path.dirname(page.file.src_uri) or "."
+        return f'<a href="{os.path.relpath(uri, folder)[:-3]}.html">{found[0]}</a>'
+
+    def buttons(found: re.Match) -> str:
+        links = found[1].replace(" · ", " ").replace("<a ", '<a class="md-button" ')
+        return f"<p>{links}</p>"
+
+    content = _MATHEMATICS.sub(_mathml, content)
+    if page.file.src_uri == "index.md":
+        content = _BUTTONS.sub(buttons, content)
+    if page.file.src_uri == "family.md":
+        content = content.replace("<img ", '<img class="gallery" ')
+    return _NAMES.sub(_breakable, _LINKABLE.sub(link, content))
 
 
 def _font() -> bytes:
@@ -96,31 +138,139 @@ API = {
         ["focal_jax.reference", "focal_jax.measure"],
     ),
 }  # fmt: skip
+# The table of the page on losses: every task, and the functions for it.
+TASKS = {
+    "Detectors and heat maps": [
+        "sigmoid_focal_loss", "quality_focal_loss", "varifocal_loss", "matchability_aware_loss",
+        "gaussian_focal_loss", "distribution_focal_loss", "sigmoid_focal_loss_star",
+        "sigmoid_poly_focal_loss",
+    ],
+    "Classifiers and segmenters": [
+        "softmax_focal_loss_with_integer_labels", "softmax_focal_loss", "focal_tversky_loss",
+        "dual_focal_loss_with_integer_labels", "softmax_poly_focal_loss_with_integer_labels",
+    ],
+    "Many labels": ["linear_sigmoid_focal_loss", "asymmetric_loss", "linear_asymmetric_loss"],
+    "Language models and large vocabularies": [
+        "linear_softmax_focal_loss_with_integer_labels", "linear_token_statistics",
+        "linear_softmax_focal_loss_with_sparse_labels", "token_statistics", "TokenStatistics",
+        "softmax_focal_loss_with_sparse_labels",
+        "softmax_probability_weighted_loss_with_integer_labels",
+    ],
+    "Reduction, errors and checks": ["reduce_loss", "InputError", "compare_gradients"],
+}  # fmt: skip
 
 
-def api_page(title: str, modules: list[str]) -> str:
-    """Return the Markdown of an API page, with one mkdocstrings directive per public name."""
+def _public(module: str) -> list[str]:
+    """Return the public names of a module that are not modules."""
+    found = importlib.import_module(module)
+    return [name for name in found.__all__ if not inspect.ismodule(getattr(found, name))]
+
+
+def _page_of(module: str, name: str) -> str:
+    """Return the page that documents a name, in the folder `api`."""
+    return f"{module}.{name}".removeprefix("focal_jax.") + ".md"
+
+
+# The page of every name. A name without its module is one of `focal_jax`, `training`, `detection`.
+PAGE_OF: dict[str, str] = {}
+for _page, (_, _modules) in API.items():
+    for _module in _modules:
+        PAGE_OF[_module] = f"api/{_page}.md"
+        for _name in _public(_module):
+            PAGE_OF[f"{_module}.{_name}"] = f"api/{_page_of(_module, _name)}"
+            if _page in ("losses", "training", "detection"):
+                PAGE_OF[_name] = f"api/{_page_of(_module, _name)}"
+# Where pages link to the source of a module, the site links to the page on the module.
+SOURCE_PAGE = {
+    os.path.relpath(importlib.import_module(module).__file__, ROOT): f"api/{page}.md"
+    for page, (_, modules) in reversed(API.items())
+    for module in modules
+}
+
+
+def _directive(module: str, name: str) -> str:
+    """Return the mkdocstrings directive of a public name."""
+    value = getattr(importlib.import_module(module), name)
+    # Constants and type aliases are shown although they have no docstring, and so are the fields
+    # of a named tuple. The source of a reference is its formula.
+    is_tuple = hasattr(value, "_fields")
+    has_docstring = inspect.isclass(value) or inspect.isroutine(value)
+    options = {
+        "show_if_no_docstring": is_tuple or not has_docstring,
+        "show_source": module == "focal_jax.reference",
+        "heading_level": 1,
+    }
+    if module in ("focal_jax.nnx", "focal_jax.linen"):
+        options["inherited_members"] = options["show_if_no_docstring"] = True
+        options["members"] = ["__init__", "__call__"]
+        options["filters"] = []
+    lines = [f"      {key}: {json.dumps(x)}" for key, x in options.items()]
+    return "\n".join([f"::: {module}.{name}", "    options:", *lines])
+
+
+def _summary(module: str, name: str) -> str:
+    """Return the first line of a docstring."""
+    value = getattr(importlib.import_module(module), name)
+    if not (inspect.isclass(value) or inspect.isroutine(value)):
+        return f"`{value!r}`" if isinstance(value, int) else ""
+    return (inspect.getdoc(value) or "").partition("\n")[0]
+
+
+def _table(module: str, names: list[str]) -> str:
+    """Return a table with a link and a summary for every name."""
+    rows = ["| name | summary |", "| --- | --- |"]
+    rows += [f"| [`{x}`]({_page_of(module, x)}) | {_summary(module, x)} |" for x in names]
+    return "\n".join(rows)
+
+
+def api_page(page: str) -> str:
+    """Return the Markdown of an API page: the tables of its names, and the module docstrings."""
+    title, modules = API[page]
     parts = [f"# {title}"]
-    for name in modules:
-        module = importlib.import_module(name)
-        heading = f"## `{name}`" if len(modules) > 1 else f"`{name}`"
-        parts += [heading, inspect.getdoc(module) or ""]
-        for public in module.__all__:
-            value = getattr(module, public)
-            if inspect.ismodule(value):
-                continue
-            # Constants and type aliases are shown although they have no docstring.
-            has_docstring = inspect.isclass(value) or inspect.isroutine(value)
-            options = f"      show_if_no_docstring: {str(not has_docstring).lower()}"
-            level = 3 if len(modules) > 1 else 2
-            parts.append(
-                f"::: {name}.{public}\n    options:\n{options}\n      heading_level: {level}"
-            )
+    for module in modules:
+        names = _public(module)
+        if len(modules) > 1:
+            parts.append(f"## `{module}`")
+        if page == "losses":
+            parts += [f"## {task}\n\n{_table(module, each)}" for task, each in TASKS.items()]
+            parts.append("## Conventions")
+        elif names:
+            parts.append(_table(module, names))
+        parts.append(inspect.getdoc(importlib.import_module(module)) or "")
+    return "\n\n".join(parts) + "\n"
+
+
+def name_page(page: str, module: str, name: str) -> str:
+    """Return the Markdown of the page of one name: formula, figure, documentation, see also."""
+    title, _ = API[page]
+    summary = _summary(module, name).replace("`", "") or f"{module}.{name}"
+    short = _page_of(module, name).removesuffix(".md")
+    # The search ranks a loss before its reference, which has the same name.
+    boost = 0.1 if module == "focal_jax.reference" else 1
+    lines = [
+        f"title: {short}",
+        f"description: {json.dumps(summary)}",
+        f"search: {{boost: {boost}}}",
+    ]
+    meta = "\n".join(["---", *lines, "---"])
+    parts = [meta, _directive(module, name)]
+    loss = focal_jax.catalogue.LOSSES.get(name) if module == "focal_jax" else None
+    if loss is not None:
+        gallery = (ROOT / "docs" / "family.md").read_text(encoding="utf-8")
+        section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", gallery, re.M | re.S)[1].strip()
+        parts.append("## Formula\n\n" + re.sub(r"\]\((?!\w+:|#)", "](../", section))
+    tasks = TASKS.values() if module == "focal_jax" else ()
+    others = next((x for x in tasks if name in x), _public(module))
+    links = [f"[`{x}`]({_page_of(module, x)})" for x in others if x != name]
+    parts.append("## See also\n\n" + ", ".join(links))
+    parts.append(f"[{title}]({page}.md) · [Conventions](../conventions.md)")
     return "\n\n".join(parts) + "\n"
 
 
 # A section that Google's style does not have: its heading, the text beside it, indented lines.
 _SECTION = re.compile(r"^(Differentiation|References):[ ]*(.*\n?)((?:[ ]+.*\n?|\n(?=[ ]))*)", re.M)
+
+_RESULT = re.compile(r"^(Returns:\n[^\n:]*`[^\n:]*): ", re.M)
 
 
 def _paragraph(found: re.Match) -> str:
@@ -151,6 +301,8 @@ class Docstrings(griffe.Extension):
         """Rewrite docstring sections that griffe's parser of Google style does not know."""
         if obj.docstring is not None:
             text = re.sub("^Example:", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+            # The text of a result is not its type, which the signature has.
+            text = _RESULT.sub(r"\1&#58; ", text)
             obj.docstring.value = _SECTION.sub(_paragraph, text)
 
 
@@ -161,8 +313,11 @@ ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
+    "SECURITY.md": "security.md",
     "examples/retinanet_digits/README.md": "detector.md",
 }
+# The search does not read source listings, tables of measurements and the changelog.
+_UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
 _LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -180,7 +335,8 @@ class _ExtraFiles:
     def add_page(self, path: str, uri: str) -> None:
         """Add a file of the repository as a page of the site."""
         text = (ROOT / path).read_text(encoding="utf-8")
-        self.add(uri, content=self.with_links_to_copies(text, path, uri))
+        text = self.with_links_to_copies(text, path, uri)
+        self.add(uri, content=(_UNSEARCHED if uri != "contributing.md" else "") + text)
 
     def with_links_to_copies(self, text: str, path: str, uri: str) -> str:
         """Return the text of a page whose links lead to the site's copies of files.
@@ -195,6 +351,8 @@ class _ExtraFiles:
             target = os.path.normpath(os.path.join(os.path.dirname(path), found[2]))
             if target.startswith("docs/"):
                 copy = target.removeprefix("docs/")
+            elif target in SOURCE_PAGE:
+                copy = SOURCE_PAGE[target]
             elif target in ELSEWHERE:
                 copy = ELSEWHERE[target]
             elif not (ROOT / target).is_file():
@@ -202,7 +360,10 @@ class _ExtraFiles:
             elif target.endswith((".py", ".sh", ".yml", ".toml")):
                 copy = f"source/{target}.md"
                 code = (ROOT / target).read_text(encoding="utf-8")
-                self.add(copy, content=f"# `{target}`\n\n````python\n{code}\n````\n")
+                self.add(copy, content=f"{_UNSEARCHED}# `{target}`\n\n````python\n{code}\n````\n")
+            elif target.endswith(".md"):
+                copy = f"source/{target}"
+                self.add(copy, content=_UNSEARCHED + (ROOT / target).read_text(encoding="utf-8"))
             else:
                 copy = f"source/{target}"
                 self.add(copy, abs_src_path=str(ROOT / target))
@@ -216,8 +377,12 @@ def on_files(files, config):
     """Add the generated pages, the font, and the files that pages link to."""
     extra = _ExtraFiles(config)
     extra.add("assets/math.woff", content=_font())
-    for page, (title, modules) in API.items():
-        extra.add(f"api/{page}.md", content=api_page(title, modules))
+    for page, (_, modules) in API.items():
+        extra.add(f"api/{page}.md", content=api_page(page))
+        for module in modules:
+            for name in _public(module):
+                uri = PAGE_OF[f"{module}.{name}"]
+                extra.add(uri, content=name_page(page, module, name))
     for path, uri in ELSEWHERE.items():
         extra.add_page(path, uri)
     for file in files.documentation_pages():

@@ -28,37 +28,13 @@ Conventions of every loss:
 import importlib
 from typing import TYPE_CHECKING
 
-from focal_jax import catalogue as catalogue, engine as engine
 from focal_jax._version import __version__ as __version__
-from focal_jax.engine import InputError as InputError
-from focal_jax.losses.asymmetric import asymmetric_loss as asymmetric_loss
-from focal_jax.losses.distribution import distribution_focal_loss as distribution_focal_loss
-from focal_jax.losses.dual import (
-    dual_focal_loss_with_integer_labels as dual_focal_loss_with_integer_labels,
-)
-from focal_jax.losses.gaussian import gaussian_focal_loss as gaussian_focal_loss
-from focal_jax.losses.matchability import matchability_aware_loss as matchability_aware_loss
-from focal_jax.losses.poly import (
-    sigmoid_poly_focal_loss as sigmoid_poly_focal_loss,
-    softmax_poly_focal_loss_with_integer_labels as softmax_poly_focal_loss_with_integer_labels,
-)
-from focal_jax.losses.probability_weighted import (
-    softmax_probability_weighted_loss_with_integer_labels as softmax_probability_weighted_loss_with_integer_labels,  # noqa: E501
-)
-from focal_jax.losses.quality import quality_focal_loss as quality_focal_loss
-from focal_jax.losses.sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
-from focal_jax.losses.softmax import (
-    linear_softmax_focal_loss_with_integer_labels as linear_softmax_focal_loss_with_integer_labels,
-    softmax_focal_loss as softmax_focal_loss,
-    softmax_focal_loss_with_integer_labels as softmax_focal_loss_with_integer_labels,
-)
-from focal_jax.losses.star import sigmoid_focal_loss_star as sigmoid_focal_loss_star
-from focal_jax.losses.tversky import focal_tversky_loss as focal_tversky_loss
-from focal_jax.losses.varifocal import varifocal_loss as varifocal_loss
 
-# Loaded on first use. Some of these modules import Flax, optax, protobuf or measuring code.
-_MODULES = ("compat", "detection", "linen", "measure", "nnx", "reference", "training")
+# Loaded on first use, as are the losses: the command line shows its help without importing JAX.
+_MODULES = ("catalogue", "compat", "detection", "engine", "linen", "measure", "nnx", "reference")
+_MODULES += ("training",)
 _NAMES = {
+    "InputError": "engine",
     "TokenStatistics": "statistics",
     "compare_gradients": "measure",
     "linear_asymmetric_loss": "losses.multilabel",
@@ -70,31 +46,51 @@ _NAMES = {
     "token_statistics": "statistics",
 }
 
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-    *catalogue.LOSSES,
-    *("InputError", "catalogue", "engine"),
-    *_NAMES,
-    *_MODULES,
-]
-
 if TYPE_CHECKING:
     from focal_jax import (
+        catalogue as catalogue,
         compat as compat,
         detection as detection,
+        engine as engine,
         linen as linen,
         measure as measure,
         nnx as nnx,
         reference as reference,
         training as training,
     )
+    from focal_jax.engine import InputError as InputError
+    from focal_jax.losses.asymmetric import asymmetric_loss as asymmetric_loss
+    from focal_jax.losses.distribution import distribution_focal_loss as distribution_focal_loss
+    from focal_jax.losses.dual import (
+        dual_focal_loss_with_integer_labels as dual_focal_loss_with_integer_labels,
+    )
+    from focal_jax.losses.gaussian import gaussian_focal_loss as gaussian_focal_loss
+    from focal_jax.losses.matchability import matchability_aware_loss as matchability_aware_loss
     from focal_jax.losses.multilabel import (
         linear_asymmetric_loss as linear_asymmetric_loss,
         linear_sigmoid_focal_loss as linear_sigmoid_focal_loss,
+    )
+    from focal_jax.losses.poly import (
+        sigmoid_poly_focal_loss as sigmoid_poly_focal_loss,
+        softmax_poly_focal_loss_with_integer_labels as softmax_poly_focal_loss_with_integer_labels,
+    )
+    from focal_jax.losses.probability_weighted import (
+        softmax_probability_weighted_loss_with_integer_labels as softmax_probability_weighted_loss_with_integer_labels,  # noqa: E501
+    )
+    from focal_jax.losses.quality import quality_focal_loss as quality_focal_loss
+    from focal_jax.losses.sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
+    from focal_jax.losses.softmax import (
+        linear_softmax_focal_loss_with_integer_labels as linear_softmax_focal_loss_with_integer_labels,  # noqa: E501
+        softmax_focal_loss as softmax_focal_loss,
+        softmax_focal_loss_with_integer_labels as softmax_focal_loss_with_integer_labels,
     )
     from focal_jax.losses.sparse import (
         linear_softmax_focal_loss_with_sparse_labels as linear_softmax_focal_loss_with_sparse_labels,  # noqa: E501
         softmax_focal_loss_with_sparse_labels as softmax_focal_loss_with_sparse_labels,
     )
+    from focal_jax.losses.star import sigmoid_focal_loss_star as sigmoid_focal_loss_star
+    from focal_jax.losses.tversky import focal_tversky_loss as focal_tversky_loss
+    from focal_jax.losses.varifocal import varifocal_loss as varifocal_loss
     from focal_jax.measure import compare_gradients as compare_gradients
     from focal_jax.reduction import reduce_loss as reduce_loss
     from focal_jax.statistics import (
@@ -109,8 +105,13 @@ else:
             return importlib.import_module(f"focal_jax.{name}")
         if name in _NAMES:
             return getattr(importlib.import_module(f"focal_jax.{_NAMES[name]}"), name)
+        if name == "__all__" or not name.startswith("_"):
+            losses = importlib.import_module("focal_jax.catalogue").LOSSES
+            if name == "__all__":
+                return [*losses, *_NAMES, *_MODULES]
+            if name in losses:
+                return losses[name].function
         raise AttributeError(f"module 'focal_jax' has no attribute {name!r}")
 
-
-def __dir__() -> list[str]:
-    return __all__
+    def __dir__():
+        return __getattr__("__all__")

@@ -1,9 +1,10 @@
 """The catalogue of losses: every loss of the package by name, with its declared options.
 
-The comparison with autodiff, the reference implementation, the Flax modules, the tests, the
+The comparison with plain JAX, the reference implementation, the Flax modules, the tests, the
 benchmarks and the documentation read the catalogue, so none of them has its own list of losses.
 """
 
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ __all__ = ["LOSSES", "Kind", "Labels", "Loss", "declaration_of", "declare", "fun
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-LOSSES: dict[str, Loss] = {}  # filled by `declare` when `focal_jax.losses` is imported
+LOSSES: dict[str, Loss] = {}  # filled by `declare`
 
 
 def declare(
@@ -68,3 +69,6 @@ def declaration_of(function: Callable[..., Any]) -> Loss | None:
     """Return the declaration of a loss of this package or of `focal_jax.engine`, else None."""
     found = getattr(function, "declaration", None)
     return found if isinstance(found, Loss) else None
+
+
+importlib.import_module("focal_jax.losses")  # every loss declares itself

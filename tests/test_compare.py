@@ -2,9 +2,13 @@
 
 import dataclasses
 import functools
+import importlib
+import inspect
 import io
 import json
 import math
+import re
+import signal
 import subprocess
 import sys
 
@@ -26,7 +30,7 @@ from focal_jax import (
 )
 from focal_jax.__main__ import main
 from focal_jax.catalogue import LOSSES
-from focal_jax.measure import command_line, compare
+from focal_jax.measure import command_line, compare, curves
 from focal_jax.measure.compare import DTYPES, compare_gradients
 from focal_jax.measure.evaluate import evaluate
 
@@ -454,8 +458,12 @@ def test_invalid_arguments(loss, arguments, message):
     ("arguments", "message"),
     [
         (["train"], "invalid choice: 'train'"),
-        (["compare", "--loss", "focal"], "loss: got 'focal', wanted one of ('"),
+        (["compare", "--loss", "focal"], "loss: invalid choice: 'focal' (choose from "),
         (["compare", "--loss", "sigmoid_focal_los"], "did you mean 'sigmoid_focal_loss'?"),
+        (["compare", "--loss", "varifokal"], "did you mean 'varifocal_loss'?"),
+        (["compare", "--loss", "sigmoid"], "did you mean 'sigmoid_focal_loss'?"),
+        (["comapre"], "did you mean 'compare'?"),
+        (["compare", "--gama-negative", "2"], "did you mean '--gamma-negative'?"),
         (
             ["compare", "--shape", "99999999", "999999"],
             "shape: got 99,999,899,000,001 logits, which",
@@ -503,6 +511,15 @@ def test_files_are_checked_before_the_measurement(option, path, message, capsys,
         main([*QUICK, option, path])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_default_figure_is_checked_before_the_drawing(capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr(command_line, "_plot", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["plot"])
+    assert stopped.value.code == 2
+    assert "'focal_loss.png', wanted a file that can be written" in capsys.readouterr().err
 
 
 def test_without_a_command_the_help_is_printed(capsys):
@@ -554,14 +571,19 @@ def test_compare_prints_tables(capsys):
         assert part in " ".join(printed.split())
 
 
-def test_tables_fit_sixty_columns():
+@pytest.mark.parametrize("width", [40, 50, 60])
+def test_tables_fit_narrow_terminals(width):
     from rich.console import Console
 
-    console = Console(width=60, record=True, file=io.StringIO())
-    console.print(report_of(INTEGER))
-    lines = console.export_text().splitlines()
-    assert max(map(len, lines)) <= 60
-    assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in lines)  # rich truncates with it
+    console = Console(width=width, record=True, file=io.StringIO())
+    report = report_of(INTEGER)
+    console.print(report)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text  # rich truncates with it
+    for measured in (report.focal_jax, report.plain_jax):
+        for regime in REGIMES:
+            assert f"{getattr(measured, regime).relative:.1e}" in text
 
 
 def test_notebook_shows_tables():
@@ -611,6 +633,21 @@ def test_doctor_reports_wrong_gradients(capsys, monkeypatch):
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_doctor_without_extras_checks_easy_and_hard_logits(capsys, monkeypatch):
+    for module in ("mpmath", "rich", "rich.console", "rich.status", "rich.table", "matplotlib"):
+        monkeypatch.setitem(sys.modules, module, None)
+    names = (SIGMOID, INTEGER, "varifocal_loss", "distribution_focal_loss")
+    monkeypatch.setattr(catalogue, "LOSSES", {name: LOSSES[name] for name in names})
+    main(["doctor"])
+    printed = capsys.readouterr().out
+    assert "Saturated logits are not checked: mpmath is missing; install it with pip" in printed
+    assert "All gradients are correct" in printed
+    wrong = LOSSES[SIGMOID]._replace(function=lambda z, y: sigmoid_focal_loss(z, y, gamma=2.001))
+    monkeypatch.setattr(catalogue, "LOSSES", {SIGMOID: wrong})
+    with pytest.raises(SystemExit, match=f"gradient is wrong on this device: {SIGMOID}"):
+        main(["doctor"])
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
@@ -618,12 +655,95 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == f"focal_jax {focal_jax.__version__}"
 
 
+@pytest.mark.parametrize("columns", [40, 80])
 @pytest.mark.parametrize("command", [[], ["compare"], ["plot"], ["doctor"]])
-def test_help(command, capsys):
+def test_help(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
     assert stopped.value.code == 0
-    assert "usage: focal-jax" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "usage: focal-jax" in printed
+    for line in printed.partition("losses, with")[2].splitlines()[1:]:
+        assert len(line) <= columns or line.strip() in LOSSES
+    if command in ([], ["compare"]):
+        for name, loss in LOSSES.items():
+            entry = printed.partition(f"\n  {name}\n")[2].partition("\n  ")[0]
+            text = " ".join(printed.partition(f"\n  {name}\n")[2].split())
+            assert text.startswith(inspect.getdoc(loss.function).partition("\n")[0]), entry
+            for option, declared in loss.options.items():
+                wanted = f"{option}={declared.default}"
+                assert (wanted in text) == (declared.kind != "mask"), wanted
+
+
+def test_help_states_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    parameters = inspect.signature(compare_gradients).parameters
+    for name in ("loss", "shape", "axis", "dtype", "seed", "repeats"):
+        default = str(parameters[name].default).translate(str.maketrans("", "", "(),"))
+        assert re.search(rf"--{name} [^-]*.*?\(default: {re.escape(default)}\)", text), name
+    assert ",".join(DTYPES) in text.replace(" ", "")
+    with pytest.raises(SystemExit):
+        main(["plot", "--help"])
+    gammas = " ".join(f"{gamma:g}" for gamma in curves.GAMMAS)
+    assert f"(default: {gammas})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_options_are_those_of_the_losses(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    listed = capsys.readouterr().out.partition("options of a loss:")[2].partition("examples:")[0]
+    declared = {
+        f"--{name.replace('_', '-')}"
+        for loss in LOSSES.values()
+        for name, option in loss.options.items()
+        if option.kind != "mask"
+    }
+    assert set(re.findall(r"--[\w-]+", listed)) == declared
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["compare", "--help"], []])
+def test_help_does_not_import_jax(arguments):
+    # JAX takes one to two seconds to import.
+    code = f"import sys; from focal_jax.__main__ import main; main({arguments})"
+    done = run("-X", "importtime", "-c", code)
+    assert done.returncode == 0
+    imported = set(re.findall(r"\|\s+(\S+)$", done.stderr, re.MULTILINE))
+    assert "focal_jax.__main__" in imported
+    assert not imported & {"jax", "numpy", "chex", "flax", "optax", "rich", "mpmath", "matplotlib"}
+    total = re.findall(r"\|\s+(\d+) \|\s+focal_jax.__main__$", done.stderr, re.MULTILINE)
+    assert int(total[0]) < 300_000  # microseconds
+
+
+def test_interrupt_during_the_import_of_jax_is_one_line(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "focal-jax: interrupted\n"
+
+
+def test_interrupt_of_the_program_is_one_line():
+    command = [sys.executable, "-m", "focal_jax", "doctor"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **streams) as program:
+        while " passed " not in program.stdout.readline():
+            assert program.poll() is None
+        program.send_signal(signal.SIGINT)
+        _, errors = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert errors == "focal-jax: interrupted\n"
+
+
+def test_colours_are_off_without_a_terminal_and_with_no_color(monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", "1")
+    main(QUICK)
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_json_has_the_fields_of_the_report(capsys):

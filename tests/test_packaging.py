@@ -31,7 +31,14 @@ def sdist(tmp_path_factory):
 
 
 def test_sdist_has_all_files_to_build_and_test_it(sdist):
-    for path in ("Makefile", ".ci/run", "pyproject.toml", "LICENSE", "CHANGELOG.md"):
+    for path in (
+        "Makefile",
+        ".ci/run",
+        "pyproject.toml",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CITATION.cff",
+    ):
         assert (sdist / path).is_file(), path
     for folder in ("focal_jax", "tests", "examples", "benchmarks", "docs"):
         files = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")}
@@ -71,6 +78,16 @@ def test_ruff_and_pyright_are_pinned_in_one_place():
     hooks = ROOT / ".pre-commit-config.yaml"
     if hooks.exists():  # a source distribution does not have this file
         assert "rev:" not in hooks.read_text()
+
+
+def test_citation_and_templates():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == focal_jax.__version__
+    assert citation["license"] == SETTINGS["license"]
+    assert citation["repository-code"] == SETTINGS["urls"]["Homepage"]
+    for path in (ROOT / ".github").rglob("*.yml"):  # a source distribution has none
+        assert yaml.safe_load(path.read_text(encoding="utf-8")), path
 
 
 def test_command_line_script():

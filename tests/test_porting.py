@@ -18,7 +18,8 @@ from pages import code_blocks
 
 import focal_jax
 
-GUIDE = (Path(__file__).parents[1] / "docs" / "porting.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+GUIDE = "".join((DOCS / page).read_text() for page in ("porting.md", "porting-losses.md"))
 (IMPORTS,) = code_blocks(GUIDE)
 ROWS = [  # the call of the other library, and the call of focal_jax
     (original.strip(), call)
@@ -215,6 +216,8 @@ INPUTS = {
     "embedding": embedding,
     "kernel": embedding.T,
     "tags": tags,
+    "softmax_p": softmax(logits),
+    "sigmoid_p": sigmoid(logits),
     "completion": completion,
     "matched": matched_boxes,
     "scores": scores,
@@ -301,15 +304,31 @@ EXPECTED = {
     "`CategoricalFocalCrossentropy(from_logits=True)(y_true, logits)`": (
         0.25 * categorical(logits, y_true).sum(1).mean()
     ),
+    "`CategoricalFocalCrossentropy()(y_true, softmax_p)`": (
+        0.25 * categorical(logits, y_true).sum(1).mean()
+    ),
     "`CategoricalFocalCrossentropy(from_logits=True, label_smoothing=0.1)(y_true, logits)`": (
         0.25 * categorical(logits, 0.9 * y_true + 0.1 / C).sum(1).mean()
     ),
+    "`CategoricalFocalCrossentropy(alpha=weight, from_logits=True)(y_true, logits)`": (
+        (weight * categorical(logits, y_true)).sum(1).mean()
+    ),
     "`BinaryFocalCrossentropy(from_logits=True)(targets, logits)`": binary(logits, targets).mean(),
+    "`BinaryFocalCrossentropy()(targets, sigmoid_p)`": binary(logits, targets).mean(),
     "`BinaryFocalCrossentropy(apply_class_balancing=True, from_logits=True)(targets, logits)`": (
         binary(logits, targets, 0.25).mean()
     ),
     "`BinaryFocalCrossentropy(from_logits=True, label_smoothing=0.1)(targets, logits)`": (
         binary(logits, 0.9 * targets + 0.05).mean()
+    ),
+    '`model.compile(loss="categorical_focal_crossentropy")`, output `softmax_p`': (
+        0.25 * categorical(logits, y_true).sum(1).mean()
+    ),
+    '`model.compile(loss="binary_focal_crossentropy")`, output `sigmoid_p`': (
+        binary(logits, targets).mean()
+    ),
+    "`model.fit(class_weight=...)` with the categorical loss, output `softmax_p`": (
+        (0.25 * weight[classes] * categorical(logits, y_true).sum(1)).mean()
     ),
     # optax
     "`optax.losses.sigmoid_focal_loss(logits, targets)`": optax.losses.sigmoid_focal_loss(*OPTAX),

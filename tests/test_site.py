@@ -1,8 +1,12 @@
 """Tests of the documentation: code, links, navigation, figures, numbers and the built site."""
 
 import ast
+import html
 import importlib
 import importlib.util
+import inspect
+import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +14,7 @@ import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pages import run
@@ -22,13 +27,20 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 TEXTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    ROOT / "SECURITY.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "examples" / "retinanet_digits" / "README.md",
     *PAGES,
 ]
 # The code of these pages has tests of its own: test_porting.py, test_scaling_docs.py (eight
-# devices) and test_vocabulary_docs.py (two pages).
-TESTED_ELSEWHERE = {"many-labels.md", "porting.md", "scaling.md", "vocabularies.md"}
+# devices) and test_vocabulary_docs.py (three pages).
+TESTED_ELSEWHERE = {
+    "language-models.md",
+    "many-labels.md",
+    "porting.md",
+    "scaling.md",
+    "vocabularies.md",
+}
 
 
 def _name(path: Path) -> str:
@@ -53,6 +65,16 @@ def test_code_blocks_run_and_sessions_print_the_stated_output(page):
     run(page)
 
 
+@pytest.mark.parametrize("framework", ["equinox", "haiku"])
+def test_examples_of_other_frameworks_run(framework):
+    pytest.importorskip(framework)
+    text = (DOCS / "faq.md").read_text(encoding="utf-8")
+    section = re.search(rf"^### {framework}\n(.*?)^### ", text, re.M | re.S | re.I)[1]
+    names = run(DOCS / "faq.md")
+    exec(re.search(r"^```py\n(.*?)^```$", section, re.M | re.S)[1], names)
+    assert names["value"] > 0
+
+
 def _anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub and MkDocs make from the headings of a page."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -67,9 +89,6 @@ def test_links_have_targets(page):
         r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8")
     ):
         target = page.parent / link if link else page
-        if link.startswith("api/"):  # generated when the site is built
-            assert Path(link).stem in API_PAGES, link
-            continue
         assert target.exists(), link
         if anchor:
             assert anchor in _anchors(target), f"{link}#{anchor}"
@@ -94,11 +113,21 @@ def test_navigation_lists_every_page():
         ("porting.md", "## torchvision"),
         ("recipes.md", "## torchvision's RetinaNet"),
         ("choosing.md", "detector"),
+        ("faq.md#frameworks", "### Equinox"),
+        ("porting.md", "## Keras"),
+        ("vocabularies.md", "## Token statistics"),
+        ("language-models.md", "## DPO"),
+        ("masks.md", "-100"),
+        ("write-your-own-loss.md", "## A loss of one logit"),
+        ("which-head.md", "tokamax"),
+        ("verification.md", "## Not checked"),
+        ("glossary.md", "| margin |"),
+        ("stability.md", "SPEC 0"),
     ],
 )
 def test_home_page_links_to_frequent_questions(page, text):
     assert f"({page})" in (DOCS / "index.md").read_text(encoding="utf-8")
-    assert text in (DOCS / page).read_text(encoding="utf-8")
+    assert text in (DOCS / page.partition("#")[0]).read_text(encoding="utf-8")
 
 
 def test_api_documents_every_public_module():
@@ -106,6 +135,12 @@ def test_api_documents_every_public_module():
     public = {"focal_jax", *(f"focal_jax.{name}" for name in modules)}
     public |= {f"focal_jax.compat.{name}" for name in focal_jax.compat.__all__}
     assert set(API_MODULES) == public
+
+
+def test_every_public_name_has_a_task():
+    listed = [name for names in _hooks_constant("TASKS").values() for name in names]
+    public = {n for n in focal_jax.__all__ if not inspect.ismodule(getattr(focal_jax, n))}
+    assert sorted(listed) == sorted(public)
 
 
 # ---------------------------------------------------------------- gallery, figures, numbers
@@ -164,6 +199,40 @@ def test_figure_shows_the_current_losses(name, tmp_path):
         np.testing.assert_allclose(np.interp(x, *a.T), np.interp(x, *b.T), atol=4)
 
 
+def test_gallery_states_the_inputs_of_the_figures():
+    curves = importlib.import_module("focal_jax.measure.curves").curves
+    text = (DOCS / "family.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w[\w, ]*) \| `(.*)` \| (`.*`) \|$", text, re.MULTILINE)
+    stated = {kind: row[1:] for row in rows for kind in row[0].split(", ")}
+    x = np.array([-1.5, 2.0])
+    for loss in {loss.kind: loss for loss in [*LOSSES.values()][::-1]}.values():
+        logits, labels = stated.pop(loss.kind)
+        labels = [eval(label) for label in re.findall("`(.*?)`", labels)]
+        kernel = [jnp.eye(3)] if loss.kind == "linear" else []
+        dtype = jnp.int32 if "integer" in loss.labels else jnp.float32
+        for curve, label in zip(curves(loss, x), labels, strict=True):
+            for at, drawn in zip(x, curve.losses):
+                z = jnp.asarray(eval(logits, {"x": at}), jnp.float32)
+                losses = loss.function(z, *kernel, jnp.asarray(label, dtype))
+                np.testing.assert_allclose(drawn, jnp.sum(losses), rtol=1e-5)
+    assert not stated
+
+
+def test_clips_are_at_the_edges_of_the_table_of_errors():
+    figures = _figures_module()
+    edges = sorted({edge for each in figures.RANGES.values() for edge in each})
+    for epsilon in (1e-7, 1e-4):
+        margin = np.log(epsilon / (1 - epsilon))
+        below = max(edge for edge in edges if edge < margin)
+        above = min(edge for edge in edges if edge > margin)
+        assert above - below < 0.2
+    errors = figures.largest_errors(2.0)
+    columns = list(figures.RANGES)
+    for name, first in (("Keras's clipping, 1e-7", 1), ("pytorch-retinanet's clipping, 1e-4", 2)):
+        assert errors[name][first - 1] == pytest.approx(1), columns[first - 1]
+        assert errors[name][first] < 1e-4, columns[first]
+
+
 def test_numerics_page_states_the_measured_errors():
     def cells(text):
         rows = re.findall(r"^\| [\d.]+ \|.*$", text, re.MULTILINE)
@@ -187,6 +256,8 @@ def test_numerics_page_states_the_measured_errors():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
+    if "BUILT_SITE" in os.environ:  # `make docs` builds the site before it tests the site
+        return ROOT / os.environ["BUILT_SITE"]
     pytest.importorskip("mkdocs")
     pytest.importorskip("math_core")
     folder = tmp_path_factory.mktemp("site")
@@ -229,8 +300,10 @@ def test_pages_load_only_local_files_and_are_small(site):
         for url in resources.urls:
             assert not re.match(r"(\w+:)?//", url), f"{page.name}: {url}"
             if not url.startswith("data:"):
-                folder = site if url.startswith("/") else page.parent
-                size += (folder / url.lstrip("/").split("?")[0]).stat().st_size
+                # The page 404 has absolute URLs, because it replaces pages of every folder.
+                folder = site if url.startswith("/focal_jax/") else page.parent
+                file = url.removeprefix("/focal_jax/").split("?")[0]
+                size += (folder / file).stat().st_size
         size += sum(font.stat().st_size for font in site.rglob("*.woff*"))
         assert size < 1.5e6, f"{page.name}: {size / 1e6:.2f} MB"
     for style in site.rglob("*.css"):
@@ -246,6 +319,78 @@ def test_built_api_documents_every_public_name(site):
         module = importlib.import_module(name)
         public = {f"{name}.{each}" for each in module.__all__} - set(API_MODULES)
         assert public - {"focal_jax.compat"} <= documented
+
+
+@pytest.mark.slow
+def test_every_public_function_has_a_page(site):
+    for page, (_, modules) in API_PAGES.items():
+        listed = (site / "api" / f"{page}.html").read_text(encoding="utf-8")
+        for name in modules:
+            module, prefix = importlib.import_module(name), f"{name}.".removeprefix("focal_jax.")
+            for public in module.__all__:
+                value = getattr(module, public)
+                if inspect.ismodule(value):
+                    continue
+                assert f'href="{prefix}{public}.html"' in listed, public
+                text = (site / "api" / f"{prefix}{public}.html").read_text(encoding="utf-8")
+                assert f'id="{name}.{public}"' in text
+                assert "See also" in text
+                assert "`" not in re.sub(r"<(pre|script).*?</\1>", "", text, flags=re.S), public
+                if not inspect.isfunction(value) or name == "focal_jax.reference":
+                    continue
+                plain = html.unescape(re.sub(r"<[^>]*>", "", text))
+                for parameter in inspect.signature(value).parameters.values():
+                    assert re.search(rf"{parameter.name}: \S", plain), parameter
+
+
+@pytest.mark.slow
+def test_pages_describe_themselves_and_make_no_requests(site):
+    descriptions = {}
+    for page in sorted(site.rglob("*.html")):
+        text = page.read_text(encoding="utf-8")
+        # The theme's link to the repository would ask the code host for stars.
+        assert 'data-md-component="source"' not in text
+        if page.name == "404.html":
+            assert 'href="/focal_jax/nan.html"' in text
+            continue
+        name = page.relative_to(site).as_posix()
+        assert f'rel="canonical" href="https://focal-jax.github.io/focal_jax/{name}"' in text
+        (descriptions[name],) = re.findall(r'name="description" content="([^"]*)"', text)
+        assert descriptions[name], name
+        assert focal_jax.__version__ in text
+    first = [text for name, text in descriptions.items() if "/" not in name]
+    assert len(set(first)) == len(first)
+    home = (site / "index.html").read_text(encoding="utf-8")
+    assert home.count('<a class="md-button"') == 3
+    assert 'href="api/reduce_loss.html"><code>' in home
+
+
+SEARCHES = {
+    "quickstart": "tutorial.html",
+    "cite": "faq.html",
+    "DPO": "language-models.html",
+    "log-probability": "faq.html",
+    "Haiku": "faq.html",
+    "Equinox": "faq.html",
+    "Keras": "porting.html",
+    "NCHW": "faq.html",
+    "-100": "faq.html",
+    "tensor parallel": "vocabularies.html",
+    "gradient accumulation": "reductions.html",
+    "mixed precision": "faq.html",
+    "void": "masks.html",
+    "NaN": "nan.html",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("term", "page"), SEARCHES.items())
+def test_search_finds_a_heading(site, term, page):
+    # The search of the theme ranks titles first.
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    found = [x["location"] for x in index["docs"] if term.lower() in x["title"].lower()]
+    assert any(location.startswith(page) for location in found), found
+    assert not any(x["location"].startswith(("source/", "benchmarks")) for x in index["docs"])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Tests of docs/vocabularies.md and docs/many-labels.md: their code agrees with the definitions."""
+"""The code of the pages on vocabularies, language models and many labels is right."""
 
 import importlib.util
 from pathlib import Path
@@ -20,6 +20,12 @@ PAGE = (DOCS / "vocabularies.md").read_text(encoding="utf-8")
 def page():
     """Return the names that the code of the page defines."""
     return run(DOCS / "vocabularies.md")
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Return the names that the code of the page on language models defines."""
+    return run(DOCS / "language-models.md")
 
 
 @pytest.fixture(scope="module")
@@ -140,17 +146,17 @@ def test_token_statistics(page):
     np.testing.assert_allclose(page["accuracy"], mean(correct), rtol=1e-6)
 
 
-def test_losses_of_statistics(page):
-    plain = _Plain(page["hidden"], page)
+def test_losses_of_statistics(models):
+    plain = _Plain(models["hidden"], models)
     p, n = np.exp(plain.log_p), -np.asarray(plain.log_p)
     wanted = {
         "regularized": n + 1e-4 * np.where(plain.valid, plain.logsumexp, 0) ** 2,
-        "eaft": plain.entropy / np.log(page["C"]) * n,
+        "eaft": plain.entropy / np.log(models["C"]) * n,
         "dft": p * n,
         "focal": (1 - p) ** 2 * n,
     }
     for name, want in wanted.items():
-        np.testing.assert_allclose(page[name], want, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(models[name], want, rtol=1e-5, atol=1e-7)
 
 
 def _assert_same_gradients(found, want):
@@ -158,51 +164,51 @@ def _assert_same_gradients(found, want):
         assert_close(a, b, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(b))))
 
 
-def test_dpo(page):
+def test_dpo(models):
     def plain(hidden, embedding):
-        names = page | {"embedding": embedding}
+        names = models | {"embedding": embedding}
         log_p, reference = (
-            jnp.sum(_Plain(x, names).log_p, -1) for x in (hidden, page["hidden"] / 2)
+            jnp.sum(_Plain(x, names).log_p, -1) for x in (hidden, models["hidden"] / 2)
         )
         reference = jax.lax.stop_gradient(reference)
         # sigmoid of beta times the difference of the two differences, as in the paper
         chosen, rejected = jnp.split(log_p - reference, 2)
         return -jnp.mean(jnp.log(1 / (1 + jnp.exp(-0.1 * (chosen - rejected)))))
 
-    value, gradients = jax.value_and_grad(plain, (0, 1))(page["hidden"], page["embedding"])
-    np.testing.assert_allclose(page["dpo"], value, rtol=1e-5)
-    _assert_same_gradients(page["dpo_gradients"], gradients)
+    value, gradients = jax.value_and_grad(plain, (0, 1))(models["hidden"], models["embedding"])
+    np.testing.assert_allclose(models["dpo"], value, rtol=1e-5)
+    _assert_same_gradients(models["dpo_gradients"], gradients)
 
 
-def test_grpo(page):
-    advantages = page["advantages"][:, None]
+def test_grpo(models):
+    advantages = models["advantages"][:, None]
     assert abs(advantages.mean()) < 1e-6
-    old, reference = (_Plain(s * page["hidden"], page, 0.9).log_p for s in (0.98, 0.5))
-    np.testing.assert_allclose(page["old"], old, rtol=1e-4, atol=1e-5)
+    old, reference = (_Plain(s * models["hidden"], models, 0.9).log_p for s in (0.98, 0.5))
+    np.testing.assert_allclose(models["old"], old, rtol=1e-4, atol=1e-5)
 
     def plain(hidden, embedding):
-        s = _Plain(hidden, page | {"embedding": embedding}, 0.9)
+        s = _Plain(hidden, models | {"embedding": embedding}, 0.9)
         ratio = jnp.exp(s.log_p - old)
         gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.8, 1.2) * advantages)
         kl = jnp.exp(reference - s.log_p) - (reference - s.log_p) - 1
         count = float(np.sum(s.valid))
         return jnp.sum(jnp.where(s.valid, 0.04 * kl - gain, 0)) / count, jnp.sum(s.entropy) / count
 
-    args = page["hidden"], page["embedding"]
+    args = models["hidden"], models["embedding"]
     (value, entropy), gradients = jax.value_and_grad(plain, (0, 1), has_aux=True)(*args)
-    np.testing.assert_allclose(page["grpo"], value, rtol=1e-4)
-    np.testing.assert_allclose(page["grpo_entropy"], entropy, rtol=1e-5)
-    _assert_same_gradients(page["grpo_gradients"], gradients)
+    np.testing.assert_allclose(models["grpo"], value, rtol=1e-4)
+    np.testing.assert_allclose(models["grpo_entropy"], entropy, rtol=1e-5)
+    _assert_same_gradients(models["grpo_gradients"], gradients)
 
 
-def test_distillation(page):
-    teacher = page["teacher"].astype(np.float64) / 2
-    top = np.sort(teacher, -1)[:, -8:]
-    p = np.where(teacher >= top[:, :1], np.exp(teacher), 0)
+def test_distillation(models):
+    teacher = models["teacher"].astype(np.float64) / 2
+    top = np.sort(teacher, -1)[..., -8:]
+    p = np.where(teacher >= top[..., :1], np.exp(teacher), 0)
     p /= p.sum(-1, keepdims=True)
-    logits = page["features"].astype(np.float64) @ page["embedding"].T / 2
+    logits = models["hidden"].astype(np.float64) @ models["embedding"].T / 2
     log_q = logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))
-    np.testing.assert_allclose(page["distilled"], -np.sum(p * log_q, -1), rtol=1e-5)
+    np.testing.assert_allclose(models["distilled"], -np.sum(p * log_q, -1), rtol=1e-5)
 
 
 def test_softcap_then_temperature(page):

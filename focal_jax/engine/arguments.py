@@ -22,7 +22,7 @@ INT32 = jnp.iinfo(jnp.int32)
 
 
 class InputError(AssertionError, ValueError, TypeError):
-    """An argument is invalid. The message says what was got and what was wanted.
+    """An argument is invalid. The message names the argument, its value and the valid values.
 
     The class derives from three exceptions because callers expect different ones: chex raises
     `AssertionError`, NumPy raises `ValueError` for a shape and `TypeError` for a dtype.

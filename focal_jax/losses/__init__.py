@@ -1,4 +1,12 @@
 """The losses: one file each, with the value, its slopes, the declared options and the docstring.
 
-`import focal_jax` imports the files; each enters its losses in `focal_jax.catalogue`.
+Each file enters its losses in `focal_jax.catalogue`.
 """
+
+import importlib
+
+# `multilabel` and `sparse` are loaded on first use.
+_FILES = ("asymmetric", "distribution", "dual", "gaussian", "matchability", "poly")
+_FILES += ("probability_weighted", "quality", "sigmoid", "softmax", "star", "tversky", "varifocal")
+for _file in _FILES:
+    importlib.import_module(f"focal_jax.losses.{_file}")

@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -45,15 +45,22 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
     caption: str
 
-    def __rich__(self) -> Any:
-        """Return the table for a terminal."""
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """Yield the table for a terminal, or one line per row if the terminal is narrow."""
+        if options.max_width < 50:
+            for row in self.rows:
+                numbers = map(" ".join, zip(self.headings[self.left :], row[self.left :]))
+                yield f"{', '.join(row[: self.left])}: {', '.join(numbers)}"
+            yield self.caption
+            return
         layout = {"box": require_extra("rich.box").SIMPLE_HEAD, "caption_justify": "left"}
+        layout |= {"padding": 0, "show_edge": False}
         table = require_extra("rich.table").Table(caption=self.caption, **layout)
         for i, heading in enumerate(self.headings):
             table.add_column(heading, justify="left" if i < self.left else "right")
         for row in self.rows:
             table.add_row(*row)
-        return table
+        yield table
 
     def html(self) -> str:
         """Return the table for a notebook."""
@@ -142,7 +149,7 @@ class GradientComparison:
         return [Table(headings, 2, errors, caption), Table(cost_headings, 1, costs, cost_caption)]
 
     def __rich__(self) -> Any:
-        """Return the tables for a terminal of at least 60 columns."""
+        """Return the tables for a terminal."""
         parts = [*self._title, *self._tables(), self.summary]
         return require_extra("rich.console").Group(*parts)
 
