@@ -74,14 +74,14 @@ LIMITS = [
     Limits("H200", "retinanet", "float32", 1.25, 0.1, kernels=24),
     # optax's Huber loss stores masks for its gradient.
     Limits("H200", "retinanet", "bfloat16", 1.37, 0.12, kernels=24),
-    Limits("v5e", "sigmoid", "float32", 1.05, 0.01, cycles=1.10),
-    Limits("v5e", "sigmoid", "bfloat16", 1.05, 0.01, cycles=1.25),
-    Limits("v5e", "anchors", "float32", 1.40, 0.1, cycles=0.50, kernels=16),
-    Limits("v5e", "anchors", "bfloat16", 1.60, 0.2, cycles=0.50, kernels=16),
+    Limits("v5e", "sigmoid", "float32", 1.05, 0.01, cycles=1.05),
+    Limits("v5e", "sigmoid", "bfloat16", 1.05, 0.01, cycles=1.15),
+    Limits("v5e", "anchors", "float32", 1.40, 0.1, cycles=0.55, kernels=16),
+    Limits("v5e", "anchors", "bfloat16", 1.60, 0.2, cycles=0.70, kernels=16),
     Limits("v5e", "imagenet", "float32", 1.40, 0.02, cycles=0.60, kernels=16),
-    Limits("v5e", "imagenet", "bfloat16", 1.40, 0.02, cycles=0.60, kernels=16),
+    Limits("v5e", "imagenet", "bfloat16", 1.40, 0.02, cycles=0.85, kernels=16),
     Limits("v5e", "vocabulary", "float32", 1.40, 0.02, cycles=0.60, kernels=16),
-    Limits("v5e", "vocabulary", "bfloat16", 1.40, 0.02, cycles=0.60, kernels=16),
+    Limits("v5e", "vocabulary", "bfloat16", 1.40, 0.02, cycles=0.75, kernels=16),
     Limits("v5e", "segmentation", "float32", 1.60, 0.1, cycles=0.60, kernels=16),
     Limits("H200", "soft", "float32", 1.25, 0.4),
     Limits("H200", "soft", "bfloat16", 1.45, 0.8),
@@ -150,12 +150,10 @@ def _narrow_labels(dtype):
         )
 
 
-def _plain_label(workload):
+def _plain_label(workload, dtype):
     """Return the label of the plain formula with the fewest cycles on a v5e."""
-    if workload in ("retinanet", *accelerators.MORE_HEADS):
-        return PLAIN_JAX
-    is_sigmoid = workload.startswith("sigmoid")
-    return f"{PLAIN_JAX}: {'torchvision' if is_sigmoid else 'optax cross entropy'}"
+    is_torchvision = (workload, dtype) == ("sigmoid", "float32")
+    return f"{PLAIN_JAX}: {'torchvision' if is_torchvision else 'reference'}"
 
 
 @cache
@@ -198,9 +196,8 @@ def test_programs_are_within_limits(limits):
     assert row["temporary_share"] <= limits.temporaries
     assert 1 <= row["kernels"] <= limits.kernels
     if limits.cycles is not None:
-        plain, _ = compile_case(
-            limits.device, limits.workload, limits.dtype, _plain_label(limits.workload)
-        )
+        label = _plain_label(limits.workload, limits.dtype)
+        plain, _ = compile_case(limits.device, limits.workload, limits.dtype, label)
         assert row["unestimated"] == 0
         assert 0 < row["cycles"] <= limits.cycles * plain["cycles"]
     if limits.workload != "retinanet":  # RetinaNet's loss gathers the matched annotations
