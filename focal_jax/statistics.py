@@ -97,6 +97,7 @@ def linear_token_statistics(
     ignore_label: int | None = None,
     where: ArrayLike | None = None,
     class_axis_name: str | tuple[str, ...] | None = None,
+    mesh: Any = None,
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
 ) -> TokenStatistics:
@@ -120,10 +121,11 @@ def linear_token_statistics(
       bias: None or `[C]`.
       temperature: a number > 0, or an array that broadcasts to the labels.
       logit_softcap: as in `linear_softmax_focal_loss_with_integer_labels`, and so are
-        `class_axis_name`, `transpose_kernel` and `chunk_size`.
+        `class_axis_name`, `mesh`, `transpose_kernel` and `chunk_size`.
       ignore_label: all statistics of positions with this label are 0.
       where: mask of the statistics.
       class_axis_name: mapped axes over which the classes are sharded.
+      mesh: a mesh over which the head is sharded.
       transpose_kernel: whether the kernel is `[C, D]`.
       chunk_size: classes per chunk.
 
@@ -133,10 +135,9 @@ def linear_token_statistics(
     Raises:
       InputError: for an invalid argument.
     """
-    source, arrays = linear_source(
-        features, kernel, bias, transpose_kernel, logit_softcap, chunk_size, temperature
-    )
-    return _statistics(source, arrays, labels, ignore_label, where, class_axis_name)
+    of_logits = bias, transpose_kernel, logit_softcap, chunk_size, mesh, class_axis_name
+    source, arrays, name = linear_source(features, kernel, *of_logits, temperature)
+    return _statistics(source, arrays, labels, ignore_label, where, name)
 
 
 def _statistics(
@@ -159,7 +160,7 @@ def _statistics(
     mask = arguments.not_ignored(labels, ignore_label, mask)
     if divisor is not None:  # XLA fuses the division into the reductions
         logits = cast_logits(logits, mask) / divisor
-    row = row_statistics.of_source(source, logits, labels, mask, class_axis_name)
+    row = row_statistics.of_source(source, logits, class_axis_name, labels, mask)
     x, _ = row_statistics.of_picked(row, labels)
     invalid = (labels < 0) | (labels >= num_classes)
     log_sum = jnp.log1p(row.rest)

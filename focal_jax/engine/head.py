@@ -27,6 +27,9 @@ class DenseSource(NamedTuple):
 
     class_axis: int
 
+    def on_shards(self, function: Any, static: Any, logits: Array, name: Any, *others: Any) -> Any:
+        return function(static, logits, name, *others)
+
     def logits_shape(self, logits: Array) -> tuple[int, ...]:
         return logits.shape
 
@@ -74,7 +77,6 @@ class _Head(NamedTuple):
 
     loss: Any  # a PositionLoss
     source: Any  # a DenseSource or a LinearSource
-    class_axis_name: AxisName | None
     label_smoothing: float
     return_logsumexp: bool
 
@@ -116,16 +118,18 @@ def integer_losses(
     labels = jnp.expand_dims(labels, axis)
     mask = arguments.not_ignored(labels, ignore_label, mask)
     pair = arguments.static_bool("return_logsumexp", return_logsumexp)
-    head = _Head(loss, source, class_axis_name, smoothing, pair)
-    found = _run(head, logits, labels, alpha, prepared, mask)
+    head = _Head(loss, source, smoothing, pair)
+    found = source.on_shards(_run, head, logits, class_axis_name, labels, alpha, prepared, mask)
     found = jax.tree.map(lambda x: jnp.squeeze(x, axis), found)
     return found if pair else found[0]
 
 
-@partial(jax.jit, static_argnums=0)
-def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, where: Any) -> Any:
+@partial(jax.jit, static_argnums=(0, 2))
+def _run(
+    head: _Head, logits: Any, name: AxisName | None, labels: Array, alpha: Array, options, where
+) -> Any:
     """Return the losses and, if asked for, the log-sum-exp, with a class axis of size 1."""
-    source, name = head.source, head.class_axis_name
+    source = head.source
     # In the compiled function, because eager JAX would report a masked NaN with `jax_debug_nans`.
     logits, axis = source.promoted(logits, where), source.axis(logits)
     first = jax.tree.leaves(logits)[0]
@@ -136,7 +140,7 @@ def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, wh
     weight, invalid = label_weight(alpha, labels, num_classes)
     if head.label_smoothing:
         weights = _local_weights(alpha, local, start)
-        return _smoothed(head, logits, place, weights, options, where, invalid, num_classes)
+        return _smoothed(head, logits, name, place, weights, options, where, invalid, num_classes)
     if head.loss.row_option is not None or head.return_logsumexp:
         logits = source.for_two_cotangents(logits)
     sums = class_sums.sum_over_shards(source.class_sums(logits, place, where), name)
@@ -151,13 +155,13 @@ def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, wh
 
 
 def _smoothed(
-    head: _Head, logits: Any, place, weights, options: Any, where, invalid, num_classes: int
+    head: _Head, logits, name, place, weights, options: Any, where, invalid, num_classes: int
 ) -> Any:
     """Return the losses of smoothed labels and, if asked for, the log-sum-exp."""
     # Imported here, because most programs do not smooth labels.
     from focal_jax.engine import every_class, rows
 
-    source, name, row = head.source, head.class_axis_name, None
+    source, row = head.source, None
     if name is not None or head.return_logsumexp:
         logits = source.for_two_cotangents(logits)
         row = rows.row_over_shards(source.row_sums(logits, where), name)

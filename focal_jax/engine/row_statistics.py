@@ -124,13 +124,13 @@ def over_shards(row: RowStatistics, name: AxisName, start: Array) -> RowStatisti
 
 
 def of_source(
-    source: Any,
-    logits: Any,
-    places: Array,
-    where: Array | None,
-    class_axis_name: AxisName | None,
+    source: Any, logits: Any, class_axis_name: AxisName | None, places: Array, where: Array | None
 ) -> RowStatistics:
     """Return the statistics of all classes, of all shards."""
+    return source.on_shards(_of_shards, source, logits, class_axis_name, places, where)
+
+
+def _of_shards(source: Any, logits: Any, class_axis_name, places: Array, where) -> RowStatistics:
     logits = source.promoted(logits, where)
     places, where = place_like(jax.tree.leaves(logits)[0], (places, where))
     _, start = class_range(source.logits_shape(logits)[source.axis(logits)], class_axis_name)
@@ -182,7 +182,6 @@ def of_array(axis: int, logits: Array, places: Array, where: Array | None) -> Ro
 # ---------------------------------------------------------------- features @ kernel
 
 
-@partial(jax.jit, static_argnums=0)
 def _linear(spec: ChunkSpec, linear: Linear, places: Array, where: Array | None) -> RowStatistics:
     masked = linear.mask(where)
 
@@ -199,15 +198,14 @@ def _linear(spec: ChunkSpec, linear: Linear, places: Array, where: Array | None)
     return chunks.fold(step, initial, spec, masked)
 
 
-@partial(jax.jit, static_argnums=0)
 def _linear_backward(spec, residuals, cts):
     (linear, places, where), row = residuals
 
     def of_chunk(chunk):
         axis = chunk.logits.ndim - 1
-        return _gradient(axis, chunk.logits, chunk.class_index, places, row, cts), (), ()
+        return _gradient(axis, chunk.logits, chunk.class_index, places, row, cts), (), None
 
-    return chunks.gradients(spec, linear, where, of_chunk, (), ())[0], None, None
+    return chunks.gradients(spec, linear, where, of_chunk)[0], None, None
 
 
 _linear_core = jax.custom_vjp(_linear, nondiff_argnums=(0,))
@@ -216,4 +214,4 @@ _linear_core.defvjp(partial(_forward, _linear), _linear_backward)
 
 def of_linear(spec: ChunkSpec, linear: Linear, places: Array, where: Any) -> RowStatistics:
     """Return the statistics of `features @ kernel`; `places` is `[..., K]`."""
-    return _linear_core(spec, *cast_to_common_varying(linear, places, where))
+    return chunks.call(_linear_core, spec, linear, places, where)
