@@ -53,12 +53,7 @@ class DenseSource(NamedTuple):
         sums = class_sums.class_sums(self.class_axis, logits, (place,), where)
         return sums._replace(label_logit=sums.label_logit[0])
 
-    def row_sums(self, logits: Array, where: Array | None) -> Any:
-        from focal_jax.engine import rows
-
-        return rows.row_sums(self.class_axis, logits, where)
-
-    def row_statistics(self, logits: Array, places: Array, where: Array | None) -> Any:
+    def row_statistics(self, logits: Array, places: Array | None, where: Array | None) -> Any:
         from focal_jax.engine import row_statistics  # most programs do not use it
 
         return row_statistics.of_array(self.class_axis, logits, places, where)
@@ -159,12 +154,13 @@ def _smoothed(
 ) -> Any:
     """Return the losses of smoothed labels and, if asked for, the log-sum-exp."""
     # Imported here, because most programs do not smooth labels.
-    from focal_jax.engine import every_class, rows
+    from focal_jax.engine import every_class, row_statistics, rows
 
     source, row = head.source, None
     if name is not None or head.return_logsumexp:
         logits = source.for_two_cotangents(logits)
-        row = rows.row_over_shards(source.row_sums(logits, where), name)
+        row = row_statistics.row_of(source.row_statistics(logits, None, where))
+        row = rows.row_over_shards(row, name)
     args = every_class.ClassArgs(logits, place, weights, options, where, invalid, row)
     smoothing = every_class.Smoothing(head.label_smoothing, num_classes)
     losses = source.sum_over_classes(head.loss, args, smoothing)

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments, checks, chunks, linear_sums
+from focal_jax.engine import arguments, checks, chunks, linear_sums, row_statistics
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.chunks import Linear
 from focal_jax.engine.class_sums import ClassSums
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.layout import layout_of, on_mesh
 from focal_jax.engine.options import TEMPERATURE
-from focal_jax.engine.rows import Row
 from focal_jax.engine.sharding import AxisName
 
 
@@ -50,12 +49,7 @@ class LinearSource(chunks.ChunkSpec):
     def class_sums(self, linear: Linear, place: Array, where: Array | None) -> ClassSums:
         return linear_sums.class_sums(self, linear, place, where)
 
-    def row_sums(self, linear: Linear, where: Array | None) -> Row:
-        return linear_sums.row_sums(self, linear, where)
-
-    def row_statistics(self, linear: Linear, places: Array, where: Array | None) -> Any:
-        from focal_jax.engine import row_statistics
-
+    def row_statistics(self, linear: Linear, places: Array | None, where: Array | None) -> Any:
         return row_statistics.of_linear(self, linear, places, where)
 
     def sum_over_classes(self, loss: Any, args: ClassArgs, smoothing: Smoothing) -> Array:

@@ -1,7 +1,7 @@
 """Sums over the classes of `features @ kernel + bias` in chunks, and their gradients.
 
-The class sums, the row sums and the sums over all classes (label smoothing) are loops over the
-chunks. The backward pass computes the logits of each chunk again.
+The class sums and the sums over all classes (label smoothing) are loops over the chunks. The
+backward pass computes the logits of each chunk again.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from focal_jax.engine import arguments, every_class, rows
+from focal_jax.engine import arguments, every_class, row_statistics, rows
 from focal_jax.engine.chunks import (
     Chunk,
     ChunkSpec,
@@ -27,7 +27,7 @@ from focal_jax.engine.class_sums import ClassSums, pick_class
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.options import unwrap
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.rows import Row, SlopeSums, Split
+from focal_jax.engine.rows import Row, SlopeSums
 
 # ---------------------------------------------------------------- class sums
 
@@ -149,53 +149,6 @@ def class_sums(spec: ChunkSpec, linear: Linear, place: Array, where: Array | Non
 # ---------------------------------------------------------------- sums over all classes
 
 
-def _row(spec: ChunkSpec, linear: Linear, where: Array | None) -> Row:
-    masked = linear.mask(where)
-
-    @recomputed
-    def step(size, row, start):
-        z = chunk_of(spec, masked, size, start).logits
-        top = jnp.maximum(row.max_logit, _max_logit(z))
-        x = z - top
-        e, near = jnp.exp(x), rows.is_near_max(x)
-        before = rows.rescale(row.exps, row.max_logit - top)
-        return Row(
-            top,
-            Split(
-                before.at_max + jnp.sum(jnp.where(near, e, 0), -1, keepdims=True),
-                before.rest + jnp.sum(jnp.where(near, 0, e), -1, keepdims=True),
-            ),
-        )
-
-    zero = linear.zeros()
-    initial = Row(jnp.full_like(zero, jnp.finfo(zero.dtype).min), Split(zero, zero))
-    row = fold(step, initial, spec, masked)
-    return row._replace(exps=rows.normalize(row.exps))
-
-
-def _row_forward(spec, *args):
-    row = _row(spec, *args)
-    return row, (args, lax.stop_gradient(row.max_logit))
-
-
-def _row_backward(spec, residuals, cts: Row):
-    (linear, where), top = residuals
-
-    def of_chunk(chunk):
-        return rows.row_gradient(chunk.logits - top, cts.exps), (), None
-
-    return gradients(spec, linear, where, of_chunk)[0], None
-
-
-_row_core = jax.custom_vjp(_row, nondiff_argnums=(0,))
-_row_core.defvjp(_row_forward, _row_backward)
-
-
-def row_sums(spec: ChunkSpec, linear: Linear, where: Array | None) -> Row:
-    """Return the sums of the exponentials of each position."""
-    return call(_row_core, spec, linear, where)
-
-
 class _Spec(NamedTuple):
     """The static arguments of the sum over all classes."""
 
@@ -214,7 +167,11 @@ def _inputs(spec: _Spec, args: ClassArgs, row: Row, chunk: Chunk):
 
 
 def _row_of(spec: _Spec, args: ClassArgs) -> Row:
-    row = _row(spec.chunks, args.logits, args.where) if args.row is None else args.row
+    row = args.row
+    if row is None:
+        row = row_statistics.row_of(
+            row_statistics.of_chunks(spec.chunks, args.logits, None, args.where)
+        )
     return row._replace(max_logit=lax.stop_gradient(row.max_logit))
 
 

@@ -22,6 +22,7 @@ from focal_jax.engine import arguments, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
 from focal_jax.engine.class_sums import AxisName, cast_logits, class_index, pick_class
 from focal_jax.engine.cpu import compile_separately
+from focal_jax.engine.rows import Row, Split
 from focal_jax.engine.sharding import cast_to_common_varying, class_range, place_like
 
 
@@ -34,27 +35,39 @@ class RowStatistics(NamedTuple):
       rest: the sum over the other classes of `exp(x)`, with `x = logit - max_logit`.
       spread: the sum over the other classes of `-x * exp(x)`.
       picked: the logits of K given classes, with a class axis of size K; 0 for an index that is
-        not one of the classes.
+        not one of the classes; None if no classes are given.
     """
 
     max_logit: Array
     max_class: Array
     rest: Array
     spread: Array
-    picked: Array
+    picked: Any
 
 
-def _columns(places: Array, axis: int) -> list[Array]:
+def row_of(found: RowStatistics) -> Row:
+    """Return the sums of the exponentials, with the derivative in all logits."""
+    top = lax.stop_gradient(found.max_logit)
+    one = jnp.exp(found.max_logit - top)  # with the derivative of the largest logit
+    at_max = jnp.where(top > jnp.finfo(top.dtype).min, one, 0)
+    return Row(top, Split(at_max, found.rest * one))
+
+
+def _columns(places: Array | None, axis: int) -> list[Array]:
+    """Return the places one by one if there are few."""
+    if places is None or places.shape[axis] > chunks.MAX_COMPARISONS:
+        return []
     return [lax.index_in_dim(places, k, axis) for k in range(places.shape[axis])]
 
 
-def _pick(z: Array, places: Array, axis: int) -> Array:
-    if not 0 < places.shape[axis] <= chunks.MAX_COMPARISONS:
-        return pick_class(z, places, axis)
-    return jnp.concatenate([pick_class(z, place, axis) for place in _columns(places, axis)], axis)
+def _pick(z: Array, places: Array | None, start: Array, axis: int) -> Array | None:
+    if places is None:
+        return None
+    columns = [pick_class(z, place - start, axis) for place in _columns(places, axis)]
+    return jnp.concatenate(columns, axis) if columns else pick_class(z, places - start, axis)
 
 
-def of_classes(axis: int, z: Array, index: Array, places: Array) -> RowStatistics:
+def of_classes(axis: int, z: Array, index: Array, places: Array | None) -> RowStatistics:
     """Return the statistics of the classes whose logits are `z` and whose indices are `index`."""
     start = lax.index_in_dim(index, 0, axis)
     own = jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
@@ -62,7 +75,7 @@ def of_classes(axis: int, z: Array, index: Array, places: Array) -> RowStatistic
     x = scalar.clip_inf(z - top)
     e = jnp.where(index == own + start, 0, jnp.exp(x))
     rest, spread = (jnp.sum(v, axis, keepdims=True) for v in (e, -x * e))
-    return RowStatistics(top, own + start, rest, spread, _pick(z, places - start, axis))
+    return RowStatistics(top, own + start, rest, spread, _pick(z, places, start, axis))
 
 
 def _elementwise_gradient(z, index, row, cts, picked):
@@ -78,13 +91,14 @@ def _elementwise_gradient(z, index, row, cts, picked):
     return dz
 
 
-def _gradient(axis: int, z: Array, index: Array, places: Array, row: RowStatistics, cts) -> Array:
+def _gradient(
+    axis: int, z: Array, index: Array, places: Array | None, row: RowStatistics, cts
+) -> Array:
     """Return the gradient of the logits."""
-    few = places.shape[axis] <= chunks.MAX_COMPARISONS
-    pairs = list(zip(_columns(places, axis), _columns(cts.picked, axis))) if few else []
+    pairs = list(zip(_columns(places, axis), _columns(cts.picked, axis)))
     of_sums = cts.max_logit, cts.rest, cts.spread
     dz = compile_separately(_elementwise_gradient, z, index, row[:4], of_sums, pairs)
-    if few:
+    if places is None or pairs:
         return dz
     local = places - lax.index_in_dim(index, 0, axis)
     return dz + jax.linear_transpose(lambda z: pick_class(z, local, axis), z)(cts.picked)[0]
@@ -106,7 +120,7 @@ def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
     top, max_class = (jnp.where(first, *pair) for pair in zip(a[:2], b[:2]))
     sums = _rescaled(a, a.max_logit - top, first), _rescaled(b, b.max_logit - top, ~first)
     rest, spread = jax.tree.map(jnp.add, *sums)
-    return RowStatistics(top, max_class, rest, spread, a.picked + b.picked)
+    return RowStatistics(top, max_class, rest, spread, jax.tree.map(jnp.add, a.picked, b.picked))
 
 
 def over_shards(row: RowStatistics, name: AxisName, start: Array) -> RowStatistics:
@@ -152,7 +166,7 @@ def of_picked(row: RowStatistics, places: Array) -> tuple[Array, Array]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _dense(axis: int, logits: Array, places: Array, where: Array | None) -> RowStatistics:
+def _dense(axis: int, logits: Array, places: Array | None, where: Array | None) -> RowStatistics:
     z = cast_logits(logits, where)
     return of_classes(axis, z, class_index(z, axis), places)
 
@@ -174,7 +188,7 @@ _dense_core = jax.custom_vjp(_dense, nondiff_argnums=(0,))
 _dense_core.defvjp(partial(_forward, _dense), _dense_backward)
 
 
-def of_array(axis: int, logits: Array, places: Array, where: Array | None) -> RowStatistics:
+def of_array(axis: int, logits: Array, places: Any, where: Array | None) -> RowStatistics:
     """Return the statistics of an array of logits; `places` has K along the class axis."""
     return _dense_core(axis, *cast_to_common_varying(logits, places, where))
 
@@ -182,7 +196,10 @@ def of_array(axis: int, logits: Array, places: Array, where: Array | None) -> Ro
 # ---------------------------------------------------------------- features @ kernel
 
 
-def _linear(spec: ChunkSpec, linear: Linear, places: Array, where: Array | None) -> RowStatistics:
+def of_chunks(
+    spec: ChunkSpec, linear: Linear, places: Array | None, where: Array | None
+) -> RowStatistics:
+    """Return the statistics for use in `custom_vjp` rules; see `of_linear`."""
     masked = linear.mask(where)
 
     @chunks.recomputed
@@ -194,7 +211,8 @@ def _linear(spec: ChunkSpec, linear: Linear, places: Array, where: Array | None)
     zero = masked.zeros()
     nothing = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero.astype(jnp.int32) - 1
     # A sum with zeros, so that inside `shard_map` the carry varies over the axes of the features.
-    initial = RowStatistics(*nothing, zero, zero, zero + jnp.zeros(places.shape, zero.dtype))
+    picked = None if places is None else zero + jnp.zeros(places.shape, zero.dtype)
+    initial = RowStatistics(*nothing, zero, zero, picked)
     return chunks.fold(step, initial, spec, masked)
 
 
@@ -208,10 +226,10 @@ def _linear_backward(spec, residuals, cts):
     return chunks.gradients(spec, linear, where, of_chunk)[0], None, None
 
 
-_linear_core = jax.custom_vjp(_linear, nondiff_argnums=(0,))
-_linear_core.defvjp(partial(_forward, _linear), _linear_backward)
+_linear_core = jax.custom_vjp(of_chunks, nondiff_argnums=(0,))
+_linear_core.defvjp(partial(_forward, of_chunks), _linear_backward)
 
 
-def of_linear(spec: ChunkSpec, linear: Linear, places: Array, where: Any) -> RowStatistics:
+def of_linear(spec: ChunkSpec, linear: Linear, places: Any, where: Any) -> RowStatistics:
     """Return the statistics of `features @ kernel`; `places` is `[..., K]`."""
     return chunks.call(_linear_core, spec, linear, places, where)

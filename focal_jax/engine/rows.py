@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from focal_jax.engine import arguments, scalar
+from focal_jax.engine import scalar
 from focal_jax.engine.class_sums import (
     AxisName,
     cast_logits,
@@ -26,7 +26,6 @@ from focal_jax.engine.class_sums import (
 )
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.scalar import Terms
-from focal_jax.engine.sharding import cast_to_common_varying
 
 
 class Split(NamedTuple):
@@ -130,27 +129,6 @@ def _plain_row_jvp(axis, primals, tangents):
         sum_classes(axis, jnp.where(near, de, 0)), sum_classes(axis, jnp.where(near, 0, de))
     )
     return row, Row(jnp.zeros_like(row.max_logit), of_exps)
-
-
-def _row_backward(axis, residuals, cts: Row):
-    (logits, where), top = residuals
-    x = cast_logits(logits, where) - top
-    dz = arguments.mask_to_zero(row_gradient(x, cts.exps), where)
-    return dz.astype(logits.dtype), None
-
-
-def _row_forward(axis, logits, where):
-    row = plain_row(axis, logits, where)
-    return row, ((logits, where), lax.stop_gradient(row.max_logit))
-
-
-_row_core = jax.custom_vjp(plain_row, nondiff_argnums=(0,))
-_row_core.defvjp(_row_forward, _row_backward)
-
-
-def row_sums(axis: int, logits: Array, where: Array | None) -> Row:
-    """Return the sums of the exponentials of each position."""
-    return _row_core(axis, *cast_to_common_varying(logits, where))
 
 
 def row_over_shards(row: Row, class_axis_name: AxisName | None) -> Row:
@@ -278,8 +256,3 @@ def row_cotangent(exps: Split, slopes: SlopeSums) -> Split:
     share = 1 / (exps.at_max + exps.rest)
     total = slopes.at_max + slopes.rest
     return Split(jnp.where(exps.rest < 0.5, slopes.rest, total) * share, total * share)
-
-
-def row_gradient(x: Array, of_exps: Split) -> Array:
-    """Return the gradient of the logits from the gradient of the row sums."""
-    return jnp.exp(x) * jnp.where(is_near_max(x), of_exps.at_max, of_exps.rest)
