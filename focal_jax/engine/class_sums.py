@@ -95,7 +95,7 @@ def _exp_excluding(logits: Array, index: Array, places: Places, top: Array, wher
 
 
 # Class indices below this number are exact in float32.
-_MAX_FLOAT_INDEX = 2**24
+MAX_FLOAT_INDEX = 2**24
 
 
 def _exp_excluding_without_select(logits, index, places, top, where):
@@ -117,7 +117,7 @@ def class_sums_in_passes(
         # The sum and the gradient both use the exponentials. XLA:CPU writes them to memory once,
         # into the gradient's buffer.
         exponentials = _exp_excluding
-    elif axis == logits.ndim - 1 and logits.shape[axis] <= _MAX_FLOAT_INDEX:
+    elif axis == logits.ndim - 1 and logits.shape[axis] <= MAX_FLOAT_INDEX:
         exponentials = _exp_excluding_without_select
     else:
         exponentials = partial(compile_separately, _exp_excluding)

@@ -20,8 +20,16 @@ from jax import Array, lax
 
 from focal_jax.engine import arguments, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
-from focal_jax.engine.class_sums import AxisName, cast_logits, class_index, pick_class
+from focal_jax.engine.class_sums import (
+    MAX_FLOAT_INDEX,
+    AxisName,
+    cast_logits,
+    class_index,
+    pick_class,
+    sum_classes,
+)
 from focal_jax.engine.cpu import compile_separately
+from focal_jax.engine.platform import by_platform
 from focal_jax.engine.rows import Row, Split
 from focal_jax.engine.sharding import cast_to_common_varying, class_range, place_like
 
@@ -60,22 +68,51 @@ def _columns(places: Array | None, axis: int) -> list[Array]:
     return [lax.index_in_dim(places, k, axis) for k in range(places.shape[axis])]
 
 
-def _pick(z: Array, places: Array | None, start: Array, axis: int) -> Array | None:
+def _pick(z: Array, places: Array | None, start: Any, axis: int) -> Array | None:
     if places is None:
         return None
     columns = [pick_class(z, place - start, axis) for place in _columns(places, axis)]
     return jnp.concatenate(columns, axis) if columns else pick_class(z, places - start, axis)
 
 
-def of_classes(axis: int, z: Array, index: Array, places: Array | None) -> RowStatistics:
-    """Return the statistics of the classes whose logits are `z` and whose indices are `index`."""
-    start = lax.index_in_dim(index, 0, axis)
+@jax.custom_jvp
+def _minimum(e: Array, distance: Array) -> Array:
+    """Return `e`, which is at most 1, and 0 for a distance of 0."""
+    return jnp.minimum(e, distance)
+
+
+@_minimum.defjvp
+def _minimum_jvp(primals, tangents):
+    # The derivative of `jnp.minimum` would be 1/2 where both are 1.
+    return _minimum(*primals), jnp.where(primals[1] > 0, tangents[0], 0)
+
+
+def of_classes(axis: int, z: Array, start: Array | int, places: Array | None) -> RowStatistics:
+    """Return the statistics of the classes whose logits are `z`, of which the first is `start`."""
+    index = class_index(z, axis)
     own = jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
     top = jnp.maximum(pick_class(z, own, axis), jnp.finfo(z.dtype).min)
-    x = scalar.clip_inf(z - top)
-    e = jnp.where(index == own + start, 0, jnp.exp(x))
-    rest, spread = (jnp.sum(v, axis, keepdims=True) for v in (e, -x * e))
-    return RowStatistics(top, own + start, rest, spread, _pick(z, places, start, axis))
+    # XLA:CPU does not vectorize a sum that is fused with a select or a clamp, so a minimum excludes
+    # the class. XLA:CPU writes a subexpression that both sums share to memory, and a distance
+    # between integers; floats are exact for few classes.
+    exact = z.dtype if z.shape[axis] <= MAX_FLOAT_INDEX else jnp.int32
+    again = by_platform(lax.optimization_barrier, lambda same: same, (own, top))
+    is_last = axis == z.ndim - 1  # the sum along another axis is not fused
+
+    def exponentials(z, index, own, top):
+        distance = jnp.abs(index.astype(exact) - own.astype(exact)).astype(z.dtype)
+        return _minimum(jnp.exp(z - top), distance)
+
+    def spreads(z, index, own, top):
+        x = jnp.maximum(z - top, -scalar.max_finite(z))  # finite, so that the product is
+        return exponentials(z, index, own, top) * -x
+
+    def total(function, own, top):
+        compute = function if is_last else partial(compile_separately, function)
+        return sum_classes(axis, compute(z, index, own, top))
+
+    sums = total(exponentials, own, top), total(spreads, *again)
+    return RowStatistics(top, own + start, *sums, _pick(z, places, start, axis))
 
 
 def _elementwise_gradient(z, index, row, cts, picked):
@@ -91,13 +128,11 @@ def _elementwise_gradient(z, index, row, cts, picked):
     return dz
 
 
-def _gradient(
-    axis: int, z: Array, index: Array, places: Array | None, row: RowStatistics, cts
-) -> Array:
+def _gradient(compute: Any, axis: int, z: Array, index: Array, places: Any, row, cts) -> Array:
     """Return the gradient of the logits."""
     pairs = list(zip(_columns(places, axis), _columns(cts.picked, axis)))
     of_sums = cts.max_logit, cts.rest, cts.spread
-    dz = compile_separately(_elementwise_gradient, z, index, row[:4], of_sums, pairs)
+    dz = compute(_elementwise_gradient, z, index, row[:4], of_sums, pairs)
     if places is None or pairs:
         return dz
     local = places - lax.index_in_dim(index, 0, axis)
@@ -168,14 +203,14 @@ def of_picked(row: RowStatistics, places: Array) -> tuple[Array, Array]:
 @partial(jax.jit, static_argnums=0)
 def _dense(axis: int, logits: Array, places: Array | None, where: Array | None) -> RowStatistics:
     z = cast_logits(logits, where)
-    return of_classes(axis, z, class_index(z, axis), places)
+    return of_classes(axis, z, 0, places)
 
 
 @partial(jax.jit, static_argnums=0)
 def _dense_backward(axis, residuals, cts):
     (logits, places, where), row = residuals
     z = cast_logits(logits, where)
-    dz = _gradient(axis, z, class_index(z, axis), places, row, cts)
+    dz = _gradient(compile_separately, axis, z, class_index(z, axis), places, row, cts)
     return arguments.mask_to_zero(dz, where).astype(logits.dtype), None, None
 
 
@@ -205,8 +240,8 @@ def of_chunks(
     @chunks.recomputed
     def step(size, row, start):
         chunk = chunks.chunk_of(spec, masked, size, start)
-        axis = chunk.logits.ndim - 1
-        return _merge(row, of_classes(axis, chunk.logits, chunk.class_index, places))
+        start = chunk.class_index[..., :1]
+        return _merge(row, of_classes(chunk.logits.ndim - 1, chunk.logits, start, places))
 
     zero = masked.zeros()
     nothing = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero.astype(jnp.int32) - 1
@@ -220,8 +255,9 @@ def _linear_backward(spec, residuals, cts):
     (linear, places, where), row = residuals
 
     def of_chunk(chunk):
-        axis = chunk.logits.ndim - 1
-        return _gradient(axis, chunk.logits, chunk.class_index, places, row, cts), (), None
+        inline = lambda function, *args: function(*args)  # noqa: E731
+        axis, z, index = chunk.logits.ndim - 1, chunk.logits, chunk.class_index
+        return _gradient(inline, axis, z, index, places, row, cts), (), None
 
     return chunks.gradients(spec, linear, where, of_chunk)[0], None, None
 
