@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from heads import LINEAR_HEADS, inputs, linear, softmax
 from helpers import assert_close
@@ -71,6 +72,22 @@ def test_statistics_of_logits_have_few_temporaries(shape):
 def test_temporaries_of_second_derivatives_are_half_of_the_logits():
     compiled = _compiled_linear(linear, 2048, 64, 32000, order=2, chunk_size=None)
     assert _temporaries(compiled) < 2048 * 32000 * 4 / 2
+
+
+@pytest.mark.parametrize("positions", [(256,), (4, 64)], ids=str)
+@pytest.mark.parametrize("alpha", [None, jnp.linspace(0, 1, 1000)], ids=["plain", "alpha"])
+def test_a_layer_and_its_loss_take_at_most_the_memory_of_optax(positions, alpha):
+    labels, where = jnp.zeros(positions, jnp.int32), jnp.ones(positions, bool)
+
+    def temporaries(loss):
+        shapes = (*positions, 32), (32, 1000)
+        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        total = lambda x, w: jnp.sum(loss(x @ w, labels))  # noqa: E731
+        return _temporaries(jax.jit(jax.value_and_grad(total, (0, 1))).lower(*args).compile())
+
+    peer = temporaries(optax.softmax_cross_entropy_with_integer_labels)
+    options = {} if alpha is None else {"alpha": alpha, "where": where}
+    assert temporaries(partial(LOSS, **options)) <= 1.03 * peer
 
 
 # ---------------------------------------------------------------- a transposed kernel
