@@ -7,11 +7,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, row_statistics
-from focal_jax.engine.arguments import InputError
 from focal_jax.engine.class_sums import cast_logits
-from focal_jax.engine.head import DenseSource
+from focal_jax.engine.head import DenseSource, labels_and_mask
 from focal_jax.engine.linear import linear_source, prepare_temperature
-from focal_jax.engine.sharding import check_not_varying, class_range
+from focal_jax.engine.sharding import check_not_varying
 
 __all__ = ["TokenStatistics", "linear_token_statistics", "token_statistics"]
 
@@ -144,20 +143,14 @@ def _statistics(
     source: Any, logits: Any, labels, ignore_label, where, class_axis_name, divisor=None
 ) -> TokenStatistics:
     """Return the statistics; `divisor` is the temperature of an array of logits."""
-    arguments.check_axis_name("class_axis_name", class_axis_name)
-    axis, shape = source.axis(logits), source.logits_shape(logits)
-    losses, local = shape[:axis] + shape[axis + 1 :], shape[axis]
-    if not local:
-        raise InputError("logits: got 0 classes, wanted at least one")
-    num_classes, _ = class_range(local, class_axis_name)
-    whole = (*losses[:axis], num_classes, *losses[axis:])
-    labels = arguments.integer_labels(labels, whole, axis, ignore_label)
-    mask = arguments.mask_array(where, losses, axis)
-    same = {"labels": labels, "where": mask}
-    same |= {} if divisor is None else {"temperature": divisor}
-    check_not_varying(source.replicated(logits) | same, class_axis_name)
-    labels = jnp.expand_dims(labels, axis)
-    mask = arguments.not_ignored(labels, ignore_label, mask)
+    axis = source.axis(logits)
+    arguments.require(
+        source.logits_shape(logits)[axis], "logits: got 0 classes, wanted at least one"
+    )
+    labels, mask, num_classes = labels_and_mask(
+        source, logits, labels, ignore_label, where, class_axis_name
+    )
+    check_not_varying({} if divisor is None else {"temperature": divisor}, class_axis_name)
     if divisor is not None:  # XLA fuses the division into the reductions
         logits = cast_logits(logits, mask) / divisor
     row = row_statistics.of_source(source, logits, class_axis_name, labels, mask)

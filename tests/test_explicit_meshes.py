@@ -200,7 +200,7 @@ def test_second_derivatives_with_any_sharding_of_the_positions(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mesh": 8}, "mesh: got 8, wanted a jax.sharding.Mesh"),
+        ({"mesh": 8}, "mesh: got 8, wanted None, a jax.sharding.Mesh"),
         ({"class_axis_name": "classes"}, "class_axis_name: got .'classes'., wanted axes of the"),
         ({"class_axis_name": "data"}, "kernel: got 6 classes, wanted a multiple of 4"),
         ({"class_axis_name": None}, "features: got 4 positions, wanted a multiple of 8"),

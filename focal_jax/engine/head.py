@@ -39,12 +39,6 @@ class DenseSource(NamedTuple):
     def dtype(self, logits: Array) -> jnp.dtype:
         return arguments.compute_dtype(logits)
 
-    def replicated(self, logits: Array) -> dict[str, Array]:
-        return {}
-
-    def promoted(self, logits: Array, where: Array | None) -> Array:
-        return logits
-
     def for_two_cotangents(self, logits: Array) -> Array:
         # Two cotangents that may cancel are added before they are rounded to 16 bits.
         return logits.astype(self.dtype(logits))
@@ -98,25 +92,35 @@ def integer_losses(
             f"label_smoothing: got {smoothing}, wanted 0: {loss.__name__} is defined for the class "
             "of the label only, not for every class"
         )
-    arguments.check_axis_name("class_axis_name", class_axis_name)
+    labels, mask, num_classes = labels_and_mask(
+        source, logits, labels, ignore_label, where, class_axis_name
+    )
     axis, shape, dtype = source.axis(logits), source.logits_shape(logits), source.dtype(logits)
     losses = shape[:axis] + shape[axis + 1 :]
-    num_classes, _ = class_range(shape[axis], class_axis_name)
-    logits_shape = (*losses[:axis], num_classes, *losses[axis:])
-    labels = arguments.integer_labels(labels, logits_shape, axis, ignore_label)
     alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     alpha = alpha.astype(dtype)  # its cotangents are added up in the dtype of the loss
     prepared = prepare_options(loss.options, options, losses, dtype, axis, num_classes)
-    mask = arguments.mask_array(where, losses, axis)
-    same = {"labels": labels, "alpha": alpha, "where": mask, **prepared}
-    check_not_varying(source.replicated(logits) | same, class_axis_name)
-    labels = jnp.expand_dims(labels, axis)
-    mask = arguments.not_ignored(labels, ignore_label, mask)
+    check_not_varying({"alpha": alpha, **prepared}, class_axis_name)
     pair = arguments.static_bool("return_logsumexp", return_logsumexp)
     head = _Head(loss, source, smoothing, pair)
     found = source.on_shards(_run, head, logits, class_axis_name, labels, alpha, prepared, mask)
     found = jax.tree.map(lambda x: jnp.squeeze(x, axis), found)
     return found if pair else found[0]
+
+
+def labels_and_mask(
+    source: Any, logits: Any, labels: ArrayLike, ignore_label: int | None, where: Any, name: Any
+) -> tuple[Array, Array | None, int]:
+    """Return class indices and mask, checked, with a class axis of size 1, and the class count."""
+    arguments.check_axis_name("class_axis_name", name)
+    axis, shape = source.axis(logits), source.logits_shape(logits)
+    num_classes, _ = class_range(shape[axis], name)
+    whole = (*shape[:axis], num_classes, *shape[axis + 1 :])
+    labels = arguments.integer_labels(labels, whole, axis, ignore_label)
+    mask = arguments.mask_array(where, labels.shape, axis)
+    check_not_varying({"labels": labels, "where": mask}, name)
+    labels = jnp.expand_dims(labels, axis)
+    return labels, arguments.not_ignored(labels, ignore_label, mask), num_classes
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -125,8 +129,7 @@ def _run(
 ) -> Any:
     """Return the losses and, if asked for, the log-sum-exp, with a class axis of size 1."""
     source = head.source
-    # In the compiled function, because eager JAX would report a masked NaN with `jax_debug_nans`.
-    logits, axis = source.promoted(logits, where), source.axis(logits)
+    axis = source.axis(logits)
     first = jax.tree.leaves(logits)[0]
     labels, alpha, options, where = place_like(first, (labels, alpha, options, where))
     local = source.logits_shape(logits)[axis]

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from focal_jax.engine.arguments import InputError, shown
+from focal_jax.engine import checks
+from focal_jax.engine.arguments import InputError
 from focal_jax.engine.chunks import Linear
 from focal_jax.engine.sharding import AxisName, axis_names, specs_like
 
@@ -29,6 +30,7 @@ def layout_of(
     linear: Linear, class_axis: int, mesh: Any, class_axis_name: AxisName | None
 ) -> Layout | None:
     """Return the layout that `mesh` or the types of the arrays describe; None on one device."""
+    checks.check_mesh(mesh)
     features, kernel = (jax.typeof(x).sharding for x in (linear.features, linear.kernel))
     if mesh is None:
         mesh = features.mesh if kernel.mesh.empty else kernel.mesh
@@ -41,9 +43,6 @@ def layout_of(
                 "the kernel's classes"
             )
     else:
-        wanted = "a jax.sharding.Mesh, or the jax.sharding.NamedSharding of the features"
-        if not isinstance(mesh, Mesh | NamedSharding):
-            raise InputError(f"mesh: got {shown(mesh)}, wanted {wanted}")
         mesh, spec = (mesh, None) if isinstance(mesh, Mesh) else (mesh.mesh, mesh.spec)
         classes = class_axis_name
     names = axis_names(classes)
@@ -87,9 +86,12 @@ def on_mesh(
 ) -> Any:
     """Return `function(static, linear, class_axis_name, *others)`, on the shards of each device.
 
-    The others are trees of arrays that broadcast to the features, or that are replicated.
+    The others are trees of arrays that broadcast to the features, or that are replicated. The last
+    one is the mask of the positions.
     """
+    # In the compiled function, because eager JAX would report a masked NaN with `jax_debug_nans`.
     if source.layout is None:
+        linear = source.promoted(linear, others[-1])
         return function(static, linear, class_axis_name, *others)
     mesh, classes, spec = source.layout
     by_class: list[Any] = [None, None]
@@ -107,6 +109,7 @@ def on_mesh(
 
     def local(*leaves):
         linear, *others = jax.tree.unflatten(tree, leaves)
+        linear = source.promoted(linear, others[-1])
         return function(static, linear, classes or class_axis_name, *others)
 
     mapped = jax.shard_map(

@@ -14,7 +14,7 @@ from focal_jax.engine.class_sums import ClassSums
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.layout import layout_of, on_mesh
 from focal_jax.engine.options import TEMPERATURE
-from focal_jax.engine.sharding import AxisName
+from focal_jax.engine.sharding import AxisName, check_not_varying
 
 
 class LinearSource(chunks.ChunkSpec):
@@ -38,10 +38,6 @@ class LinearSource(chunks.ChunkSpec):
         if dtype == linear.features.dtype:
             return linear
         return linear._replace(features=linear.features.astype(dtype)).mask(where)
-
-    def replicated(self, linear: Linear) -> dict[str, Array]:
-        same = {"features": linear.features, "temperature": linear.temperature}
-        return {name: x for name, x in same.items() if x is not None}
 
     def for_two_cotangents(self, linear: Linear) -> Linear:
         return linear  # wider features would make the products slower
@@ -97,6 +93,8 @@ def linear_source(
     positions = features.shape[:-1]
     divisor = prepare_temperature(temperature, positions, source.dtype(linear), len(positions))
     linear = linear._replace(temperature=divisor)
+    same = {"features": features} | ({} if divisor is None else {"temperature": divisor})
+    check_not_varying(same, class_axis_name)
     is_local = layout is None or layout.classes is None
     return source, linear, class_axis_name if is_local else None
 

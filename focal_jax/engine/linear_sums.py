@@ -27,7 +27,7 @@ from focal_jax.engine.class_sums import ClassSums, pick_class
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.options import unwrap
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.rows import Row, SlopeSums
+from focal_jax.engine.rows import Row, Split
 
 # ---------------------------------------------------------------- class sums
 
@@ -175,7 +175,7 @@ def _row_of(spec: _Spec, args: ClassArgs) -> Row:
     return row._replace(max_logit=lax.stop_gradient(row.max_logit))
 
 
-def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[Array, SlopeSums]:
+def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[Array, Split]:
     """Return the losses and, if asked for, the sums of the slopes."""
     masked = args.logits.mask(args.where)
 
@@ -193,7 +193,7 @@ def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[
     invalid = jnp.array(False) if args.invalid is None else args.invalid
     losses = arguments.mask_and_invalidate(losses, invalid, args.where)
     total, rest = slopes or (zero, zero)
-    return losses, SlopeSums(total - rest, rest)
+    return losses, Split(total - rest, rest)
 
 
 def _smoothed(spec: _Spec, linear: Linear, others: ClassArgs) -> Array:

@@ -134,8 +134,7 @@ def linear_losses(
         loss.options, options, tuple(positions), source.dtype(linear), len(positions)
     )
     mask = arguments.mask_array(where, tuple(positions), len(positions))
-    same = {"labels": places, "where": mask, **prepared}
-    check_not_varying(source.replicated(linear) | same, name)
+    check_not_varying({"labels": places, "where": mask, **prepared}, name)
     spec = _Spec(loss, source)
     losses = source.on_shards(_all_classes, spec, linear, name, places, prepared, mask)
     return jnp.squeeze(losses, -1)
@@ -149,6 +148,5 @@ def _all_classes(spec: _Spec, linear: Linear, name: AxisName | None, places, opt
     invalid = jnp.any((places < -1) | (places >= num_classes), -1, keepdims=True)
     if start is not None:  # padding stays -1
         places = jnp.where(places < 0, -1, places - start)
-    linear = source.promoted(linear, where)
     losses = chunks.call(_core, spec, linear, _Args(places, options, where, invalid))
     return losses if name is None else lax.psum(losses, name)

@@ -180,7 +180,6 @@ def of_source(
 
 
 def _of_shards(source: Any, logits: Any, class_axis_name, places: Array, where) -> RowStatistics:
-    logits = source.promoted(logits, where)
     places, where = place_like(jax.tree.leaves(logits)[0], (places, where))
     _, start = class_range(source.logits_shape(logits)[source.axis(logits)], class_axis_name)
     if class_axis_name is None or start is None:

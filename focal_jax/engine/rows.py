@@ -215,20 +215,13 @@ def _class_terms_jvp(primals, tangents):
 # constant, and the derivative through the row sums. Neither cancels for the dominant class.
 
 
-class SlopeSums(NamedTuple):
-    """Sums of slopes over the classes, with a class axis of size 1."""
-
-    at_max: Array  # over the classes with the largest logit
-    rest: Array  # over the other classes
-
-
 def direct_gradient(x: Array, exps: Split, by_n: Array) -> Array:
     """Return the gradient of the logits with the row sums held constant."""
     q = jnp.where(_dominates(x, exps), exps.rest / (exps.at_max + exps.rest), 1)
     return -by_n * q
 
 
-def whole_gradient(x: Array, exps: Split, by_n: Array, slopes: SlopeSums) -> Array:
+def whole_gradient(x: Array, exps: Split, by_n: Array, slopes: Split) -> Array:
     """Return the gradient of the logits: the direct one, and the one through the row sums."""
     # A sum of products per class: XLA:GPU writes a number per position to memory.
     dominates, share = _dominates(x, exps), 1 / (exps.at_max + exps.rest)
@@ -251,7 +244,7 @@ def zero_near_max(x: Array, v: Array, scale: float = 1.0) -> Array:
     return v * jnp.minimum(far + jnp.abs(far), scale)  # far + |far| is 0 near the maximum
 
 
-def row_cotangent(exps: Split, slopes: SlopeSums) -> Split:
+def row_cotangent(exps: Split, slopes: Split) -> Split:
     """Return the gradient of the row sums, without a dominant class's slope in its own sum."""
     share = 1 / (exps.at_max + exps.rest)
     total = slopes.at_max + slopes.rest

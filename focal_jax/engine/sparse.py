@@ -69,7 +69,7 @@ def _losses(
     prepared = prepare_options(loss.options, options, losses, dtype, axis)
     mask = arguments.mask_array(where, losses, axis)
     same = {"indices": places, "weights": given, "where": mask, **prepared}
-    check_not_varying(source.replicated(logits) | same, class_axis_name)
+    check_not_varying(same, class_axis_name)
     num_classes, _ = class_range(shape[axis], class_axis_name)
     weight = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     places = jnp.moveaxis(places, -1, axis)
