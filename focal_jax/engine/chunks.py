@@ -127,7 +127,7 @@ def call(core: Callable[..., Any], spec: Any, linear: Linear, *positions: Any) -
 
     `jax.vmap` over the positions is one call for all examples, see `batching.call`.
     """
-    linear, *positions = cast_to_common_varying(linear, *positions)
+    linear, positions = cast_to_common_varying(linear, positions)
 
     def function(shared, features, temperature, *positions):
         kernel, bias, alpha = shared

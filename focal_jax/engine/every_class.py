@@ -44,7 +44,7 @@ class ClassArgs(NamedTuple):
     logits: Any  # an array, or a `chunks.Linear`
     # The weights of the classes; or the label's class index, for smoothed labels.
     labels: Any
-    alpha: Array
+    alpha: Any  # part of a `chunks.Linear`, where it is None here
     options: dict[str, Any]
     where: Array | None
     invalid: Array | None = None  # invalid class indices, for smoothed labels
