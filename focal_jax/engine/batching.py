@@ -17,17 +17,11 @@ _call.multiple_results = True
 
 
 def call(function: Callable[..., Any], shared: Any, *positions: Any) -> Any:
-    """Return `function(shared, *positions)`, for `vmap` a function of any number of positions.
+    """Return `function(shared, *positions)`, a tree of arrays that start with the positions' axes.
 
-    The backward pass of a linear head adds the gradient of the kernel up over all positions. JAX's
-    own rule for `vmap` would compute the gradient of the kernel of each example and then add them.
-
-    Args:
-      function: maps arrays that all positions share, and arrays that start with the axes of the
-        positions, to a tree of arrays that start with these axes.
-      shared: a tree of arrays.
-      *positions: trees of arrays. If the first array is mapped and no shared array is, `vmap` calls
-        the function once, with the mapped axis as the first axis.
+    If `vmap` maps the first array of the positions and no shared array, it calls the function once,
+    with the mapped axis as the first axis of all positions. JAX's own rule would compute a gradient
+    of the shared arrays, such as the kernel of a linear head, for each example.
     """
 
     def fold(*args):

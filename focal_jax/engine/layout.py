@@ -1,10 +1,11 @@
 """Linear heads over a mesh: each device computes its slice of the classes for its positions.
 
-On an explicit mesh the types of the arrays state their shardings. With automatic axes the argument
-`mesh` states them. In both cases the head runs in `jax.shard_map`, so that XLA gathers neither the
-kernel nor the logits, and adds the gradient of the kernel up once and not in every chunk.
+The type of a kernel on an explicit mesh states that its classes are sharded. With automatic axes the
+argument `mesh` states it. In both cases the head runs in `jax.shard_map`, so that XLA gathers
+neither the kernel nor the logits, and adds the gradient of the kernel up once and not per chunk.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,10 +35,11 @@ def layout_of(
     features, kernel = (jax.typeof(x).sharding for x in (linear.features, linear.kernel))
     if mesh is None:
         mesh = features.mesh if kernel.mesh.empty else kernel.mesh
-        if not _explicit(mesh):
-            return None
         classes, spec = kernel.spec[class_axis], features.spec
-        if classes is not None and class_axis_name not in (None, classes):
+        # `jax.shard_map` has no rule for `vmap` over a sharded axis, so it runs only if needed.
+        if not _explicit(mesh) or classes is None:
+            return None
+        if class_axis_name not in (None, classes):
             raise InputError(
                 f"class_axis_name: got {class_axis_name!r}, wanted {classes!r}, the mesh axes of "
                 "the kernel's classes"
@@ -65,14 +67,10 @@ def _explicit(mesh: Any) -> bool:
 
 
 def _check_divides(mesh: Any, name: str, size: Any, what: str, axes: tuple[str, ...]) -> None:
-    devices = 1
-    for axis in axes:
-        devices *= mesh.shape[axis]
+    devices = math.prod(mesh.shape[axis] for axis in axes)
     if devices > 1 and size % devices:
-        raise InputError(
-            f"{name}: got {size} {what}, wanted a multiple of {devices}, the number of devices "
-            f"along the mesh axes {axes}"
-        )
+        wanted = f"a multiple of {devices}, the devices along the mesh axes {axes}"
+        raise InputError(f"{name}: got {size} {what}, wanted {wanted}")
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 4))

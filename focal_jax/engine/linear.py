@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, checks, chunks, linear_sums, row_statistics
@@ -89,6 +90,11 @@ def linear_source(
     softcap = checks.static_logit_softcap(logit_softcap)
     linear = Linear(features, kernel, bias)
     layout = layout_of(linear, class_axis, mesh, class_axis_name)
+    if layout is None:
+        linear = linear._replace(
+            kernel=_replicate_on_mesh(kernel, features),
+            bias=None if bias is None else _replicate_on_mesh(bias, features),
+        )
     source = LinearSource(chunk_size, softcap, 0 if class_axis == 0 else -1, layout)
     positions = features.shape[:-1]
     divisor = prepare_temperature(temperature, positions, source.dtype(linear), len(positions))
@@ -106,3 +112,17 @@ def prepare_temperature(
     divisor = TEMPERATURE.prepare("temperature", temperature, losses, dtype, axis)
     is_one = arguments.real_number(temperature) == 1
     return None if is_one else divisor.astype(dtype)
+
+
+def _replicate_on_mesh(x: Array, like: Array) -> Array:
+    """Return `x` replicated over its explicit mesh, or over that of `like`.
+
+    On an explicit mesh the carry of a scan must not mix arrays of different shardings. FSDP shards
+    the features of a kernel and gathers them at every use. The transpose of the gathering gives the
+    gradient the sharding of the kernel.
+    """
+    own, mesh = jax.typeof(x).sharding, jax.typeof(like).sharding.mesh
+    mesh = own.mesh if mesh.empty else mesh
+    if mesh.empty or (own.mesh == mesh and not any(own.spec)):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))

@@ -18,6 +18,7 @@ from focal_jax.engine.options import check_names, prepare_options, unwrap
 from focal_jax.engine.sharding import (
     check_not_varying,
     class_range,
+    place_like,
 )
 
 
@@ -148,5 +149,6 @@ def _all_classes(spec: _Spec, linear: Linear, name: AxisName | None, places, opt
     invalid = jnp.any((places < -1) | (places >= num_classes), -1, keepdims=True)
     if start is not None:  # padding stays -1
         places = jnp.where(places < 0, -1, places - start)
-    losses = chunks.call(_core, spec, linear, _Args(places, options, where, invalid))
+    others = place_like(linear.features, (places, options, where, invalid))
+    losses = chunks.call(_core, spec, linear, _Args(*others))
     return losses if name is None else lax.psum(losses, name)

@@ -186,8 +186,8 @@ def linear_softmax_focal_loss_with_integer_labels(
       mesh: a `jax.sharding.Mesh` with automatic axes, outside of `shard_map`. The head then runs in
         `shard_map` itself: the classes of kernel and bias are sharded over `class_axis_name`, and
         the first axis of the positions over all other axes of the mesh. For another layout of the
-        positions, pass the `NamedSharding` of the features instead. On an explicit mesh the types
-        of features and kernel state the layout, and neither argument is needed.
+        positions, pass the `NamedSharding` of the features instead. On an explicit mesh the type of
+        the kernel states that its classes are sharded, and neither argument is needed.
       transpose_kernel: whether the kernel is `[C, D]`, such as a tied embedding. Neither the kernel
         nor its gradient is then transposed in memory.
       chunk_size: classes per chunk. By default a fortieth of the classes: the logits of a chunk and
