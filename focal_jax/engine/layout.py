@@ -1,7 +1,7 @@
 """Linear heads over a mesh: each device computes its slice of the classes for its positions.
 
-The type of a kernel on an explicit mesh states that its classes are sharded. With automatic axes the
-argument `mesh` states it. In both cases the head runs in `jax.shard_map`, so that XLA gathers
+On an explicit mesh the type of the kernel states that its classes are sharded. With automatic axes
+the argument `mesh` states it. In both cases the head runs in `jax.shard_map`, so that XLA gathers
 neither the kernel nor the logits, and adds the gradient of the kernel up once and not per chunk.
 """
 
