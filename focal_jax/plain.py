@@ -251,6 +251,9 @@ def _linear(formula, declared, a) -> Any:
     arguments.check_shape("kernel", kernel, wanted, f"{shape}, with D the features' last axis")
     kernel = kernel.T if transposed else kernel
     arguments.check_axis_name("class_axis_name", a.class_axis_name)
+    checks.check_mesh(a.mesh)
+    if a.mesh is not None:  # then the kernel has all classes
+        a.class_axis_name = None
     shards = 1 if a.class_axis_name is None else lax.axis_size(a.class_axis_name)
     positions = features.shape[:-1]
     shape = (*positions, shards * kernel.shape[1])

@@ -70,6 +70,7 @@ _STATIC: dict[str, Callable[[Any], Any]] = {
     "label_smoothing": arguments.static_label_smoothing,
     "logit_softcap": checks.static_logit_softcap,
     "class_axis_name": lambda value: arguments.check_axis_name("class_axis_name", value),
+    "mesh": checks.check_mesh,
     "transpose_kernel": lambda value: arguments.static_bool("transpose_kernel", value),
     "chunk_size": lambda value: value is None or arguments.static_integer("chunk_size", value),
     "where": lambda value: value is None or arguments.bool_array("where", value),

@@ -7,11 +7,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, row_statistics
-from focal_jax.engine.arguments import InputError
 from focal_jax.engine.class_sums import cast_logits
-from focal_jax.engine.head import DenseSource
+from focal_jax.engine.head import DenseSource, labels_and_mask
 from focal_jax.engine.linear import linear_source, prepare_temperature
-from focal_jax.engine.sharding import check_not_varying, class_range
+from focal_jax.engine.sharding import check_not_varying
 
 __all__ = ["TokenStatistics", "linear_token_statistics", "token_statistics"]
 
@@ -97,6 +96,7 @@ def linear_token_statistics(
     ignore_label: int | None = None,
     where: ArrayLike | None = None,
     class_axis_name: str | tuple[str, ...] | None = None,
+    mesh: Any = None,
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
 ) -> TokenStatistics:
@@ -120,10 +120,11 @@ def linear_token_statistics(
       bias: None or `[C]`.
       temperature: a number > 0, or an array that broadcasts to the labels.
       logit_softcap: as in `linear_softmax_focal_loss_with_integer_labels`, and so are
-        `class_axis_name`, `transpose_kernel` and `chunk_size`.
+        `class_axis_name`, `mesh`, `transpose_kernel` and `chunk_size`.
       ignore_label: all statistics of positions with this label are 0.
       where: mask of the statistics.
       class_axis_name: mapped axes over which the classes are sharded.
+      mesh: a mesh over which the head is sharded.
       transpose_kernel: whether the kernel is `[C, D]`.
       chunk_size: classes per chunk.
 
@@ -133,33 +134,26 @@ def linear_token_statistics(
     Raises:
       InputError: for an invalid argument.
     """
-    source, arrays = linear_source(
-        features, kernel, bias, transpose_kernel, logit_softcap, chunk_size, temperature
-    )
-    return _statistics(source, arrays, labels, ignore_label, where, class_axis_name)
+    of_logits = bias, transpose_kernel, logit_softcap, chunk_size, mesh, class_axis_name
+    source, arrays, name = linear_source(features, kernel, *of_logits, temperature)
+    return _statistics(source, arrays, labels, ignore_label, where, name)
 
 
 def _statistics(
     source: Any, logits: Any, labels, ignore_label, where, class_axis_name, divisor=None
 ) -> TokenStatistics:
     """Return the statistics; `divisor` is the temperature of an array of logits."""
-    arguments.check_axis_name("class_axis_name", class_axis_name)
-    axis, shape = source.axis(logits), source.logits_shape(logits)
-    losses, local = shape[:axis] + shape[axis + 1 :], shape[axis]
-    if not local:
-        raise InputError("logits: got 0 classes, wanted at least one")
-    num_classes, _ = class_range(local, class_axis_name)
-    whole = (*losses[:axis], num_classes, *losses[axis:])
-    labels = arguments.integer_labels(labels, whole, axis, ignore_label)
-    mask = arguments.mask_array(where, losses, axis)
-    same = {"labels": labels, "where": mask}
-    same |= {} if divisor is None else {"temperature": divisor}
-    check_not_varying(source.replicated(logits) | same, class_axis_name)
-    labels = jnp.expand_dims(labels, axis)
-    mask = arguments.not_ignored(labels, ignore_label, mask)
+    axis = source.axis(logits)
+    arguments.require(
+        source.logits_shape(logits)[axis], "logits: got 0 classes, wanted at least one"
+    )
+    labels, mask, num_classes = labels_and_mask(
+        source, logits, labels, ignore_label, where, class_axis_name
+    )
+    check_not_varying({} if divisor is None else {"temperature": divisor}, class_axis_name)
     if divisor is not None:  # XLA fuses the division into the reductions
         logits = cast_logits(logits, mask) / divisor
-    row = row_statistics.of_source(source, logits, labels, mask, class_axis_name)
+    row = row_statistics.of_source(source, logits, class_axis_name, labels, mask)
     x, _ = row_statistics.of_picked(row, labels)
     invalid = (labels < 0) | (labels >= num_classes)
     log_sum = jnp.log1p(row.rest)

@@ -5,6 +5,7 @@ reference is the plain formula. All heads have one signature, so that one test c
 """
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -110,3 +111,51 @@ def directional_derivative(function, direction):
         return sum(jnp.vdot(g, v) for g, v in zip(gradients, direction))
 
     return derivative
+
+
+# ---------------------------------------------------------------- every linear head
+
+
+def _position_head(loss, **options):
+    return lambda x, w, b, labels, **more: loss.linear(x, w, labels, bias=b, **options, **more)
+
+
+def _with_logsumexp(*args, **options):
+    losses, logsumexp = linear(*args, **{"chunk_size": None}, **options, return_logsumexp=True)
+    return losses + 0.1 * logsumexp**2
+
+
+def _statistics(x, w, b, labels, **options):
+    found = focal_jax.linear_token_statistics(x, w, labels, bias=b, **options)
+    return found.logsumexp * found.log_probability + found.entropy
+
+
+def _pairs(labels):
+    """Return two classes per position and their weights."""
+    return jnp.stack([labels, (labels + 1) // 2], -1), jnp.full((*labels.shape, 2), 0.4)
+
+
+def _sparse(x, w, b, labels, **options):
+    loss = focal_jax.linear_softmax_focal_loss_with_sparse_labels
+    return loss(x, w, *_pairs(labels), bias=b, **options)
+
+
+def _multilabel(loss):
+    return lambda x, w, b, labels, **options: loss(x, w, _pairs(labels)[0], bias=b, **options)
+
+
+# Functions of features, kernel, bias and class indices, with one number per position.
+LINEAR_HEADS = {
+    loss.name: _position_head(loss.engine_loss)
+    for loss in focal_jax.catalogue.LOSSES.values()
+    if loss.kind == "position" and loss.engine_loss.row_option is None
+}
+LINEAR_HEADS |= {
+    "label smoothing": _position_head(engine_loss, label_smoothing=0.1),
+    "label smoothing and logsumexp": partial(_with_logsumexp, label_smoothing=0.1),
+    "logsumexp": _with_logsumexp,
+    "statistics": _statistics,
+    "sparse labels": _sparse,
+    "linear_sigmoid_focal_loss": _multilabel(focal_jax.linear_sigmoid_focal_loss),
+    "linear_asymmetric_loss": _multilabel(focal_jax.linear_asymmetric_loss),
+}

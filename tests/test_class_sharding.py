@@ -20,7 +20,7 @@ from heads import (
 )
 from helpers import assert_close, jit
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
 from meshes import GATHERS, make_mesh, result_sizes
 
 import focal_jax
@@ -375,20 +375,6 @@ def test_shards_that_do_not_divide_the_classes():
     # alpha has one weight for each class of all shards.
     with pytest.raises(ValueError, match=r"alpha: got shape \(12,\), wanted"):
         call(8)
-
-
-@pytest.mark.parametrize("transpose", [True, False])
-@pytest.mark.parametrize("name", ["kernel", "bias"])
-def test_classes_sharded_over_an_explicit_mesh(name, transpose):
-    (features, kernel, bias, *_), labels = inputs(6)
-    kernel = kernel.T if transpose else kernel
-    with jax.set_mesh(make_mesh((2, 4), AxisType.Explicit)):
-        if name == "kernel":
-            kernel = jax.device_put(kernel, P("model", None) if transpose else P(None, "model"))
-        else:
-            bias = jax.device_put(bias, P("model"))
-        with pytest.raises(ValueError, match=f"{name}: got classes that are sharded over"):
-            LINEAR_LOSS(features, kernel, labels, bias=bias, transpose_kernel=transpose)
 
 
 @pytest.mark.parametrize(

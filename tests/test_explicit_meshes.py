@@ -1,4 +1,4 @@
-"""Tests of losses on explicit meshes, whose arguments are sharded in any way or not placed."""
+"""Tests of losses over meshes outside of `shard_map`: explicit meshes, and the argument `mesh`."""
 
 from functools import partial
 
@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from heads import LINEAR_HEADS, inputs
 from helpers import assert_close, jit
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh
+from meshes import GATHERS, make_mesh, result_sizes
 
 import focal_jax
 
@@ -119,11 +120,94 @@ def test_kernels_of_every_layout(name, kernel, features):
         return jit(jax.value_and_grad(total, (0, 1)))(*args)
 
     with jax.sharding.set_mesh(mesh):
-        if len(kernel) > 1 and kernel[1] is not None:
-            with pytest.raises(focal_jax.InputError, match="kernel: got classes that are sharded"):
-                placed()
-            return
-        found = placed()
+        value, (of_x, of_w) = placed()
+        assert jax.typeof(of_w).sharding.spec == P(*kernel, *(None,) * (2 - len(kernel)))
     want = jit(jax.value_and_grad(total, (0, 1)))(x, w)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+    for a, b in zip((value, of_x, of_w), jax.tree.leaves(want)):
         assert_close(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- sharded classes
+
+# One head for each computation over the classes.
+SHARDED_HEADS = [
+    "softmax_focal_loss_with_integer_labels",
+    "label smoothing and logsumexp",
+    "sparse labels",
+    "linear_sigmoid_focal_loss",
+]
+
+
+def _of_head(name, labels, order=1, **options):
+    """Return the value and the gradients in features, kernel and bias; or of order 2."""
+
+    def total(x, w, b):
+        return jnp.sum(jnp.sin(LINEAR_HEADS[name](x, w, b, labels, **options)))
+
+    def squared_norm(*args):
+        return sum(jnp.sum(g**2) for g in jax.grad(total, (0, 1, 2))(*args))
+
+    return jax.value_and_grad(total if order == 1 else squared_norm, (0, 1, 2))
+
+
+def _placed(kind, transpose, positions):
+    """Return a mesh, the arguments of a head sharded over it, and their options."""
+    mesh = make_mesh((4, 2), kind)
+    (x, w, b, *_), labels = inputs(1, (8, 3), classes=64)
+    specs = positions, P("model", None) if transpose else P(None, "model"), P("model")
+    args = x, w.T if transpose else w, b
+    shardings = tuple(NamedSharding(mesh, s) for s in specs)
+    options = {"transpose_kernel": transpose}
+    return mesh, jax.device_put(args, shardings), labels, options
+
+
+@pytest.mark.parametrize("name", SHARDED_HEADS)
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "mesh="])
+def test_heads_shard_the_classes(name, kind):
+    transpose = kind == AxisType.Explicit
+    mesh, args, labels, options = _placed(kind, transpose, P("data"))
+    want = jit(_of_head(name, labels, **options))(*(jnp.asarray(np.asarray(x)) for x in args))
+    given = {} if transpose else {"mesh": mesh, "class_axis_name": "model"}
+    with jax.sharding.set_mesh(mesh):
+        compiled = jit(_of_head(name, labels, **options, **given)).lower(*args).compile()
+        found = compiled(*args)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+        assert_close(np.asarray(a), np.asarray(b), 1e-5)
+    text = compiled.as_text()
+    assert not result_sizes(text, GATHERS)
+    # The largest message is the gradient of the slice of the kernel, once for all chunks.
+    assert max(result_sizes(text, "all-reduce")) <= args[1].size // 2
+    for x, gradient in zip(args[1:], found[1][1:]):
+        assert gradient.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+def test_xla_gathers_classes_without_a_mesh():
+    _, args, labels, options = _placed(AxisType.Auto, False, P("data"))
+    text = jit(_of_head(SHARDED_HEADS[0], labels, **options)).lower(*args).compile().as_text()
+    assert max(result_sizes(text, GATHERS)) >= args[1].size // 2
+
+
+@pytest.mark.parametrize("name", SHARDED_HEADS[1::2])
+def test_second_derivatives_with_any_sharding_of_the_positions(name):
+    mesh, args, labels, options = _placed(AxisType.Auto, False, P("data"))
+    options |= {"mesh": NamedSharding(mesh, P("data", None)), "class_axis_name": "model"}
+    found = jit(_of_head(name, labels, 2, **options))(*args)
+    want = jit(_of_head(name, labels, 2))(*(jnp.asarray(np.asarray(x)) for x in args))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+        assert_close(np.asarray(a), np.asarray(b), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh": 8}, "mesh: got 8, wanted None, a jax.sharding.Mesh"),
+        ({"class_axis_name": "classes"}, "class_axis_name: got .'classes'., wanted axes of the"),
+        ({"class_axis_name": "data"}, "kernel: got 6 classes, wanted a multiple of 4"),
+        ({"class_axis_name": None}, "features: got 4 positions, wanted a multiple of 8"),
+    ],
+)
+def test_meshes_that_do_not_fit(options, message):
+    (x, w, *_), labels = inputs(1, (4, 3), classes=6)
+    options = {"mesh": make_mesh((4, 2)), "class_axis_name": "model"} | options
+    with pytest.raises(focal_jax.InputError, match=message):
+        focal_jax.linear_token_statistics(x, w, labels, **options)

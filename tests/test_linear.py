@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from heads import (
+    LINEAR_HEADS,
     directional_derivative,
     engine_formula,
     engine_linear,
@@ -23,7 +24,6 @@ from helpers import assert_close, jit
 import focal_jax
 from focal_jax import engine
 from focal_jax.engine import chunks, linear_sums
-from focal_jax.engine.linear import _chunk_size
 
 pytestmark = pytest.mark.quick
 
@@ -359,7 +359,7 @@ def test_invalid_softcap(value):
     ],
 )
 def test_default_chunk_size(positions, num_classes, want):
-    assert _chunk_size(None, positions, num_classes) == want
+    assert min(chunks.default_chunk_size(positions, num_classes), num_classes) == want
 
 
 # Each number stands for 64 equal logits. A chunk has two of them, and the last chunk, which is
@@ -429,3 +429,76 @@ def test_large_softcaps_leave_the_logits_unchanged(softcap):
     for head in (linear, formula):
         got = head(*arrays[:3], labels, logit_softcap=softcap)
         assert_close(got, head(*arrays[:3], labels), 1e-6)
+
+
+# ---------------------------------------------------------------- vmap
+
+
+def _gradients_of(head, labels, order=1):
+    """Return the gradient of a sum in features, kernel and bias; or, of order 2, of its norm."""
+
+    def total(*args):
+        return jnp.sum(jnp.sin(head(*args, labels)))
+
+    def squared_norm(*args):
+        return sum(jnp.sum(g**2) for g in jax.grad(total, (0, 1, 2))(*args))
+
+    return jax.grad(total if order == 1 else squared_norm, (0, 1, 2))
+
+
+def _mapped(head, axis=0):
+    """Return the head, mapped over the positions."""
+    return jax.vmap(head, (axis, None, None, axis), axis)
+
+
+@pytest.mark.parametrize("name", LINEAR_HEADS)
+def test_vmap_over_positions(name, x64):
+    head, (arrays, labels) = LINEAR_HEADS[name], inputs(13, dtype=np.float64)
+    want = jit(_gradients_of(head, labels))(*arrays[:3])
+    heads = _mapped(_mapped(head)), _mapped(jax.jit(head), 1)
+    got = jit(lambda *args: [_gradients_of(h, labels)(*args) for h in heads])(*arrays[:3])
+    assert_close(got, [want, want], 1e-10)
+
+
+VMAP_HEADS = ["linear_sigmoid_focal_loss", "statistics", "label smoothing and logsumexp"]
+
+
+@pytest.mark.parametrize("name", VMAP_HEADS)
+def test_vmap_with_every_order_of_transformations(name, x64):
+    head, (arrays, labels) = LINEAR_HEADS[name], inputs(14, (2, 2), 3, 7, dtype=np.float64)
+    features, kernel, bias = arrays[:3]
+    of_example = jit(_gradients_of(head, labels[0]))
+
+    def stacked(trees):
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    # Reverse over reverse.
+    want = jit(_gradients_of(head, labels, 2))(features, kernel, bias)
+    assert_close(jit(_gradients_of(_mapped(head), labels, 2))(features, kernel, bias), want, 1e-10)
+    # One gradient of the kernel per example.
+    want = stacked([of_example(x, kernel, bias) for x in features])
+    each = jax.vmap(_gradients_of(head, labels[0]), (0, None, None))
+    assert_close(jit(each)(features, kernel, bias), want, 1e-10)
+    # The same with examples that are mapped over their positions.
+    each = jax.vmap(_gradients_of(_mapped(head), labels[0]), (0, None, None))
+    assert_close(jit(each)(features, kernel, bias), want, 1e-10)
+    # Several kernels.
+    kernels = jnp.stack([kernel, -kernel])
+    want = stacked([of_example(features[0], k, bias) for k in kernels])
+    each = jax.vmap(_gradients_of(head, labels[0]), (None, 0, None))
+    assert_close(jit(each)(features[0], kernels, bias), want, 1e-10)
+
+
+@pytest.mark.parametrize("name", [*VMAP_HEADS, "softmax_focal_loss_with_integer_labels"])
+def test_vmap_takes_the_memory_of_the_whole_batch(name):
+    head, depth, classes = LINEAR_HEADS[name], 32, 2048
+    kernel, bias, labels = jnp.zeros((depth, classes)), jnp.zeros(classes), jnp.zeros((8, 8))
+
+    def temporaries(head):
+        gradient = jax.jit(_gradients_of(head, labels.astype(jnp.int32)))
+        compiled = gradient.lower(jnp.zeros((*labels.shape, depth)), kernel, bias).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole = temporaries(head)
+    assert temporaries(_mapped(head)) <= 1.5 * whole
+    assert temporaries(_mapped(_mapped(head))) <= 1.5 * whole

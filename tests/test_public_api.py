@@ -200,6 +200,7 @@ SHARED = {
     "ignore_label",
     "label_smoothing",
     "logit_softcap",
+    "mesh",
     "return_logsumexp",
     "temperature",
     "transpose_kernel",
@@ -242,7 +243,7 @@ def test_signature_extends_that_of_optax():
 def test_functions_outside_the_catalogue_are_listed(name):
     parameters = _signature(getattr(focal_jax, name))
     assert {"where", "class_axis_name"} <= set(parameters)
-    linear = {"bias", "transpose_kernel", "chunk_size"}
+    linear = {"bias", "transpose_kernel", "chunk_size", "mesh"}
     assert linear & set(parameters) == (linear if name.startswith("linear_") else set())
     for page in ("README.md", "docs/family.md", "docs/conventions.md"):
         assert f"`{name}`" in (ROOT.parent / page).read_text(encoding="utf-8"), page

@@ -192,6 +192,21 @@ def test_minus_infinity_and_ties():
     assert gradient[0, 0] == 0
 
 
+def test_second_derivatives_where_classes_tie(x64):
+    z, label = jnp.array([1.0, 1.0, 0.5, 1.0]), jnp.array(2)
+
+    def statistics(z):
+        found = focal_jax.token_statistics(z, label)
+        return found.entropy * found.logsumexp - found.log_probability**2
+
+    def plain(z):
+        log_p, lse = jax.nn.log_softmax(z), jax.nn.logsumexp(z)
+        return -jnp.sum(jnp.exp(log_p) * log_p) * lse - log_p[2] ** 2
+
+    for order in (jax.grad, jax.hessian):
+        assert_close(jit(order(statistics))(z), jit(order(plain))(z), 1e-10)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_16_bits(dtype):
     arrays, indices = _inputs(dtype)

@@ -222,8 +222,9 @@ def test_softcap_then_temperature(page):
     np.testing.assert_array_equal(found.argmax, np.argmax(logits, -1))
 
 
-def test_tensor_parallel_statistics(page, log_p):
-    found = page["sharded"]
+@pytest.mark.parametrize("call", ["sharded", "in_one_call"])
+def test_tensor_parallel_statistics(page, log_p, call):
+    found = page[call]
     np.testing.assert_allclose(found.log_probability, _at_labels(page, log_p), rtol=1e-5)
     np.testing.assert_allclose(found.entropy, -np.sum(np.exp(log_p) * log_p, -1), rtol=1e-5)
     np.testing.assert_array_equal(found.argmax, np.argmax(log_p, -1))

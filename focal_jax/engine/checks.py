@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments
@@ -28,6 +29,13 @@ def check_holds_class(name: str, x: Array, largest: Any) -> None:
                 f"{name}: got dtype {x.dtype}, wanted float32 or an integer dtype: {x.dtype} "
                 f"rounds integers above {limit}, and there is a class {largest:g}"
             )
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raise unless `mesh` is None, a mesh, or the sharding of the features over one."""
+    wanted = "None, a jax.sharding.Mesh, or the jax.sharding.NamedSharding of the features"
+    valid = mesh is None or isinstance(mesh, Mesh | NamedSharding)
+    arguments.require(valid, f"mesh: got {shown(mesh)}, wanted {wanted}")
 
 
 def static_logit_softcap(value: Any) -> float | None:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from focal_jax.engine import arguments, scalar
+from focal_jax.engine import arguments, batching, scalar
+from focal_jax.engine.sharding import cast_to_common_varying
 
 # Up to this number of given classes per position, comparisons with the class index of a chunk
 # replace a gather or a scatter.
@@ -23,9 +24,10 @@ MAX_COMPARISONS = 16
 class ChunkSpec(NamedTuple):
     """The static description of the logits."""
 
-    size: int  # classes per chunk
+    size: int | None  # classes per chunk; None for `default_chunk_size`
     softcap: float | None
     class_axis: int  # of the kernel: -1, or 0 for a transposed kernel
+    layout: Any = None  # a `layout.Layout`; None on one device and inside `jax.shard_map`
 
 
 class Linear(NamedTuple):
@@ -35,6 +37,7 @@ class Linear(NamedTuple):
     kernel: Array  # [D, C], or [C, D] for a transposed kernel
     bias: Array | None  # [C]
     temperature: Array | None = None  # broadcasts to the positions, with a class axis of size 1
+    alpha: Array | None = None  # [C], class weights of the sum over all classes
 
     def mask(self, where: Array | None) -> "Linear":
         """Return the arrays with features 0 and temperature 1 where the mask is False."""
@@ -99,12 +102,39 @@ def fold(step: Callable[..., Any], carry: Any, spec: ChunkSpec, linear: Linear) 
     computed first: the loop depends on it, so XLA frees its arrays before the loop. After the
     loop, XLA could compute the chunk's products early and keep them during the loop.
     """
-    whole, rest = divmod(linear.kernel.shape[spec.class_axis], max(1, spec.size))
+    num_classes = linear.kernel.shape[spec.class_axis]
+    size = spec.size or default_chunk_size(math.prod(linear.features.shape[:-1]), num_classes)
+    size = max(1, min(size, num_classes))
+    whole, rest = divmod(num_classes, size)
     if rest:
-        carry = step(rest, carry, jnp.int32(whole * spec.size))
-    starts = spec.size * jnp.arange(whole, dtype=jnp.int32)
-    carry, _ = lax.scan(lambda carry, start: (step(spec.size, carry, start), None), carry, starts)
+        carry = step(rest, carry, jnp.int32(whole * size))
+    starts = size * jnp.arange(whole, dtype=jnp.int32)
+    carry, _ = lax.scan(lambda carry, start: (step(size, carry, start), None), carry, starts)
     return carry
+
+
+def default_chunk_size(positions: int, num_classes: int) -> int:
+    """Return the number of classes per chunk; the public function documents the default."""
+    unit = 16 if num_classes < 40 * 128 else 128
+    fortieth = unit * -(-num_classes // (40 * unit))
+    known = positions if isinstance(positions, int) else 1  # a symbolic size is not known
+    return min(fortieth, max(1024, 128 * (2**23 // (128 * max(1, known)))))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def call(core: Callable[..., Any], spec: Any, linear: Linear, *positions: Any) -> Any:
+    """Return `core(spec, linear, *positions)` for a `custom_vjp` of arrays of positions.
+
+    `jax.vmap` over the positions is one call for all examples, see `batching.call`.
+    """
+    linear, positions = cast_to_common_varying(linear, positions)
+
+    def function(shared, features, temperature, *positions):
+        kernel, bias, alpha = shared
+        return core(spec, Linear(features, kernel, bias, temperature, alpha), *positions)
+
+    shared = linear.kernel, linear.bias, linear.alpha
+    return batching.call(function, shared, linear.features, linear.temperature, *positions)
 
 
 def chunk_of(spec: ChunkSpec, linear: Linear, size: int, start: Array) -> Chunk:
@@ -135,21 +165,20 @@ def gradients(
     spec: ChunkSpec,
     linear: Linear,
     where: Array | None,
-    of_chunk: Callable[[Chunk], tuple[Array, Any, Any]],
-    totals: Any,
-    per_class: Any,
-) -> tuple[Linear, Any, Any]:
-    """Return the cotangents of the arrays, the totals and the arrays per class.
+    of_chunk: Callable[[Chunk], tuple[Array, Any, Array | None]],
+    totals: Any = (),
+) -> tuple[Linear, Any]:
+    """Return the cotangents of the arrays, and the totals.
 
     `of_chunk` returns the gradient of a chunk's logits, terms that are added to `totals`, and the
-    chunk's entries of the arrays `per_class`.
+    gradient of the chunk's class weights.
     """
     masked = linear.mask(where)
 
     @recomputed
     def parts(size, start):
         chunk = chunk_of(spec, masked, size, start)
-        slope, terms, of_classes = of_chunk(chunk)
+        slope, terms, of_alpha = of_chunk(chunk)
         of_temperature = None
         if linear.temperature is not None:
             moved = arguments.mask_to_zero(slope * scalar.clip_inf(chunk.logits), where)
@@ -158,33 +187,31 @@ def gradients(
         _, transpose = jax.vjp(partial(_matmul, spec.class_axis, masked.features), chunk.kernel)
         of_bias = None if linear.bias is None else jnp.sum(slope, range(slope.ndim - 1))
         of_features = _matmul(-1 - spec.class_axis, slope, chunk.kernel)
-        return of_features, (*transpose(slope), of_bias), (terms, of_temperature), of_classes
+        return of_features, (*transpose(slope), of_bias, of_alpha), (terms, of_temperature)
 
     def step(size, carry, start):
         def put(whole, part):
             part = part.astype(whole.dtype)
             return lax.dynamic_update_slice_in_dim(whole, part, start, spec.class_axis)
 
-        features, parameters, totals, per_class = carry
-        of_features, of_parameters, terms, of_classes = parts(size, start)
+        features, parameters, totals = carry
+        of_features, of_parameters, terms = parts(size, start)
         return (
             features + of_features,
             jax.tree.map(put, parameters, of_parameters),
             jax.tree.map(jnp.add, totals, terms),
-            jax.tree.map(put, per_class, of_classes),
         )
 
     # Every entry per class is written once, so the initial values do not matter. The arguments'
     # own values as initial values take less memory on a TPU than zeros.
-    initial = (linear.kernel, linear.bias), per_class
-    parameters, per_class = jax.tree.map(lax.stop_gradient, initial)
+    initial = linear.kernel, linear.bias, linear.alpha
+    parameters = jax.tree.map(lax.stop_gradient, initial)
     features = jnp.zeros_like(linear.features, arguments.compute_dtype(linear.features))
     temperature = None if linear.temperature is None else linear.zeros()
-    carry = features, parameters, (totals, temperature), per_class
-    carry = fold(step, carry, spec, linear)
-    features, (kernel, bias), (totals, temperature), per_class = carry
+    carry = features, parameters, (totals, temperature)
+    features, (kernel, bias, alpha), (totals, temperature) = fold(step, carry, spec, linear)
     features = arguments.mask_to_zero(features, where).astype(linear.features.dtype)
     if linear.temperature is not None:
         of_temperature = temperature / linear.temperature
         temperature = arguments.cotangent_like(linear.temperature, of_temperature)
-    return Linear(features, kernel, bias, temperature), totals, per_class
+    return Linear(features, kernel, bias, temperature, alpha), totals

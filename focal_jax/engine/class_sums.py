@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from focal_jax.engine import arguments
-from focal_jax.engine.cpu import compile_separately
+from focal_jax.engine.cpu import by_devices, compile_separately
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying
 
@@ -95,7 +95,7 @@ def _exp_excluding(logits: Array, index: Array, places: Places, top: Array, wher
 
 
 # Class indices below this number are exact in float32.
-_MAX_FLOAT_INDEX = 2**24
+MAX_FLOAT_INDEX = 2**24
 
 
 def _exp_excluding_without_select(logits, index, places, top, where):
@@ -117,7 +117,7 @@ def class_sums_in_passes(
         # The sum and the gradient both use the exponentials. XLA:CPU writes them to memory once,
         # into the gradient's buffer.
         exponentials = _exp_excluding
-    elif axis == logits.ndim - 1 and logits.shape[axis] <= _MAX_FLOAT_INDEX:
+    elif axis == logits.ndim - 1 and logits.shape[axis] <= MAX_FLOAT_INDEX:
         exponentials = _exp_excluding_without_select
     else:
         exponentials = partial(compile_separately, _exp_excluding)
@@ -186,10 +186,25 @@ def _forward(axis, *args):
 def _backward(axis, residuals, cts):
     (logits, places, where), top = residuals
     index = class_index(logits, axis)
-    ct = cts.rest * _exp_excluding(logits, index, places, top, where)
-    for place, of_label in zip(places, cts.label_logit):
-        ct = jnp.where(index == place, of_label, ct)
-    return arguments.mask_to_zero(ct, where).astype(logits.dtype), None, None
+    dz = cts.rest * _exp_excluding(logits, index, places, top, where)
+    finish = partial(arguments.mask_to_zero, where=where)
+    dz, *of_labels = (finish(x).astype(logits.dtype) for x in (dz, *cts.label_logit))
+
+    def select(dz, places, of_labels):
+        for place, of_label in zip(places, of_labels):
+            dz = jnp.where(index == place, of_label, dz)
+        return dz
+
+    def scatter(dz, places, of_labels):
+        for place, of_label in zip(places, of_labels):
+            place = jnp.where(place < 0, dz.shape[axis], place)  # dropped
+            dz = jnp.put_along_axis(dz, place, of_label, axis, inplace=False, mode="drop")
+        return dz
+
+    # The gradient of a linear layer with several axes of positions needs a transposed copy of `dz`.
+    # XLA:CPU would compute `dz` for the copy again, and keep the exponentials.
+    on_cpu = partial(by_devices, scatter, select) if axis == dz.ndim - 1 > 1 else select
+    return by_platform(on_cpu, select, dz, places, of_labels), None, None
 
 
 _core = jax.custom_vjp(_primal, nondiff_argnums=(0,))

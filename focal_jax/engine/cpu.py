@@ -5,6 +5,7 @@ other platforms, and with JAX versions without the internals that it needs, it i
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -119,9 +120,12 @@ def compile_separately(
     on_one_device = separate(flat if _same_shape(arrays) else function, *waits)
     on_many_devices = separate(function) if after is None else function
 
-    def on_cpu(*args):
-        if on_explicit_mesh(arrays):
-            return on_many_devices(*args)
-        return lax.cond(single_device_primitive.bind(), on_one_device, on_many_devices, *args)
-
+    on_cpu = partial(by_devices, on_one_device, on_many_devices)
     return by_platform(on_cpu, function, *args)
+
+
+def by_devices(on_one: Callable[..., Any], on_many: Callable[..., Any], *args: Any) -> Any:
+    """Return `on_one(*args)` if the program runs on one device, and else `on_many(*args)`."""
+    if single_device_primitive is None or on_explicit_mesh(jax.tree.leaves(args)):
+        return on_many(*args)
+    return lax.cond(single_device_primitive.bind(), on_one, on_many, *args)

@@ -24,7 +24,6 @@ from focal_jax.engine.options import unwrap
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.rows import (
     Row,
-    SlopeSums,
     Split,
     class_terms,
     direct_gradient,
@@ -45,7 +44,7 @@ class ClassArgs(NamedTuple):
     logits: Any  # an array, or a `chunks.Linear`
     # The weights of the classes; or the label's class index, for smoothed labels.
     labels: Any
-    alpha: Array
+    alpha: Any  # part of a `chunks.Linear`, where it is None here
     options: dict[str, Any]
     where: Array | None
     invalid: Array | None = None  # invalid class indices, for smoothed labels
@@ -117,14 +116,14 @@ def _sum_in_one_pass(axis: int, at_max: Array, by_n: Array, *others: Array):
     *slopes, sums = reduce_classes(axis, operands, initial, combine)
     # A reduction of one class may not have combined anything.
     own, rest = slopes[1:] if by_n.shape[axis] > 1 else select(*slopes)
-    return SlopeSums(own, rest), sums
+    return Split(own, rest), sums
 
 
 @_sum_in_one_pass.defjvp
 def _sum_in_one_pass_jvp(axis, primals, tangents):
     _, dv, *d_others = tangents
     total = partial(sum_classes, axis)
-    slopes = SlopeSums(total(jnp.where(primals[0], dv, 0)), total(jnp.where(primals[0], 0, dv)))
+    slopes = Split(total(jnp.where(primals[0], dv, 0)), total(jnp.where(primals[0], 0, dv)))
     return _sum_in_one_pass(axis, *primals), (slopes, tuple(map(total, d_others)))
 
 
@@ -192,7 +191,7 @@ def _finish(losses: Array, args: ClassArgs) -> Array:
 def _forward_on_cpu(spec: _Spec, args: ClassArgs, row: Row):
     # The sums of the slopes are left to the backward pass, which writes the slopes to memory.
     zero = jnp.zeros_like(row.max_logit)
-    return _losses_on_cpu(spec, args, row), SlopeSums(zero, zero)
+    return _losses_on_cpu(spec, args, row), Split(zero, zero)
 
 
 def _forward_elsewhere(spec: _Spec, args: ClassArgs, row: Row):
@@ -202,7 +201,7 @@ def _forward_elsewhere(spec: _Spec, args: ClassArgs, row: Row):
     return losses, slopes
 
 
-def _gradient(spec: _Spec, args: ClassArgs, row: Row, by_n: Array, slopes: SlopeSums) -> Array:
+def _gradient(spec: _Spec, args: ClassArgs, row: Row, by_n: Array, slopes: Split) -> Array:
     z = cast_logits(args.logits, args.where)
     x = shift_logits(z, row.max_logit, for_backward=True)
     if args.row is not None:
@@ -214,7 +213,7 @@ def _zero_at_place(by_n: Array, index: Array, place: Array) -> Array:
     return by_n * jnp.minimum(jnp.abs(index - place), 1).astype(by_n.dtype)
 
 
-def _sum_slopes_in_passes(axis: int, logits: Array, by_n: Array, top: Array, where) -> SlopeSums:
+def _sum_slopes_in_passes(axis: int, logits: Array, by_n: Array, top: Array, where) -> Split:
     z = cast_logits(logits, where)
     place = max_class_on_cpu(z, axis)
     if place is not None:
@@ -223,16 +222,16 @@ def _sum_slopes_in_passes(axis: int, logits: Array, by_n: Array, top: Array, whe
         last = axis == logits.ndim - 1
         compute = _zero_at_place if last else partial(compile_separately, _zero_at_place)
         rest = sum_classes(axis, compute(by_n, class_index(z, axis), place))
-        return SlopeSums(pick_class(by_n, place, axis), rest)
+        return Split(pick_class(by_n, place, axis), rest)
     total = sum_classes(axis, by_n)
     # XLA:CPU writes an expression that two sums share to memory, even a broadcast constant. The
     # barrier and the factor of 2 keep this sum different from the sums of the forward pass.
     top, _ = lax.optimization_barrier((top, lax.stop_gradient(total)))
     rest = 0.5 * sum_classes(axis, zero_near_max(z - top, by_n, scale=2.0))
-    return SlopeSums(total - rest, rest)
+    return Split(total - rest, rest)
 
 
-def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: Row, slopes: SlopeSums, losses: Array):
+def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: Row, slopes: Split, losses: Array):
     del slopes
     others = args._replace(logits=None, invalid=None)
 
@@ -246,7 +245,7 @@ def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: Row, slopes: SlopeSums, 
     return compile_separately(gradient, args.logits, others, row, found, slopes), slopes
 
 
-def _gradient_elsewhere(spec: _Spec, args: ClassArgs, row: Row, slopes: SlopeSums, losses: Array):
+def _gradient_elsewhere(spec: _Spec, args: ClassArgs, row: Row, slopes: Split, losses: Array):
     del losses
     found = _slopes(spec, args, row, for_backward=True).by_n
     return _gradient(spec, args, row, found, slopes), slopes

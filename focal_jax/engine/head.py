@@ -27,6 +27,9 @@ class DenseSource(NamedTuple):
 
     class_axis: int
 
+    def on_shards(self, function: Any, static: Any, logits: Array, name: Any, *others: Any) -> Any:
+        return function(static, logits, name, *others)
+
     def logits_shape(self, logits: Array) -> tuple[int, ...]:
         return logits.shape
 
@@ -36,12 +39,6 @@ class DenseSource(NamedTuple):
     def dtype(self, logits: Array) -> jnp.dtype:
         return arguments.compute_dtype(logits)
 
-    def replicated(self, logits: Array) -> dict[str, Array]:
-        return {}
-
-    def promoted(self, logits: Array, where: Array | None) -> Array:
-        return logits
-
     def for_two_cotangents(self, logits: Array) -> Array:
         # Two cotangents that may cancel are added before they are rounded to 16 bits.
         return logits.astype(self.dtype(logits))
@@ -50,12 +47,7 @@ class DenseSource(NamedTuple):
         sums = class_sums.class_sums(self.class_axis, logits, (place,), where)
         return sums._replace(label_logit=sums.label_logit[0])
 
-    def row_sums(self, logits: Array, where: Array | None) -> Any:
-        from focal_jax.engine import rows
-
-        return rows.row_sums(self.class_axis, logits, where)
-
-    def row_statistics(self, logits: Array, places: Array, where: Array | None) -> Any:
+    def row_statistics(self, logits: Array, places: Array | None, where: Array | None) -> Any:
         from focal_jax.engine import row_statistics  # most programs do not use it
 
         return row_statistics.of_array(self.class_axis, logits, places, where)
@@ -74,7 +66,6 @@ class _Head(NamedTuple):
 
     loss: Any  # a PositionLoss
     source: Any  # a DenseSource or a LinearSource
-    class_axis_name: AxisName | None
     label_smoothing: float
     return_logsumexp: bool
 
@@ -101,33 +92,44 @@ def integer_losses(
             f"label_smoothing: got {smoothing}, wanted 0: {loss.__name__} is defined for the class "
             "of the label only, not for every class"
         )
-    arguments.check_axis_name("class_axis_name", class_axis_name)
+    labels, mask, num_classes = labels_and_mask(
+        source, logits, labels, ignore_label, where, class_axis_name
+    )
     axis, shape, dtype = source.axis(logits), source.logits_shape(logits), source.dtype(logits)
     losses = shape[:axis] + shape[axis + 1 :]
-    num_classes, _ = class_range(shape[axis], class_axis_name)
-    logits_shape = (*losses[:axis], num_classes, *losses[axis:])
-    labels = arguments.integer_labels(labels, logits_shape, axis, ignore_label)
     alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     alpha = alpha.astype(dtype)  # its cotangents are added up in the dtype of the loss
     prepared = prepare_options(loss.options, options, losses, dtype, axis, num_classes)
-    mask = arguments.mask_array(where, losses, axis)
-    same = {"labels": labels, "alpha": alpha, "where": mask, **prepared}
-    check_not_varying(source.replicated(logits) | same, class_axis_name)
-    labels = jnp.expand_dims(labels, axis)
-    mask = arguments.not_ignored(labels, ignore_label, mask)
+    check_not_varying({"alpha": alpha, **prepared}, class_axis_name)
     pair = arguments.static_bool("return_logsumexp", return_logsumexp)
-    head = _Head(loss, source, class_axis_name, smoothing, pair)
-    found = _run(head, logits, labels, alpha, prepared, mask)
+    head = _Head(loss, source, smoothing, pair)
+    found = source.on_shards(_run, head, logits, class_axis_name, labels, alpha, prepared, mask)
     found = jax.tree.map(lambda x: jnp.squeeze(x, axis), found)
     return found if pair else found[0]
 
 
-@partial(jax.jit, static_argnums=0)
-def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, where: Any) -> Any:
+def labels_and_mask(
+    source: Any, logits: Any, labels: ArrayLike, ignore_label: int | None, where: Any, name: Any
+) -> tuple[Array, Array | None, int]:
+    """Return class indices and mask, checked, with a class axis of size 1, and the class count."""
+    arguments.check_axis_name("class_axis_name", name)
+    axis, shape = source.axis(logits), source.logits_shape(logits)
+    num_classes, _ = class_range(shape[axis], name)
+    whole = (*shape[:axis], num_classes, *shape[axis + 1 :])
+    labels = arguments.integer_labels(labels, whole, axis, ignore_label)
+    mask = arguments.mask_array(where, labels.shape, axis)
+    check_not_varying({"labels": labels, "where": mask}, name)
+    labels = jnp.expand_dims(labels, axis)
+    return labels, arguments.not_ignored(labels, ignore_label, mask), num_classes
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _run(
+    head: _Head, logits: Any, name: AxisName | None, labels: Array, alpha: Array, options, where
+) -> Any:
     """Return the losses and, if asked for, the log-sum-exp, with a class axis of size 1."""
-    source, name = head.source, head.class_axis_name
-    # In the compiled function, because eager JAX would report a masked NaN with `jax_debug_nans`.
-    logits, axis = source.promoted(logits, where), source.axis(logits)
+    source = head.source
+    axis = source.axis(logits)
     first = jax.tree.leaves(logits)[0]
     labels, alpha, options, where = place_like(first, (labels, alpha, options, where))
     local = source.logits_shape(logits)[axis]
@@ -136,7 +138,7 @@ def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, wh
     weight, invalid = label_weight(alpha, labels, num_classes)
     if head.label_smoothing:
         weights = _local_weights(alpha, local, start)
-        return _smoothed(head, logits, place, weights, options, where, invalid, num_classes)
+        return _smoothed(head, logits, name, place, weights, options, where, invalid, num_classes)
     if head.loss.row_option is not None or head.return_logsumexp:
         logits = source.for_two_cotangents(logits)
     sums = class_sums.sum_over_shards(source.class_sums(logits, place, where), name)
@@ -151,16 +153,17 @@ def _run(head: _Head, logits: Any, labels: Array, alpha: Array, options: Any, wh
 
 
 def _smoothed(
-    head: _Head, logits: Any, place, weights, options: Any, where, invalid, num_classes: int
+    head: _Head, logits, name, place, weights, options: Any, where, invalid, num_classes: int
 ) -> Any:
     """Return the losses of smoothed labels and, if asked for, the log-sum-exp."""
     # Imported here, because most programs do not smooth labels.
-    from focal_jax.engine import every_class, rows
+    from focal_jax.engine import every_class, row_statistics, rows
 
-    source, name, row = head.source, head.class_axis_name, None
+    source, row = head.source, None
     if name is not None or head.return_logsumexp:
         logits = source.for_two_cotangents(logits)
-        row = rows.row_over_shards(source.row_sums(logits, where), name)
+        row = row_statistics.row_of(source.row_statistics(logits, None, where))
+        row = rows.row_over_shards(row, name)
     args = every_class.ClassArgs(logits, place, weights, options, where, invalid, row)
     smoothing = every_class.Smoothing(head.label_smoothing, num_classes)
     losses = source.sum_over_classes(head.loss, args, smoothing)

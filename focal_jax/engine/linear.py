@@ -1,6 +1,5 @@
 """Checks and chunk size of the linear head, whose logits are `features @ kernel + bias`."""
 
-import math
 from typing import Any
 
 import jax
@@ -9,17 +8,21 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments, checks, chunks, linear_sums
+from focal_jax.engine import arguments, checks, chunks, linear_sums, row_statistics
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.chunks import Linear
 from focal_jax.engine.class_sums import ClassSums
 from focal_jax.engine.every_class import ClassArgs, Smoothing
+from focal_jax.engine.layout import layout_of, on_mesh
 from focal_jax.engine.options import TEMPERATURE
-from focal_jax.engine.rows import Row
+from focal_jax.engine.sharding import AxisName, check_not_varying
 
 
 class LinearSource(chunks.ChunkSpec):
     """Logits that are `features @ kernel + bias`; see `head.DenseSource`."""
+
+    def on_shards(self, function: Any, static: Any, linear: Linear, name: Any, *others: Any) -> Any:
+        return on_mesh(self, function, static, linear, name, *others)
 
     def logits_shape(self, linear: Linear) -> tuple[int, ...]:
         return (*linear.features.shape[:-1], linear.kernel.shape[self.class_axis])
@@ -37,28 +40,20 @@ class LinearSource(chunks.ChunkSpec):
             return linear
         return linear._replace(features=linear.features.astype(dtype)).mask(where)
 
-    def replicated(self, linear: Linear) -> dict[str, Array]:
-        same = {"features": linear.features, "temperature": linear.temperature}
-        return {name: x for name, x in same.items() if x is not None}
-
     def for_two_cotangents(self, linear: Linear) -> Linear:
         return linear  # wider features would make the products slower
 
     def class_sums(self, linear: Linear, place: Array, where: Array | None) -> ClassSums:
         return linear_sums.class_sums(self, linear, place, where)
 
-    def row_sums(self, linear: Linear, where: Array | None) -> Row:
-        return linear_sums.row_sums(self, linear, where)
-
-    def row_statistics(self, linear: Linear, places: Array, where: Array | None) -> Any:
-        from focal_jax.engine import row_statistics
-
+    def row_statistics(self, linear: Linear, places: Array | None, where: Array | None) -> Any:
         return row_statistics.of_linear(self, linear, places, where)
 
     def sum_over_classes(self, loss: Any, args: ClassArgs, smoothing: Smoothing) -> Array:
         # The cotangents of the chunks are added up in the dtype of the loss.
         dtype = self.dtype(args.logits)
         options = arguments.cast_and_mask(args.options, dtype, None)
+        args = args._replace(logits=args.logits._replace(alpha=args.alpha), alpha=None)
         return linear_sums.sum_over_classes(loss, self, args._replace(options=options), smoothing)
 
 
@@ -69,9 +64,12 @@ def linear_source(
     transpose_kernel: bool,
     logit_softcap: float | None,
     chunk_size: int | None,
+    mesh: Any = None,
+    class_axis_name: AxisName | None = None,
     temperature: ArrayLike = 1.0,
-) -> tuple[LinearSource, Linear]:
-    """Return the source and its arrays, checked."""
+) -> tuple[LinearSource, Linear, AxisName | None]:
+    """Return the source, its arrays, checked, and the mapped axes of the classes."""
+    arguments.check_axis_name("class_axis_name", class_axis_name)
     features = arguments.floating_array("features", features)
     kernel = arguments.floating_array("kernel", kernel)
     class_axis = 0 if arguments.static_bool("transpose_kernel", transpose_kernel) else 1
@@ -82,19 +80,29 @@ def linear_source(
             f"features, whose shape is {features.shape}"
         )
     num_classes = kernel.shape[class_axis]
-    _check_classes_not_sharded("kernel", kernel, class_axis)
     if bias is not None:
         bias = arguments.floating_array("bias", bias)
         arguments.check_shape("bias", bias, (num_classes,), "one number per class")
-        _check_classes_not_sharded("bias", bias, 0)
-        bias = _replicate_on_mesh(bias, features)
-    size = _chunk_size(chunk_size, math.prod(features.shape[:-1]), num_classes)
+    if chunk_size is not None:
+        wanted = "None or an integer of at least 1"
+        chunk_size = arguments.static_integer("chunk_size", chunk_size, wanted)
+        arguments.require(chunk_size >= 1, f"chunk_size: got {chunk_size}, wanted {wanted}")
     softcap = checks.static_logit_softcap(logit_softcap)
-    source = LinearSource(size, softcap, 0 if class_axis == 0 else -1)
-    linear = Linear(features, _replicate_on_mesh(kernel, features), bias)
+    linear = Linear(features, kernel, bias)
+    layout = layout_of(linear, class_axis, mesh, class_axis_name)
+    if layout is None:
+        linear = linear._replace(
+            kernel=_replicate_on_mesh(kernel, features),
+            bias=None if bias is None else _replicate_on_mesh(bias, features),
+        )
+    source = LinearSource(chunk_size, softcap, 0 if class_axis == 0 else -1, layout)
     positions = features.shape[:-1]
     divisor = prepare_temperature(temperature, positions, source.dtype(linear), len(positions))
-    return source, linear._replace(temperature=divisor)
+    linear = linear._replace(temperature=divisor)
+    same = {"features": features} | ({} if divisor is None else {"temperature": divisor})
+    check_not_varying(same, class_axis_name)
+    is_local = layout is None or layout.classes is None
+    return source, linear, class_axis_name if is_local else None
 
 
 def prepare_temperature(
@@ -104,17 +112,6 @@ def prepare_temperature(
     divisor = TEMPERATURE.prepare("temperature", temperature, losses, dtype, axis)
     is_one = arguments.real_number(temperature) == 1
     return None if is_one else divisor.astype(dtype)
-
-
-def _check_classes_not_sharded(name: str, x: Array, axis: int) -> None:
-    """Raise if the type of `x` shards the classes. With automatic axes, XLA gathers them."""
-    mesh_axis = jax.typeof(x).sharding.spec[axis]
-    if mesh_axis is not None:
-        raise InputError(
-            f"{name}: got classes that are sharded over the mesh axis {mesh_axis!r}, wanted all "
-            "classes on every device, or a slice of them inside jax.shard_map, with "
-            "class_axis_name"
-        )
 
 
 def _replicate_on_mesh(x: Array, like: Array) -> Array:
@@ -129,17 +126,3 @@ def _replicate_on_mesh(x: Array, like: Array) -> Array:
     if mesh.empty or (own.mesh == mesh and not any(own.spec)):
         return x
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
-
-
-def _chunk_size(chunk_size: int | None, positions: int, num_classes: int) -> int:
-    """Return the number of classes per chunk; the public function documents the default."""
-    if chunk_size is None:
-        unit = 16 if num_classes < 40 * 128 else 128
-        fortieth = unit * -(-num_classes // (40 * unit))
-        known = positions if isinstance(positions, int) else 1  # a symbolic size is not known
-        most = 128 * (2**23 // (128 * max(1, known)))
-        chunk_size = min(fortieth, max(1024, most))
-    wanted = "None or an integer of at least 1"
-    size = arguments.static_integer("chunk_size", chunk_size, wanted)
-    arguments.require(size >= 1, f"chunk_size: got {size}, wanted {wanted}")
-    return min(size, num_classes)

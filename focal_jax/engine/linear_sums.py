@@ -1,7 +1,7 @@
 """Sums over the classes of `features @ kernel + bias` in chunks, and their gradients.
 
-The class sums, the row sums and the sums over all classes (label smoothing) are loops over the
-chunks. The backward pass computes the logits of each chunk again.
+The class sums and the sums over all classes (label smoothing) are loops over the chunks. The
+backward pass computes the logits of each chunk again.
 """
 
 from functools import partial
@@ -12,14 +12,22 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from focal_jax.engine import arguments, every_class, rows
-from focal_jax.engine.chunks import Chunk, ChunkSpec, Linear, chunk_of, fold, gradients, recomputed
+from focal_jax.engine import arguments, every_class, row_statistics, rows
+from focal_jax.engine.chunks import (
+    Chunk,
+    ChunkSpec,
+    Linear,
+    call,
+    chunk_of,
+    fold,
+    gradients,
+    recomputed,
+)
 from focal_jax.engine.class_sums import ClassSums, pick_class
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.options import unwrap
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.rows import Row, SlopeSums, Split
-from focal_jax.engine.sharding import cast_to_common_varying
+from focal_jax.engine.rows import Row, Split
 
 # ---------------------------------------------------------------- class sums
 
@@ -109,7 +117,6 @@ def _sums_in_one_pass(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSum
     return jax.tree.map(partial(jnp.where, all_small), sums, again)
 
 
-@partial(jax.jit, static_argnums=0)
 def _sums(spec: ChunkSpec, linear: Linear, place: Array, where: Array | None) -> ClassSums:
     on_cpu, elsewhere = (partial(form, spec) for form in (_sums_in_passes, _sums_in_one_pass))
     return by_platform(on_cpu, elsewhere, linear.mask(where), place)
@@ -120,15 +127,14 @@ def _sums_forward(spec, *args):
     return sums, (args, lax.stop_gradient(sums.max_logit))
 
 
-@partial(jax.jit, static_argnums=0)
 def _sums_backward(spec, residuals, cts: ClassSums):
     (linear, place, where), top = residuals
 
     def of_chunk(chunk):
         e = jnp.exp(chunk.logits - top)
-        return jnp.where(chunk.class_index == place, cts.label_logit, cts.rest * e), (), ()
+        return jnp.where(chunk.class_index == place, cts.label_logit, cts.rest * e), (), None
 
-    return gradients(spec, linear, where, of_chunk, (), ())[0], None, None
+    return gradients(spec, linear, where, of_chunk)[0], None, None
 
 
 _class_sums = jax.custom_vjp(_sums, nondiff_argnums=(0,))
@@ -137,59 +143,10 @@ _class_sums.defvjp(_sums_forward, _sums_backward)
 
 def class_sums(spec: ChunkSpec, linear: Linear, place: Array, where: Array | None) -> ClassSums:
     """Return the class sums of `features @ kernel + bias`."""
-    return _class_sums(spec, *cast_to_common_varying(linear, place, where))
+    return call(_class_sums, spec, linear, place, where)
 
 
 # ---------------------------------------------------------------- sums over all classes
-
-
-@partial(jax.jit, static_argnums=0)
-def _row(spec: ChunkSpec, linear: Linear, where: Array | None) -> Row:
-    masked = linear.mask(where)
-
-    @recomputed
-    def step(size, row, start):
-        z = chunk_of(spec, masked, size, start).logits
-        top = jnp.maximum(row.max_logit, _max_logit(z))
-        x = z - top
-        e, near = jnp.exp(x), rows.is_near_max(x)
-        before = rows.rescale(row.exps, row.max_logit - top)
-        return Row(
-            top,
-            Split(
-                before.at_max + jnp.sum(jnp.where(near, e, 0), -1, keepdims=True),
-                before.rest + jnp.sum(jnp.where(near, 0, e), -1, keepdims=True),
-            ),
-        )
-
-    zero = linear.zeros()
-    initial = Row(jnp.full_like(zero, jnp.finfo(zero.dtype).min), Split(zero, zero))
-    row = fold(step, initial, spec, masked)
-    return row._replace(exps=rows.normalize(row.exps))
-
-
-def _row_forward(spec, *args):
-    row = _row(spec, *args)
-    return row, (args, lax.stop_gradient(row.max_logit))
-
-
-@partial(jax.jit, static_argnums=0)
-def _row_backward(spec, residuals, cts: Row):
-    (linear, where), top = residuals
-
-    def of_chunk(chunk):
-        return rows.row_gradient(chunk.logits - top, cts.exps), (), ()
-
-    return gradients(spec, linear, where, of_chunk, (), ())[0], None
-
-
-_row_core = jax.custom_vjp(_row, nondiff_argnums=(0,))
-_row_core.defvjp(_row_forward, _row_backward)
-
-
-def row_sums(spec: ChunkSpec, linear: Linear, where: Array | None) -> Row:
-    """Return the sums of the exponentials of each position."""
-    return _row_core(spec, *cast_to_common_varying(linear, where))
 
 
 class _Spec(NamedTuple):
@@ -204,17 +161,21 @@ def _inputs(spec: _Spec, args: ClassArgs, row: Row, chunk: Chunk):
     """Return the arguments of `every_class.class_values` and `class_slopes` for a chunk."""
     x = chunk.logits - row.max_logit
     y = spec.smoothing.weights(chunk.class_index == args.labels, x.dtype)
-    alpha = arguments.align(chunk.take(args.alpha), x.shape).astype(x.dtype)
+    alpha = arguments.align(chunk.take(args.logits.alpha), x.shape).astype(x.dtype)
     options = arguments.cast_and_mask(args.options, x.dtype, args.where)
     return spec.loss, x, row.exps, y, alpha, {k: unwrap(v) for k, v in options.items()}
 
 
 def _row_of(spec: _Spec, args: ClassArgs) -> Row:
-    row = _row(spec.chunks, args.logits, args.where) if args.row is None else args.row
+    row = args.row
+    if row is None:
+        row = row_statistics.row_of(
+            row_statistics.of_chunks(spec.chunks, args.logits, None, args.where)
+        )
     return row._replace(max_logit=lax.stop_gradient(row.max_logit))
 
 
-def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[Array, SlopeSums]:
+def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[Array, Split]:
     """Return the losses and, if asked for, the sums of the slopes."""
     masked = args.logits.mask(args.where)
 
@@ -232,26 +193,21 @@ def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[
     invalid = jnp.array(False) if args.invalid is None else args.invalid
     losses = arguments.mask_and_invalidate(losses, invalid, args.where)
     total, rest = slopes or (zero, zero)
-    return losses, SlopeSums(total - rest, rest)
+    return losses, Split(total - rest, rest)
 
 
-@partial(jax.jit, static_argnums=0)
-def _smoothed(spec: _Spec, args: ClassArgs) -> Array:
+def _smoothed(spec: _Spec, linear: Linear, others: ClassArgs) -> Array:
+    args = others._replace(logits=linear)
     return _losses(spec, False, args, _row_of(spec, args))[0]
 
 
-@partial(jax.jit, static_argnums=0)
-def _values_and_sums(spec: _Spec, args: ClassArgs):
+def _smoothed_forward(spec: _Spec, linear: Linear, others: ClassArgs):
+    args = others._replace(logits=linear)
     row = _row_of(spec, args)
-    return *_losses(spec, True, args, row), row
-
-
-def _smoothed_forward(spec: _Spec, args: ClassArgs):
-    losses, slopes, row = _values_and_sums(spec, args)  # not the arguments, see `every_class`
+    losses, slopes = _losses(spec, True, args, row)
     return losses, (args, row, slopes, losses)
 
 
-@partial(jax.jit, static_argnums=0)
 def _smoothed_backward(spec: _Spec, residuals, ct: Array):
     args, row, slopes, losses = residuals
     # A NaN cotangent makes every gradient NaN to which an invalid label contributes.
@@ -274,14 +230,13 @@ def _smoothed_backward(spec: _Spec, residuals, ct: Array):
         return ct * dz, {name: of_option(name) for name in args.options}, of_alpha
 
     totals = jax.tree.map(jnp.zeros_like, args.options)
-    found = gradients(spec.chunks, args.logits, args.where, of_chunk, totals, args.alpha)
-    of_linear, of_options, of_alpha = found
+    of_linear, of_options = gradients(spec.chunks, args.logits, args.where, of_chunk, totals)
     of_row = None
     if args.row is not None:
         of_exps = rows.row_cotangent(row.exps, slopes)
         of_exps = jax.tree.map(lambda slope: ct * slope, of_exps)
         of_row = Row(jnp.zeros_like(row.max_logit), of_exps)
-    return (ClassArgs(of_linear, None, of_alpha, of_options, None, None, of_row),)
+    return of_linear, ClassArgs(None, None, None, of_options, None, None, of_row)
 
 
 _smoothed_core = jax.custom_vjp(_smoothed, nondiff_argnums=(0,))
@@ -291,6 +246,7 @@ _smoothed_core.defvjp(_smoothed_forward, _smoothed_backward)
 def sum_over_classes(loss: Any, chunks: ChunkSpec, args: ClassArgs, smoothing: Smoothing) -> Array:
     """Return the loss of smoothed labels for each position, with a class axis of size 1.
 
-    Like `every_class.sum_over_classes`, but `args.logits` is a `Linear` and `args.alpha` is `[C]`.
+    Like `every_class.sum_over_classes`, but `args.logits` is a `Linear`, with `alpha`.
     """
-    return _smoothed_core(_Spec(loss, chunks, smoothing), cast_to_common_varying(args)[0])
+    others = args._replace(logits=None)
+    return call(_smoothed_core, _Spec(loss, chunks, smoothing), args.logits, others)

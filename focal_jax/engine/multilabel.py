@@ -16,7 +16,6 @@ from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.linear import linear_source
 from focal_jax.engine.options import check_names, prepare_options, unwrap
 from focal_jax.engine.sharding import (
-    cast_to_common_varying,
     check_not_varying,
     class_range,
     place_like,
@@ -24,9 +23,8 @@ from focal_jax.engine.sharding import (
 
 
 class _Args(NamedTuple):
-    """The arrays of a sum over the classes."""
+    """The arrays of the positions besides the features."""
 
-    linear: Linear
     places: Any  # [..., L]: the positive classes, as indices into the rows of this kernel
     options: dict[str, Any]  # aligned with the logits
     where: Array | None
@@ -66,9 +64,8 @@ def _on_chunk(function: Callable[..., Array], args: _Args, chunk: Any) -> Array:
     return compile_separately(unwrapped, z, positive, options)
 
 
-@partial(jax.jit, static_argnums=0)
-def _losses(spec: _Spec, args: _Args) -> Array:
-    masked = args.linear.mask(args.where)
+def _losses(spec: _Spec, linear: Linear, args: _Args) -> Array:
+    masked = linear.mask(args.where)
 
     @chunks.recomputed
     def step(size, total, start):
@@ -80,12 +77,12 @@ def _losses(spec: _Spec, args: _Args) -> Array:
     return arguments.mask_and_invalidate(losses, args.invalid, args.where)
 
 
-def _forward(spec: _Spec, args: _Args):
-    return _losses(spec, args), args
+def _forward(spec: _Spec, linear: Linear, args: _Args):
+    return _losses(spec, linear, args), (linear, args)
 
 
-@partial(jax.jit, static_argnums=0)
-def _backward(spec: _Spec, args: _Args, ct: Array):
+def _backward(spec: _Spec, residuals, ct: Array):
+    linear, args = residuals
     # A NaN cotangent makes every gradient NaN to which an invalid label contributes.
     one = arguments.mask_and_invalidate(jnp.ones_like(ct), args.invalid, args.where)
     ct = arguments.scale_cotangent(ct, one)
@@ -99,17 +96,15 @@ def _backward(spec: _Spec, args: _Args, ct: Array):
             slope = _on_chunk(lambda *x: spec.loss.slopes_of(*x)[2][name], args, chunk)
             return ct * jnp.sum(slope, -1, keepdims=True)
 
-        return ct * by_logit, {name: in_option(name) for name in names}, ()
+        return ct * by_logit, {name: in_option(name) for name in names}, None
 
     totals = {name: jnp.zeros_like(ct) for name in names}
-    found = chunks.gradients(spec.chunks, args.linear, args.where, of_chunk, totals, ())
-    of_linear, sums, _ = found
-
+    of_linear, sums = chunks.gradients(spec.chunks, linear, args.where, of_chunk, totals)
     of_options: dict[str, Any] = dict.fromkeys(args.options)
     for name, total in sums.items():
         like = partial(arguments.cotangent_like, ct=total)
         of_options[name] = jax.tree.map(like, args.options[name])
-    return (_Args(of_linear, None, of_options, None, None),)
+    return of_linear, _Args(None, of_options, None, None)
 
 
 _core = jax.custom_vjp(_losses, nondiff_argnums=(0,))
@@ -125,29 +120,35 @@ def linear_losses(
     bias: ArrayLike | None = None,
     where: ArrayLike | None = None,
     class_axis_name: AxisName | None = None,
+    mesh: Any = None,
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
     **options: Any,
 ) -> Array:
     """Return the sum over the classes for each position; see `ElementwiseLoss.linear`."""
     check_names(loss.__name__, loss.options, options)
-    source, linear = linear_source(features, kernel, bias, transpose_kernel, None, chunk_size)
-    *positions, local = source.logits_shape(linear)
-    arguments.check_axis_name("class_axis_name", class_axis_name)
+    of_logits = bias, transpose_kernel, None, chunk_size, mesh, class_axis_name
+    source, linear, name = linear_source(features, kernel, *of_logits)
+    *positions, _ = source.logits_shape(linear)
     places = checks.class_index_lists("labels", labels, tuple(positions))
     prepared = prepare_options(
         loss.options, options, tuple(positions), source.dtype(linear), len(positions)
     )
     mask = arguments.mask_array(where, tuple(positions), len(positions))
-    same = {"labels": places, "where": mask, **prepared}
-    check_not_varying(source.replicated(linear) | same, class_axis_name)
-    num_classes, start = class_range(local, class_axis_name)
+    check_not_varying({"labels": places, "where": mask, **prepared}, name)
+    spec = _Spec(loss, source)
+    losses = source.on_shards(_all_classes, spec, linear, name, places, prepared, mask)
+    return jnp.squeeze(losses, -1)
+
+
+def _all_classes(spec: _Spec, linear: Linear, name: AxisName | None, places, options, where):
+    """Return the sums over the classes of all shards."""
+    source: Any = spec.chunks
+    *_, local = source.logits_shape(linear)
+    num_classes, start = class_range(local, name)
     invalid = jnp.any((places < -1) | (places >= num_classes), -1, keepdims=True)
     if start is not None:  # padding stays -1
         places = jnp.where(places < 0, -1, places - start)
-    linear = source.promoted(linear, mask)
-    given = place_like(linear.features, (places, prepared, mask, invalid))
-    args = _Args(linear, *given)
-    losses = _core(_Spec(loss, source), cast_to_common_varying(args)[0])
-    losses = losses if class_axis_name is None else lax.psum(losses, class_axis_name)
-    return jnp.squeeze(losses, -1)
+    others = place_like(linear.features, (places, options, where, invalid))
+    losses = chunks.call(_core, spec, linear, _Args(*others))
+    return losses if name is None else lax.psum(losses, name)

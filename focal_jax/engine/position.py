@@ -100,6 +100,8 @@ class PositionLoss:
         temperature: ArrayLike = 1.0,
         transpose_kernel: bool = False,
         chunk_size: int | None = None,
+        class_axis_name: AxisName | None = None,
+        mesh: Any = None,
         **options: Any,
     ) -> Any:
         """Return the losses of `features @ kernel + bias`, whose logits are never stored.
@@ -111,10 +113,9 @@ class PositionLoss:
 
         if self.row_option is not None:
             raise InputError(f"linear: {self.__name__} needs a whole row of logits at once")
-        source, arrays = linear_source(
-            features, kernel, bias, transpose_kernel, logit_softcap, chunk_size, temperature
-        )
-        return head.integer_losses(self, source, arrays, labels, **options)
+        of_logits = bias, transpose_kernel, logit_softcap, chunk_size, mesh, class_axis_name
+        source, arrays, name = linear_source(features, kernel, *of_logits, temperature)
+        return head.integer_losses(self, source, arrays, labels, class_axis_name=name, **options)
 
     def of_distribution(
         self,

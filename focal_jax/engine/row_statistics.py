@@ -20,8 +20,17 @@ from jax import Array, lax
 
 from focal_jax.engine import arguments, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
-from focal_jax.engine.class_sums import AxisName, cast_logits, class_index, pick_class
+from focal_jax.engine.class_sums import (
+    MAX_FLOAT_INDEX,
+    AxisName,
+    cast_logits,
+    class_index,
+    pick_class,
+    sum_classes,
+)
 from focal_jax.engine.cpu import compile_separately
+from focal_jax.engine.platform import by_platform
+from focal_jax.engine.rows import Row, Split
 from focal_jax.engine.sharding import cast_to_common_varying, class_range, place_like
 
 
@@ -34,35 +43,76 @@ class RowStatistics(NamedTuple):
       rest: the sum over the other classes of `exp(x)`, with `x = logit - max_logit`.
       spread: the sum over the other classes of `-x * exp(x)`.
       picked: the logits of K given classes, with a class axis of size K; 0 for an index that is
-        not one of the classes.
+        not one of the classes; None if no classes are given.
     """
 
     max_logit: Array
     max_class: Array
     rest: Array
     spread: Array
-    picked: Array
+    picked: Any
 
 
-def _columns(places: Array, axis: int) -> list[Array]:
+def row_of(found: RowStatistics) -> Row:
+    """Return the sums of the exponentials, with the derivative in all logits."""
+    top = lax.stop_gradient(found.max_logit)
+    one = jnp.exp(found.max_logit - top)  # with the derivative of the largest logit
+    at_max = jnp.where(top > jnp.finfo(top.dtype).min, one, 0)
+    return Row(top, Split(at_max, found.rest * one))
+
+
+def _columns(places: Array | None, axis: int) -> list[Array]:
+    """Return the places one by one if there are few."""
+    if places is None or places.shape[axis] > chunks.MAX_COMPARISONS:
+        return []
     return [lax.index_in_dim(places, k, axis) for k in range(places.shape[axis])]
 
 
-def _pick(z: Array, places: Array, axis: int) -> Array:
-    if not 0 < places.shape[axis] <= chunks.MAX_COMPARISONS:
-        return pick_class(z, places, axis)
-    return jnp.concatenate([pick_class(z, place, axis) for place in _columns(places, axis)], axis)
+def _pick(z: Array, places: Array | None, start: Any, axis: int) -> Array | None:
+    if places is None:
+        return None
+    columns = [pick_class(z, place - start, axis) for place in _columns(places, axis)]
+    return jnp.concatenate(columns, axis) if columns else pick_class(z, places - start, axis)
 
 
-def of_classes(axis: int, z: Array, index: Array, places: Array) -> RowStatistics:
-    """Return the statistics of the classes whose logits are `z` and whose indices are `index`."""
-    start = lax.index_in_dim(index, 0, axis)
+@jax.custom_jvp
+def _minimum(e: Array, distance: Array) -> Array:
+    """Return `e`, which is at most 1, and 0 for a distance of 0."""
+    return jnp.minimum(e, distance)
+
+
+@_minimum.defjvp
+def _minimum_jvp(primals, tangents):
+    # The derivative of `jnp.minimum` would be 1/2 where both are 1.
+    return _minimum(*primals), jnp.where(primals[1] > 0, tangents[0], 0)
+
+
+def of_classes(axis: int, z: Array, start: Array | int, places: Array | None) -> RowStatistics:
+    """Return the statistics of the classes whose logits are `z`, of which the first is `start`."""
+    index = class_index(z, axis)
     own = jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
     top = jnp.maximum(pick_class(z, own, axis), jnp.finfo(z.dtype).min)
-    x = scalar.clip_inf(z - top)
-    e = jnp.where(index == own + start, 0, jnp.exp(x))
-    rest, spread = (jnp.sum(v, axis, keepdims=True) for v in (e, -x * e))
-    return RowStatistics(top, own + start, rest, spread, _pick(z, places - start, axis))
+    # XLA:CPU does not vectorize a sum that is fused with a select or a clamp, so a minimum excludes
+    # the class. XLA:CPU writes a subexpression that both sums share to memory, and a distance
+    # between integers; floats are exact for few classes.
+    exact = z.dtype if z.shape[axis] <= MAX_FLOAT_INDEX else jnp.int32
+    again = by_platform(lax.optimization_barrier, lambda same: same, (own, top))
+    is_last = axis == z.ndim - 1  # the sum along another axis is not fused
+
+    def exponentials(z, index, own, top):
+        distance = jnp.abs(index.astype(exact) - own.astype(exact)).astype(z.dtype)
+        return _minimum(jnp.exp(z - top), distance)
+
+    def spreads(z, index, own, top):
+        x = jnp.maximum(z - top, -scalar.max_finite(z))  # finite, so that the product is
+        return exponentials(z, index, own, top) * -x
+
+    def total(function, own, top):
+        compute = function if is_last else partial(compile_separately, function)
+        return sum_classes(axis, compute(z, index, own, top))
+
+    sums = total(exponentials, own, top), total(spreads, *again)
+    return RowStatistics(top, own + start, *sums, _pick(z, places, start, axis))
 
 
 def _elementwise_gradient(z, index, row, cts, picked):
@@ -78,13 +128,12 @@ def _elementwise_gradient(z, index, row, cts, picked):
     return dz
 
 
-def _gradient(axis: int, z: Array, index: Array, places: Array, row: RowStatistics, cts) -> Array:
+def _gradient(compute: Any, axis: int, z: Array, index: Array, places: Any, row, cts) -> Array:
     """Return the gradient of the logits."""
-    few = places.shape[axis] <= chunks.MAX_COMPARISONS
-    pairs = list(zip(_columns(places, axis), _columns(cts.picked, axis))) if few else []
+    pairs = list(zip(_columns(places, axis), _columns(cts.picked, axis)))
     of_sums = cts.max_logit, cts.rest, cts.spread
-    dz = compile_separately(_elementwise_gradient, z, index, row[:4], of_sums, pairs)
-    if few:
+    dz = compute(_elementwise_gradient, z, index, row[:4], of_sums, pairs)
+    if places is None or pairs:
         return dz
     local = places - lax.index_in_dim(index, 0, axis)
     return dz + jax.linear_transpose(lambda z: pick_class(z, local, axis), z)(cts.picked)[0]
@@ -106,7 +155,7 @@ def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
     top, max_class = (jnp.where(first, *pair) for pair in zip(a[:2], b[:2]))
     sums = _rescaled(a, a.max_logit - top, first), _rescaled(b, b.max_logit - top, ~first)
     rest, spread = jax.tree.map(jnp.add, *sums)
-    return RowStatistics(top, max_class, rest, spread, a.picked + b.picked)
+    return RowStatistics(top, max_class, rest, spread, jax.tree.map(jnp.add, a.picked, b.picked))
 
 
 def over_shards(row: RowStatistics, name: AxisName, start: Array) -> RowStatistics:
@@ -124,14 +173,13 @@ def over_shards(row: RowStatistics, name: AxisName, start: Array) -> RowStatisti
 
 
 def of_source(
-    source: Any,
-    logits: Any,
-    places: Array,
-    where: Array | None,
-    class_axis_name: AxisName | None,
+    source: Any, logits: Any, class_axis_name: AxisName | None, places: Array, where: Array | None
 ) -> RowStatistics:
     """Return the statistics of all classes, of all shards."""
-    logits = source.promoted(logits, where)
+    return source.on_shards(_of_shards, source, logits, class_axis_name, places, where)
+
+
+def _of_shards(source: Any, logits: Any, class_axis_name, places: Array, where) -> RowStatistics:
     places, where = place_like(jax.tree.leaves(logits)[0], (places, where))
     _, start = class_range(source.logits_shape(logits)[source.axis(logits)], class_axis_name)
     if class_axis_name is None or start is None:
@@ -152,16 +200,16 @@ def of_picked(row: RowStatistics, places: Array) -> tuple[Array, Array]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _dense(axis: int, logits: Array, places: Array, where: Array | None) -> RowStatistics:
+def _dense(axis: int, logits: Array, places: Array | None, where: Array | None) -> RowStatistics:
     z = cast_logits(logits, where)
-    return of_classes(axis, z, class_index(z, axis), places)
+    return of_classes(axis, z, 0, places)
 
 
 @partial(jax.jit, static_argnums=0)
 def _dense_backward(axis, residuals, cts):
     (logits, places, where), row = residuals
     z = cast_logits(logits, where)
-    dz = _gradient(axis, z, class_index(z, axis), places, row, cts)
+    dz = _gradient(compile_separately, axis, z, class_index(z, axis), places, row, cts)
     return arguments.mask_to_zero(dz, where).astype(logits.dtype), None, None
 
 
@@ -174,7 +222,7 @@ _dense_core = jax.custom_vjp(_dense, nondiff_argnums=(0,))
 _dense_core.defvjp(partial(_forward, _dense), _dense_backward)
 
 
-def of_array(axis: int, logits: Array, places: Array, where: Array | None) -> RowStatistics:
+def of_array(axis: int, logits: Array, places: Any, where: Array | None) -> RowStatistics:
     """Return the statistics of an array of logits; `places` has K along the class axis."""
     return _dense_core(axis, *cast_to_common_varying(logits, places, where))
 
@@ -182,38 +230,41 @@ def of_array(axis: int, logits: Array, places: Array, where: Array | None) -> Ro
 # ---------------------------------------------------------------- features @ kernel
 
 
-@partial(jax.jit, static_argnums=0)
-def _linear(spec: ChunkSpec, linear: Linear, places: Array, where: Array | None) -> RowStatistics:
+def of_chunks(
+    spec: ChunkSpec, linear: Linear, places: Array | None, where: Array | None
+) -> RowStatistics:
+    """Return the statistics for use in `custom_vjp` rules; see `of_linear`."""
     masked = linear.mask(where)
 
     @chunks.recomputed
     def step(size, row, start):
         chunk = chunks.chunk_of(spec, masked, size, start)
-        axis = chunk.logits.ndim - 1
-        return _merge(row, of_classes(axis, chunk.logits, chunk.class_index, places))
+        start = chunk.class_index[..., :1]
+        return _merge(row, of_classes(chunk.logits.ndim - 1, chunk.logits, start, places))
 
     zero = masked.zeros()
     nothing = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero.astype(jnp.int32) - 1
     # A sum with zeros, so that inside `shard_map` the carry varies over the axes of the features.
-    initial = RowStatistics(*nothing, zero, zero, zero + jnp.zeros(places.shape, zero.dtype))
+    picked = None if places is None else zero + jnp.zeros(places.shape, zero.dtype)
+    initial = RowStatistics(*nothing, zero, zero, picked)
     return chunks.fold(step, initial, spec, masked)
 
 
-@partial(jax.jit, static_argnums=0)
 def _linear_backward(spec, residuals, cts):
     (linear, places, where), row = residuals
 
     def of_chunk(chunk):
-        axis = chunk.logits.ndim - 1
-        return _gradient(axis, chunk.logits, chunk.class_index, places, row, cts), (), ()
+        inline = lambda function, *args: function(*args)  # noqa: E731
+        axis, z, index = chunk.logits.ndim - 1, chunk.logits, chunk.class_index
+        return _gradient(inline, axis, z, index, places, row, cts), (), None
 
-    return chunks.gradients(spec, linear, where, of_chunk, (), ())[0], None, None
-
-
-_linear_core = jax.custom_vjp(_linear, nondiff_argnums=(0,))
-_linear_core.defvjp(partial(_forward, _linear), _linear_backward)
+    return chunks.gradients(spec, linear, where, of_chunk)[0], None, None
 
 
-def of_linear(spec: ChunkSpec, linear: Linear, places: Array, where: Any) -> RowStatistics:
+_linear_core = jax.custom_vjp(of_chunks, nondiff_argnums=(0,))
+_linear_core.defvjp(partial(_forward, of_chunks), _linear_backward)
+
+
+def of_linear(spec: ChunkSpec, linear: Linear, places: Any, where: Any) -> RowStatistics:
     """Return the statistics of `features @ kernel`; `places` is `[..., K]`."""
-    return _linear_core(spec, *cast_to_common_varying(linear, places, where))
+    return chunks.call(_linear_core, spec, linear, places, where)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from focal_jax.engine import arguments, scalar
+from focal_jax.engine import scalar
 from focal_jax.engine.class_sums import (
     AxisName,
     cast_logits,
@@ -26,7 +26,6 @@ from focal_jax.engine.class_sums import (
 )
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.scalar import Terms
-from focal_jax.engine.sharding import cast_to_common_varying
 
 
 class Split(NamedTuple):
@@ -132,27 +131,6 @@ def _plain_row_jvp(axis, primals, tangents):
     return row, Row(jnp.zeros_like(row.max_logit), of_exps)
 
 
-def _row_backward(axis, residuals, cts: Row):
-    (logits, where), top = residuals
-    x = cast_logits(logits, where) - top
-    dz = arguments.mask_to_zero(row_gradient(x, cts.exps), where)
-    return dz.astype(logits.dtype), None
-
-
-def _row_forward(axis, logits, where):
-    row = plain_row(axis, logits, where)
-    return row, ((logits, where), lax.stop_gradient(row.max_logit))
-
-
-_row_core = jax.custom_vjp(plain_row, nondiff_argnums=(0,))
-_row_core.defvjp(_row_forward, _row_backward)
-
-
-def row_sums(axis: int, logits: Array, where: Array | None) -> Row:
-    """Return the sums of the exponentials of each position."""
-    return _row_core(axis, *cast_to_common_varying(logits, where))
-
-
 def row_over_shards(row: Row, class_axis_name: AxisName | None) -> Row:
     """Return the row sums over all classes from those of this device's classes."""
     own_top = lax.stop_gradient(row.max_logit)
@@ -237,20 +215,13 @@ def _class_terms_jvp(primals, tangents):
 # constant, and the derivative through the row sums. Neither cancels for the dominant class.
 
 
-class SlopeSums(NamedTuple):
-    """Sums of slopes over the classes, with a class axis of size 1."""
-
-    at_max: Array  # over the classes with the largest logit
-    rest: Array  # over the other classes
-
-
 def direct_gradient(x: Array, exps: Split, by_n: Array) -> Array:
     """Return the gradient of the logits with the row sums held constant."""
     q = jnp.where(_dominates(x, exps), exps.rest / (exps.at_max + exps.rest), 1)
     return -by_n * q
 
 
-def whole_gradient(x: Array, exps: Split, by_n: Array, slopes: SlopeSums) -> Array:
+def whole_gradient(x: Array, exps: Split, by_n: Array, slopes: Split) -> Array:
     """Return the gradient of the logits: the direct one, and the one through the row sums."""
     # A sum of products per class: XLA:GPU writes a number per position to memory.
     dominates, share = _dominates(x, exps), 1 / (exps.at_max + exps.rest)
@@ -273,13 +244,8 @@ def zero_near_max(x: Array, v: Array, scale: float = 1.0) -> Array:
     return v * jnp.minimum(far + jnp.abs(far), scale)  # far + |far| is 0 near the maximum
 
 
-def row_cotangent(exps: Split, slopes: SlopeSums) -> Split:
+def row_cotangent(exps: Split, slopes: Split) -> Split:
     """Return the gradient of the row sums, without a dominant class's slope in its own sum."""
     share = 1 / (exps.at_max + exps.rest)
     total = slopes.at_max + slopes.rest
     return Split(jnp.where(exps.rest < 0.5, slopes.rest, total) * share, total * share)
-
-
-def row_gradient(x: Array, of_exps: Split) -> Array:
-    """Return the gradient of the logits from the gradient of the row sums."""
-    return jnp.exp(x) * jnp.where(is_near_max(x), of_exps.at_max, of_exps.rest)

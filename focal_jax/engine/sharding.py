@@ -38,6 +38,11 @@ def cast_to_common_varying(*arrays: Any) -> Any:
     return jax.tree.map(cast, arrays)
 
 
+def axis_names(axes: AxisName | None) -> tuple[str, ...]:
+    """Return the names as a tuple."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 def class_range(local: int, class_axis_name: AxisName | None) -> tuple[int, Array | None]:
     """Return the number of all classes, and the index of this device's first class.
 
@@ -50,7 +55,7 @@ def class_range(local: int, class_axis_name: AxisName | None) -> tuple[int, Arra
 
 def check_not_varying(arrays: Mapping[str, Any], class_axis_name: AxisName | None) -> None:
     """Raise if an array's type says that it varies over the mapped axes of the classes."""
-    names = {class_axis_name} if isinstance(class_axis_name, str) else set(class_axis_name or ())
+    names = set(axis_names(class_axis_name))
     for name, x in arrays.items():
         varied = set[Any]().union(*map(_varying_axes, jax.tree.leaves(x))) & names
         if varied:
@@ -76,9 +81,17 @@ def place_like(like: Array, tree: Any) -> Any:
     if sharding.mesh.empty or not on_explicit_mesh(jax.tree.leaves((like, tree))):
         return tree
 
-    def place(x: Array) -> Array:
-        axes = zip(sharding.spec, like.shape, x.shape) if x.ndim == like.ndim else ()
-        spec = PartitionSpec(*(name if n == m > 1 else None for name, n, m in axes))
+    def place(x: Array, spec: PartitionSpec) -> Array:
         return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(place, tree, specs_like(sharding.spec, like, tree))
+
+
+def specs_like(spec: PartitionSpec, like: Array, tree: Any) -> Any:
+    """Return the specs of arrays that broadcast to `like`, or have another rank: replicated."""
+
+    def spec_of(x: Array) -> PartitionSpec:
+        axes = zip(spec, like.shape, x.shape) if x.ndim == like.ndim else ()
+        return PartitionSpec(*(name if n == m > 1 else None for name, n, m in axes))
+
+    return jax.tree.map(spec_of, tree)

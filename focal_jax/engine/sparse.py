@@ -36,13 +36,14 @@ def of_linear(
     temperature: ArrayLike,
     transpose_kernel: bool,
     chunk_size: int | None,
+    class_axis_name: AxisName | None,
+    mesh: Any,
     **options: Any,
 ) -> Array:
     """Return the losses of `features @ kernel + bias`."""
-    source, arrays = linear_source(
-        features, kernel, bias, transpose_kernel, logit_softcap, chunk_size, temperature
-    )
-    return _losses(loss, source, arrays, indices, weights, **options)
+    of_logits = bias, transpose_kernel, logit_softcap, chunk_size, mesh, class_axis_name
+    source, arrays, name = linear_source(features, kernel, *of_logits, temperature)
+    return _losses(loss, source, arrays, indices, weights, class_axis_name=name, **options)
 
 
 def _losses(
@@ -68,14 +69,14 @@ def _losses(
     prepared = prepare_options(loss.options, options, losses, dtype, axis)
     mask = arguments.mask_array(where, losses, axis)
     same = {"indices": places, "weights": given, "where": mask, **prepared}
-    check_not_varying(source.replicated(logits) | same, class_axis_name)
+    check_not_varying(same, class_axis_name)
     num_classes, _ = class_range(shape[axis], class_axis_name)
     weight = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     places = jnp.moveaxis(places, -1, axis)
     y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)
     given = places, y, weight, prepared, mask
     places, y, weight, prepared, mask = place_like(jax.tree.leaves(logits)[0], given)
-    row = row_statistics.of_source(source, logits, places, mask, class_axis_name)
+    row = row_statistics.of_source(source, logits, class_axis_name, places, mask)
     x, rest = row_statistics.of_picked(row, places)
     of_class, invalid = label_weight(weight, places, num_classes)
     padding = places == -1

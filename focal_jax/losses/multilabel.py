@@ -21,6 +21,7 @@ def linear_sigmoid_focal_loss(
     gamma: ArrayLike = 2.0,
     where: ArrayLike | None = None,
     class_axis_name: str | tuple[str, ...] | None = None,
+    mesh: Any = None,
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
 ) -> Array:
@@ -55,6 +56,7 @@ def linear_sigmoid_focal_loss(
       where: mask of the positions.
       class_axis_name: mapped axes over which the classes of kernel and bias are sharded; see
         `linear_softmax_focal_loss_with_integer_labels`. Labels refer to all classes.
+      mesh: a mesh over which the head is sharded; see the same function.
       transpose_kernel: whether the kernel is `[C, D]`, such as an embedding.
       chunk_size: classes per chunk; see `linear_softmax_focal_loss_with_integer_labels`.
 
@@ -82,6 +84,7 @@ def linear_asymmetric_loss(
     stop_weight_gradient: bool = False,
     where: ArrayLike | None = None,
     class_axis_name: str | tuple[str, ...] | None = None,
+    mesh: Any = None,
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
 ) -> Array:

@@ -139,6 +139,7 @@ def linear_softmax_focal_loss_with_integer_labels(
     ignore_label: int | None = None,
     where: ArrayLike | None = None,
     class_axis_name: str | tuple[str, ...] | None = None,
+    mesh: Any = None,
     return_logsumexp: bool = False,
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
@@ -182,6 +183,11 @@ def linear_softmax_focal_loss_with_integer_labels(
       class_axis_name: as in `softmax_focal_loss_with_integer_labels`. Kernel and bias are then
         this device's slice of the classes, and the features have to be equal on all devices. The
         devices also exchange the features' gradient.
+      mesh: a `jax.sharding.Mesh` with automatic axes, outside of `shard_map`. The head then runs in
+        `shard_map` itself: the classes of kernel and bias are sharded over `class_axis_name`, and
+        the first axis of the positions over all other axes of the mesh. For another layout of the
+        positions, pass the `NamedSharding` of the features instead. On an explicit mesh the type of
+        the kernel states that its classes are sharded, and neither argument is needed.
       transpose_kernel: whether the kernel is `[C, D]`, such as a tied embedding. Neither the kernel
         nor its gradient is then transposed in memory.
       chunk_size: classes per chunk. By default a fortieth of the classes: the logits of a chunk and
@@ -194,8 +200,7 @@ def linear_softmax_focal_loss_with_integer_labels(
       `softmax_focal_loss_with_integer_labels`.
 
     Raises:
-      InputError: for an invalid argument, and for a kernel or a bias whose classes are sharded
-        over an explicit mesh axis outside of `shard_map`.
+      InputError: for an invalid argument, and for sizes that the mesh does not divide.
       NameError: for a `class_axis_name` that is not bound.
 
     References:

@@ -70,6 +70,7 @@ def linear_softmax_focal_loss_with_sparse_labels(
     temperature: ArrayLike = 1.0,
     where: ArrayLike | None = None,
     class_axis_name: str | tuple[str, ...] | None = None,
+    mesh: Any = None,
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
 ) -> Array:

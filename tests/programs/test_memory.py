@@ -6,8 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from heads import inputs, linear, softmax
+from heads import LINEAR_HEADS, inputs, linear, softmax
 from helpers import assert_close
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec as P
@@ -48,9 +49,45 @@ def test_temporaries_of_the_linear_head_are_a_tenth_of_the_logits(shape):
     assert _temporaries(_compiled_linear(softmax, *shape)) >= 10 * tenth
 
 
+@pytest.mark.parametrize("name", ["statistics", "sparse labels", "linear_sigmoid_focal_loss"])
+def test_temporaries_of_other_heads_are_eight_hundredths_of_the_logits(name):
+    shape = 2048, 512, 32000
+    compiled = _compiled_linear(LINEAR_HEADS[name], *shape)
+    assert _temporaries(compiled) <= 0.08 * 2048 * 32000 * 4
+
+
+@pytest.mark.parametrize("shape", [(512, 4000), (4096, 100)], ids=str)
+def test_statistics_of_logits_have_few_temporaries(shape):
+    labels = jnp.zeros(shape[0], jnp.int32)
+
+    def total(logits):
+        found = focal_jax.token_statistics(logits, labels)
+        return jnp.sum(found.log_probability + found.entropy * found.logsumexp)
+
+    logits = jax.ShapeDtypeStruct(shape, jnp.float32)
+    compiled = jax.jit(jax.value_and_grad(total)).lower(logits).compile()
+    assert _temporaries(compiled) <= 0.02 * 4 * shape[0] * shape[1] + 14 * 4 * shape[0]
+
+
 def test_temporaries_of_second_derivatives_are_half_of_the_logits():
     compiled = _compiled_linear(linear, 2048, 64, 32000, order=2, chunk_size=None)
     assert _temporaries(compiled) < 2048 * 32000 * 4 / 2
+
+
+@pytest.mark.parametrize("positions", [(256,), (4, 64)], ids=str)
+@pytest.mark.parametrize("alpha", [None, jnp.linspace(0, 1, 1000)], ids=["plain", "alpha"])
+def test_a_layer_and_its_loss_take_at_most_the_memory_of_optax(positions, alpha):
+    labels, where = jnp.zeros(positions, jnp.int32), jnp.ones(positions, bool)
+
+    def temporaries(loss):
+        shapes = (*positions, 32), (32, 1000)
+        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        total = lambda x, w: jnp.sum(loss(x @ w, labels))  # noqa: E731
+        return _temporaries(jax.jit(jax.value_and_grad(total, (0, 1))).lower(*args).compile())
+
+    peer = temporaries(optax.softmax_cross_entropy_with_integer_labels)
+    options = {} if alpha is None else {"alpha": alpha, "where": where}
+    assert temporaries(partial(LOSS, **options)) <= 1.03 * peer
 
 
 # ---------------------------------------------------------------- a transposed kernel
