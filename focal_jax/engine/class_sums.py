@@ -89,22 +89,34 @@ def max_logit(z: Array, axis: int) -> Array:
 # ---------------------------------------------------------------- the two forms
 
 
+# Class indices below this number are exact in float32.
+MAX_FLOAT_INDEX = 2**24
+
+
 def _exp_excluding(logits: Array, index: Array, places: Places, top: Array, where) -> Array:
     """Return `exp(logit - top)` for every class, 0 for the classes at the places."""
     return zero_at(jnp.exp(cast_logits(logits, where) - top), index, *places)
 
 
-# Class indices below this number are exact in float32.
-MAX_FLOAT_INDEX = 2**24
-
-
 def _exp_excluding_without_select(logits, index, places, top, where):
-    # XLA:CPU does not vectorize a sum that is fused with a select. The exponentials are at most 1,
-    # and |index - place| is below 1 only at the place, so the minimum of the two is 0 there.
+    # XLA:CPU compiles exponentials and sums that are fused with a select to slow code. The
+    # exponentials are at most 1, and |index - place| is below 1 only at the place, so the minimum
+    # of the two is 0 there.
     e = jnp.exp(cast_logits(logits, where) - top)
     for place in places:
         e = jnp.minimum(e, jnp.abs(index.astype(e.dtype) - place.astype(e.dtype)))
     return e
+
+
+def _has_rows(axis: int, logits: Array, at_least: int) -> bool:
+    """Return whether the classes are the last axis, and the number of classes is in range."""
+    num_classes = logits.shape[axis]
+    return axis == logits.ndim - 1 and at_least <= num_classes <= MAX_FLOAT_INDEX
+
+
+def _exponentials(axis: int, logits: Array) -> Callable[..., Array]:
+    """Return the function of the exponentials that the sums and the gradient share on CPUs."""
+    return _exp_excluding_without_select if _has_rows(axis, logits, 64) else _exp_excluding
 
 
 def class_sums_in_passes(
@@ -116,8 +128,8 @@ def class_sums_in_passes(
     if gradient:
         # The sum and the gradient both use the exponentials. XLA:CPU writes them to memory once,
         # into the gradient's buffer.
-        exponentials = _exp_excluding
-    elif axis == logits.ndim - 1 and logits.shape[axis] <= MAX_FLOAT_INDEX:
+        exponentials = _exponentials(axis, logits)
+    elif _has_rows(axis, logits, 0):
         exponentials = _exp_excluding_without_select
     else:
         exponentials = partial(compile_separately, _exp_excluding)
@@ -186,7 +198,8 @@ def _forward(axis, *args):
 def _backward(axis, residuals, cts):
     (logits, places, where), top = residuals
     index = class_index(logits, axis)
-    dz = cts.rest * _exp_excluding(logits, index, places, top, where)
+    args = logits, index, places, top, where
+    dz = cts.rest * by_platform(_exponentials(axis, logits), _exp_excluding, *args)
     finish = partial(arguments.mask_to_zero, where=where)
     dz, *of_labels = (finish(x).astype(logits.dtype) for x in (dz, *cts.label_logit))
 
