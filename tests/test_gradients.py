@@ -175,6 +175,43 @@ def test_second_derivatives(row, x64):
         assert_close(got, want, 1e-9)
 
 
+def _orders(loss, dtype, logits, margins, gammas, label):
+    """Return the derivatives in logit and margin to third order, by name."""
+    z, m, gamma = (jnp.asarray(x, jnp.float32).astype(dtype) for x in (logits, margins, gammas))
+    one, zero = jnp.ones_like(z), jnp.zeros_like(z)
+    label, gamma_positive = jnp.full_like(z, label), one
+
+    def first(z, m):
+        options = {"gamma_positive": gamma_positive, "gamma_negative": gamma}
+        return jax.grad(lambda z, m: jnp.sum(loss(z, label, margin=m, **options)), (0, 1))(z, m)
+
+    def second(z, m):
+        slopes, transpose = jax.vjp(first, z, m)
+        return slopes, *transpose((one, zero)), transpose((zero, one))[1]
+
+    (slopes, zz, zm, mm), transpose = jax.vjp(second, z, m)
+    in_zz, in_mm = (transpose(((zero, zero), *x)) for x in ((one, zero, zero), (zero, zero, one)))
+    return *slopes, zz, zm, mm, *in_zz, *in_mm
+
+
+def test_third_derivatives_of_the_asymmetric_loss():
+    orders = jit(_orders, static_argnums=(0, 1))
+    logits, gammas = [-20, -3, -1, 0.5, 3, 8, 14, 20], [0, 0.5, 1, 2, 4]
+    points = np.meshgrid(logits, [0, 1e-8, 1e-3, 0.05, 0.3], gammas)
+    points = [x.ravel().astype(np.float32) for x in points]
+    got = orders(focal_jax.asymmetric_loss, jnp.float32, *points, 0.0)
+    with jax.enable_x64(True):
+        want = orders(focal_jax.reference.asymmetric_loss, jnp.float64, *points, 0.0)
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-33)
+    # Where the exact derivatives are beyond float32, the computed ones are large and finite.
+    logits = [43, 60, 85, 86.5, 87, 88, 104, 1e30]
+    points = np.meshgrid(logits, [0, 1e-38, 1e-30, 1e-15, 0.05], gammas)
+    points = [x.ravel().astype(np.float32) for x in points]
+    for label in (0.0, 0.3, 1.0):
+        assert np.all(np.isfinite(orders(focal_jax.asymmetric_loss, jnp.float32, *points, label)))
+
+
 # ---------------------------------------------------------------- relations
 
 
