@@ -302,6 +302,19 @@ def test_numbers_outside_their_range(call, row, name, option):
 
 
 @BOTH
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.numbers], ids=str)
+def test_constants_of_16_bits_inside_a_program(call, row):
+    # Their values are known while JAX traces.
+    arguments = row.arguments(0, (4, 3))
+    for name, option in row.numbers.items():
+        valid, invalid = (jnp.bfloat16(x) for x in (range_of(option)[0] + 0.5, -jnp.inf))
+        jax.eval_shape(lambda: getattr(row, call)(**arguments | {name: valid}))  # noqa: B023
+        if math.isfinite(option.low):
+            with pytest.raises(focal_jax.InputError, match=f"^{name}: got -inf, wanted"):
+                jax.eval_shape(lambda: getattr(row, call)(**arguments | {name: invalid}))  # noqa: B023
+
+
+@BOTH
 @pytest.mark.parametrize("row", [ELEMENTWISE, DISTRIBUTION, INTEGER, LINEAR], ids=str)
 def test_alpha_of_minus_one_names_none(call, row):
     # In other libraries -1 means no weighting.

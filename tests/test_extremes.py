@@ -540,9 +540,20 @@ def test_masked_nans_do_not_trigger_debug_nans_in_the_reduction():
             reduced(losses, **options, weights=weights)
 
 
-# JAX cannot check the indices of a linear head, which contains a `jax.checkpoint`.
-@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.kind == "position"], ids=str)
+def _checkify_supports_checkpoint():
+    """Return whether JAX can check an index inside a `jax.checkpoint`; JAX 0.10 raises."""
+    index = jax.checkpoint(lambda x: x[jnp.int32(1)])
+    try:
+        checkify.checkify(index, errors=checkify.index_checks)(jnp.ones(3))
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.integer], ids=str)
 def test_ignored_labels_pass_the_index_checks_of_checkify(row):
+    if row.linear and not _checkify_supports_checkpoint():
+        pytest.skip("the linear heads contain a jax.checkpoint")
     arguments = row.all(1, (3, 3))
     arguments["labels"] = jnp.array([0, 255, 1])
     inside, fixed = row.split(arguments | {"ignore_label": 255})

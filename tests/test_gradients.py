@@ -298,6 +298,27 @@ def test_gradients_of_smoothed_losses_do_not_drift(row):
     _assert_mean_does_not_drift(row, 50_000, jnp.bfloat16, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_gradients_do_not_drift_at_four_million_positions(dtype):
+    n = 2**22 + 3
+    for row in (row for row in KINDS if row.integer):
+        _assert_mean_does_not_drift(row, n, dtype, label_smoothing=0.1)
+        if dtype != jnp.float32 and not row.linear:  # float32 is tested above
+            _assert_mean_does_not_drift(row, n, dtype)
+
+    def of_region(options, logits, labels):
+        return jnp.sum(focal_jax.focal_tversky_loss(logits, labels, smooth=0.0, **options))
+
+    options = {"alpha": [0.7, 0.6], "beta": [0.3, 0.4], "gamma": [0.75, 0.5]}
+    options = {name: jnp.array(x, dtype) for name, x in options.items()}
+    pair = jnp.array([[0.3, -0.2]], dtype), jnp.array([[0.7, 0.3]], dtype)
+    got, want = (
+        jit(jax.grad(of_region))(options, *(jnp.repeat(x, count, 0) for x in pair))
+        for count in (n, 1)
+    )
+    assert_close(got, want, max(1e-5, float(jnp.finfo(dtype).eps)), 0)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gradient_of_class_weights_does_not_drift_under_vmap(dtype):
     def mean(alpha, positions):
