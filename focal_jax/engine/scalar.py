@@ -107,14 +107,13 @@ def artanh_remainder(square: Array) -> Array:
     return _series(square, _ARTANH[square.dtype.itemsize][1:])
 
 
-def _exp_neg_abs(z: Array) -> Array:
+def exp_neg_abs(z: Array) -> Array:
+    """Return `exp(-|z|)`."""
     return jnp.exp(-jnp.abs(z))
 
 
-def sigmoid_pair(z: Array, exp_neg_abs_z: Array | None = None) -> tuple[Array, Array, Array]:
+def sigmoid_pair(z: Array, exp_neg_abs_z: Array) -> tuple[Array, Array, Array]:
     """Return `sigmoid(z)`, `sigmoid(-z)` and `log(1 + exp(-|z|))`."""
-    if exp_neg_abs_z is None:
-        exp_neg_abs_z = _exp_neg_abs(z)
     is_positive = z >= 0
     inverse = 1 / (1 + exp_neg_abs_z)
     larger, smaller = inverse, exp_neg_abs_z * inverse
@@ -161,7 +160,7 @@ def _margin(z: Array, positive: Array | None) -> Array:
 def _sigmoid_terms(z: Array, positive: Array | None) -> Terms:
     # The exponential is computed from z and not from the margin, so that it does not wait for the
     # label: XLA:CPU would write the comparison of the label to memory.
-    return _terms(_margin(z, positive), _exp_neg_abs(z))
+    return _terms(_margin(z, positive), exp_neg_abs(z))
 
 
 @_sigmoid_terms.defjvp
@@ -193,7 +192,7 @@ def cross_entropy(logit: Array, label: Array, one_minus_label: Array | None = No
 @jax.custom_jvp
 def _cross_entropy(z: Array, y: Array, not_y: Array) -> Array:
     wrong = jnp.where(z >= 0, not_y, y)  # the label's weight on the side opposite to the logit
-    return log1p(_exp_neg_abs(z)) + jnp.where(wrong == 0, 0, wrong * jnp.abs(z))
+    return log1p(exp_neg_abs(z)) + jnp.where(wrong == 0, 0, wrong * jnp.abs(z))
 
 
 @_cross_entropy.defjvp
