@@ -44,8 +44,8 @@ def check_normalization(normalization: Any, losses: Array) -> None:
     words = NORMALIZATIONS if losses.ndim else NORMALIZATIONS[:-1]
     if normalization not in words:
         raise InputError(
-            f"normalization: got {normalization!r}, wanted one of {words}, a number or a scalar "
-            f"array{_HINTS.get(normalization or '', '')}"
+            f"normalization: got {arguments.shown(normalization)}, wanted one of {words}, a number "
+            f"or a scalar array{_HINTS.get(normalization or '', '')}"
         )
 
 

@@ -10,6 +10,7 @@ from focal_jax.engine import arguments, row_statistics
 from focal_jax.engine.class_sums import cast_logits
 from focal_jax.engine.head import DenseSource, labels_and_mask
 from focal_jax.engine.linear import linear_source, prepare_temperature
+from focal_jax.engine.options import check_call
 from focal_jax.engine.sharding import check_not_varying
 
 __all__ = ["TokenStatistics", "linear_token_statistics", "token_statistics"]
@@ -31,6 +32,7 @@ class TokenStatistics(NamedTuple):
     argmax: Array
 
 
+@check_call
 def token_statistics(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -85,6 +87,7 @@ def token_statistics(
     return _statistics(source, logits, labels, ignore_label, where, class_axis_name, divisor)
 
 
+@check_call
 def linear_token_statistics(
     features: ArrayLike,
     kernel: ArrayLike,

@@ -179,22 +179,63 @@ def test_masked_arrays_name_the_replacement():
             focal_jax.sigmoid_focal_loss(**{"logits": jnp.ones(4), "labels": 1} | changes)
 
 
+WORDS = (
+    ("reduction", "reduce_loss"),
+    ("ignore_index", "ignore_label"),
+    ("from_logits", "logits"),
+    ("pos_weight", "positive_weight"),
+    ("class_weight", "alpha"),
+)
+
+
 @pytest.mark.parametrize("call", ["eager", "reference"])
 @pytest.mark.parametrize("row", [row for row in PROGRAMS if row.name in catalogue.LOSSES], ids=str)
 def test_words_of_other_libraries(call, row):
-    for word, hint in (
-        ("reduction", "reduce_loss"),
-        ("ignore_index", "ignore_label"),
-        ("from_logits", "logits"),
-        ("pos_weight", "positive_weight"),
-        ("class_weight", "alpha"),
-    ):
+    for word, hint in WORDS:
         _raises(call, row, {word: 1}, f"{word}: got an option that .*; .*{hint}")
     function = row.loss.function if call == "eager" else row.reference
     with pytest.raises(focal_jax.InputError, match="too many positional arguments"):
         function(*[jnp.zeros((4, 3))] * 5)
     with pytest.raises(focal_jax.InputError, match=r"missing a required argument"):
         function(jnp.zeros((4, 3)))
+
+
+def _outside_the_catalogue():
+    """Yield the functions that the catalogue does not contain, with arguments."""
+    x, index, pairs = jnp.zeros((4, 3)), jnp.zeros(4, int), jnp.zeros((4, 2), int)
+    linear = x, jnp.eye(3)
+    yield focal_jax.reduce_loss, (x,)
+    yield focal_jax.token_statistics, (x, index)
+    yield focal_jax.linear_token_statistics, (*linear, index)
+    yield focal_jax.softmax_focal_loss_with_sparse_labels, (x, pairs, jnp.ones((4, 2)))
+    yield focal_jax.linear_softmax_focal_loss_with_sparse_labels, (*linear, pairs, pairs)
+    yield focal_jax.linear_sigmoid_focal_loss, (*linear, pairs)
+    yield focal_jax.linear_asymmetric_loss, (*linear, pairs)
+    yield ELEMENTWISE.loss.engine_loss.linear, (*linear, pairs)
+    yield INTEGER.loss.engine_loss.linear, (*linear, index)
+    yield DISTRIBUTION.loss.engine_loss.of_distribution, (x, x)
+    yield engine.of_log_probability, (INTEGER.loss.function, -jnp.ones(4))
+
+
+@pytest.mark.parametrize(("function", "arrays"), list(_outside_the_catalogue()), ids=_id)
+def test_words_of_other_libraries_outside_the_catalogue(function, arrays):
+    for word, hint in WORDS:
+        with pytest.raises(focal_jax.InputError, match=f"^{word}: got an option .*; .*{hint}"):
+            function(*arrays, **{word: 1})
+    with pytest.raises(focal_jax.InputError, match="too many positional arguments"):
+        function(*arrays, *[jnp.zeros((4, 3))] * 5)
+    with pytest.raises(focal_jax.InputError, match="missing a required argument"):
+        function()
+
+
+def test_sparse_labels_of_one_class_warn():
+    linear, pairs = (jnp.zeros((4, 1)), jnp.ones((1, 1))), jnp.zeros((4, 2), int)
+    for function, arrays in (
+        (focal_jax.softmax_focal_loss_with_sparse_labels, linear[:1]),
+        (focal_jax.linear_softmax_focal_loss_with_sparse_labels, linear),
+    ):
+        with pytest.warns(UserWarning, match="one class.*sigmoid_focal_loss"):
+            function(*arrays, pairs, jnp.ones((4, 2)))
 
 
 def test_checks_do_not_depend_on_chex():
@@ -258,6 +299,19 @@ def test_numbers_outside_their_range(call, row, name, option):
             _raises(call, row, {name: invalid}, f"{name}: got .*, wanted {wanted}")
     if option.kind == "exponent":
         _raises(call, row, {name: 10**400}, f"{name}: got .*, wanted {wanted}")
+
+
+@BOTH
+@pytest.mark.parametrize("row", [row for row in PROGRAMS if row.numbers], ids=str)
+def test_constants_of_16_bits_inside_a_program(call, row):
+    # Their values are known while JAX traces.
+    arguments = row.arguments(0, (4, 3))
+    for name, option in row.numbers.items():
+        valid, invalid = (jnp.bfloat16(x) for x in (range_of(option)[0] + 0.5, -jnp.inf))
+        jax.eval_shape(lambda: getattr(row, call)(**arguments | {name: valid}))  # noqa: B023
+        if math.isfinite(option.low):
+            with pytest.raises(focal_jax.InputError, match=f"^{name}: got -inf, wanted"):
+                jax.eval_shape(lambda: getattr(row, call)(**arguments | {name: invalid}))  # noqa: B023
 
 
 @BOTH

@@ -175,6 +175,43 @@ def test_second_derivatives(row, x64):
         assert_close(got, want, 1e-9)
 
 
+def _orders(loss, dtype, logits, margins, gammas, label):
+    """Return the derivatives in logit and margin to third order, by name."""
+    z, m, gamma = (jnp.asarray(x, jnp.float32).astype(dtype) for x in (logits, margins, gammas))
+    one, zero = jnp.ones_like(z), jnp.zeros_like(z)
+    label, gamma_positive = jnp.full_like(z, label), one
+
+    def first(z, m):
+        options = {"gamma_positive": gamma_positive, "gamma_negative": gamma}
+        return jax.grad(lambda z, m: jnp.sum(loss(z, label, margin=m, **options)), (0, 1))(z, m)
+
+    def second(z, m):
+        slopes, transpose = jax.vjp(first, z, m)
+        return slopes, *transpose((one, zero)), transpose((zero, one))[1]
+
+    (slopes, zz, zm, mm), transpose = jax.vjp(second, z, m)
+    in_zz, in_mm = (transpose(((zero, zero), *x)) for x in ((one, zero, zero), (zero, zero, one)))
+    return *slopes, zz, zm, mm, *in_zz, *in_mm
+
+
+def test_third_derivatives_of_the_asymmetric_loss():
+    orders = jit(_orders, static_argnums=(0, 1))
+    logits, gammas = [-20, -3, -1, 0.5, 3, 8, 14, 20], [0, 0.5, 1, 2, 4]
+    points = np.meshgrid(logits, [0, 1e-8, 1e-3, 0.05, 0.3], gammas)
+    points = [x.ravel().astype(np.float32) for x in points]
+    got = orders(focal_jax.asymmetric_loss, jnp.float32, *points, 0.0)
+    with jax.enable_x64(True):
+        want = orders(focal_jax.reference.asymmetric_loss, jnp.float64, *points, 0.0)
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-33)
+    # Where the exact derivatives are beyond float32, the computed ones are large and finite.
+    logits = [43, 60, 85, 86.5, 87, 88, 104, 1e30]
+    points = np.meshgrid(logits, [0, 1e-38, 1e-30, 1e-15, 0.05], gammas)
+    points = [x.ravel().astype(np.float32) for x in points]
+    for label in (0.0, 0.3, 1.0):
+        assert np.all(np.isfinite(orders(focal_jax.asymmetric_loss, jnp.float32, *points, label)))
+
+
 # ---------------------------------------------------------------- relations
 
 
@@ -259,6 +296,27 @@ def test_gradients_of_shared_arguments_do_not_drift(row):
 @pytest.mark.parametrize("row", [row for row in KINDS if row.integer], ids=str)
 def test_gradients_of_smoothed_losses_do_not_drift(row):
     _assert_mean_does_not_drift(row, 50_000, jnp.bfloat16, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_gradients_do_not_drift_at_four_million_positions(dtype):
+    n = 2**22 + 3
+    for row in (row for row in KINDS if row.integer):
+        _assert_mean_does_not_drift(row, n, dtype, label_smoothing=0.1)
+        if dtype != jnp.float32 and not row.linear:  # float32 is tested above
+            _assert_mean_does_not_drift(row, n, dtype)
+
+    def of_region(options, logits, labels):
+        return jnp.sum(focal_jax.focal_tversky_loss(logits, labels, smooth=0.0, **options))
+
+    options = {"alpha": [0.7, 0.6], "beta": [0.3, 0.4], "gamma": [0.75, 0.5]}
+    options = {name: jnp.array(x, dtype) for name, x in options.items()}
+    pair = jnp.array([[0.3, -0.2]], dtype), jnp.array([[0.7, 0.3]], dtype)
+    got, want = (
+        jit(jax.grad(of_region))(options, *(jnp.repeat(x, count, 0) for x in pair))
+        for count in (n, 1)
+    )
+    assert_close(got, want, max(1e-5, float(jnp.finfo(dtype).eps)), 0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -25,6 +25,7 @@ from helpers import (
 
 import focal_jax
 from focal_jax import catalogue
+from focal_jax.engine.options import CLASS_WEIGHTS
 
 pytestmark = pytest.mark.quick
 
@@ -291,6 +292,42 @@ def test_float32_to_60_digits(row):
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_float64_to_60_digits(row, x64):
     _to_60_digits(row, np.float64, 1e-12)
+
+
+_CLASS_WEIGHTS = [
+    row for row in PROGRAMS if row.softmax and row.options.get("alpha") == CLASS_WEIGHTS
+]
+
+
+@pytest.mark.parametrize("alpha", [[1, 0, 0], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("row", _CLASS_WEIGHTS, ids=str)
+def test_class_weights_of_zero_to_60_digits(row, alpha):
+    # Of every slot; the labels of a distribution also contain zeros, and some logits are equal.
+    margins = np.concatenate([np.linspace(-87, 87, 13), [-0.3, 0, 0.7, 12, -12, 40]])
+    n, index = margins.size, np.arange(margins.size) % 3
+    logits = np.stack([margins, np.zeros(n), np.where(index, -1, 0)], 1)
+    logits = np.stack([np.roll(z, i) for z, i in zip(logits, index)]).astype(np.float32)
+    labels = row.labels_of(index, 3)
+    if row.kind == "distribution":
+        labels[1::3] /= 2
+        labels[2::3, 0] += 0.25
+    arrays = row.of_logits(logits, labels) | {"alpha": np.asarray(alpha, np.float32)}
+    for name, option in row.numbers.items():
+        if not option.per_class:
+            arrays[name] = np.float32([0, 0.5, 2, 1.3])[np.arange(n) % 4]
+    inside, fixed = row.split(arrays)
+    losses, slopes = jit(_value_and_slopes, static_argnums=0)(row, inside, fixed)
+    repeated = {k: np.repeat(arrays[k][None], n, 0) for k in ("alpha", "kernel") if k in arrays}
+    exact = truth.evaluate(row.loss, arrays | repeated, formula=row.formula)
+    tiny = 100 * float(np.finfo(np.float32).tiny)
+    assert truth.worst_error(losses, exact.losses, tiny) < 1e-5
+    for name, got in slopes.items():
+        want = exact.slopes[name].sum(0) if name in repeated else exact.slopes[name]
+        scale = None
+        if row.kind == "distribution" and name == "logits":  # a difference of slopes
+            scale = np.abs(want).max(-1, keepdims=True)
+        smallest = 87 * tiny if name == "kernel" else tiny
+        assert truth.worst_error(got, want, smallest, scale) < 1e-5, name
 
 
 def test_class_indices_above_the_integers_of_float32():

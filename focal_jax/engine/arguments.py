@@ -117,7 +117,7 @@ def number_array(
     number = real_number(x)
     if number is not None:
         return jnp.asarray(number, dtype)
-    require(not isinstance(x, bool | np.bool_), f"{name}: got {x}, wanted {wanted}")
+    require(not isinstance(x, bool | np.bool_), f"{name}: got {shown(x)}, wanted {wanted}")
     x = as_array(name, x, wanted, integers=dtype)
     check_real(name, x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)

@@ -61,35 +61,18 @@ def slopes_of(value: Callable[..., Array], names: Sequence[str], options: Mappin
     differentiable = [options[name].differentiable for name in names]
 
     def slopes(*args):
-        arrays, given = args[: len(args) - len(names)], args[len(args) - len(names) :]
+        leading = len(args) - len(names)
+        wanted = [i for i in range(len(args)) if i < leading or differentiable[i - leading]]
+        moved = [i for i in wanted if isinstance(args[i], Array)]
         shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in jax.tree.leaves(args)))
 
-        def is_variable(option, moves):
-            return moves and isinstance(option, Array)
+        def total(*arrays):
+            return value(*(dict(enumerate(args)) | dict(zip(moved, arrays))).values())
 
-        def total(arrays, moved):
-            moved = iter(moved)
-            chosen = [
-                next(moved) if is_variable(*pair) else pair[0]
-                for pair in zip(given, differentiable)
-            ]
-            return value(*arrays, *chosen)
-
-        full = jax.tree.map(lambda x: jnp.broadcast_to(x, shape), arrays)
-        moved = [
-            jnp.broadcast_to(option, shape)
-            for option, moves in zip(given, differentiable)
-            if is_variable(option, moves)
-        ]
-        losses, transpose = jax.vjp(total, full, moved)
-        of_arrays, of_moved = transpose(jnp.ones_like(losses))
-        of_moved = iter(of_moved)
-        of_options = (
-            next(of_moved) if is_variable(option, moves) else None
-            for option, moves in zip(given, differentiable)
-            if moves
-        )
-        return (*of_arrays, *of_options)
+        full = (jnp.broadcast_to(args[i], shape) for i in moved)
+        losses, transpose = jax.vjp(total, *full)
+        found = dict(zip(moved, transpose(jnp.ones_like(losses))))
+        return tuple(found.get(i) for i in wanted)
 
     return slopes
 
@@ -106,6 +89,20 @@ def slopes_by_name(
         )
     of_options: dict[str, Any] = dict.fromkeys(options)
     return found[:leading], of_options | dict(zip(differentiable, found[leading:]))
+
+
+def signature_of(
+    options: Mapping[str, Option], call: Callable[..., Any], *more: Callable[..., Any]
+) -> inspect.Signature:
+    """Return the signature of a method of two arrays, with the options by name.
+
+    The keyword arguments of `more` functions are added.
+    """
+    arrays = list(inspect.signature(call).parameters.values())[1:3]
+    keyword, functions = inspect.Parameter.KEYWORD_ONLY, (call, *more)
+    declared = [inspect.Parameter(k, keyword, default=x.default) for k, x in options.items()]
+    others = [p for f in functions for p in inspect.signature(f).parameters.values()]
+    return inspect.Signature([*arrays, *declared, *(p for p in others if p.kind is keyword)])
 
 
 def check_value(result: Any, shape: tuple[int, ...]) -> None:
@@ -138,15 +135,7 @@ class ElementwiseLoss:
         self.__name__ = getattr(value, "__name__", "loss").strip("_")
         self.__doc__ = value.__doc__
         self.declaration = Loss(self.__name__, "elementwise", ("hard", "soft"), self.options, self)
-        self.__signature__ = inspect.Signature(
-            [
-                *(inspect.Parameter(x, inspect.Parameter.POSITIONAL_OR_KEYWORD) for x in _ARRAYS),
-                *(
-                    inspect.Parameter(x, inspect.Parameter.KEYWORD_ONLY, default=option.default)
-                    for x, option in (self.options | {"where": Option("mask", None)}).items()
-                ),
-            ]
-        )
+        self.__signature__ = signature_of(self.options, ElementwiseLoss.__call__)
 
         def prepare(for_backward, logits, labels, options, where):
             dtype = arguments.compute_dtype(logits)
@@ -199,6 +188,7 @@ class ElementwiseLoss:
             args = cast_to_common_varying(logits, *given)
         return self._core(*args)
 
+    @check_call
     def linear(
         self, features: ArrayLike, kernel: ArrayLike, labels: ArrayLike, **options: Any
     ) -> Array:
@@ -226,9 +216,6 @@ class ElementwiseLoss:
             is_leaf=lambda slope: slope is None,
         )
         return by_logit, by_label, of_options
-
-
-_ARRAYS = ("logits", "labels")
 
 
 def _with_slopes(losses: Callable[..., Array], all_slopes: Callable[..., Any]):

@@ -9,10 +9,11 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import shown
-from focal_jax.engine.options import check_names, prepare_options
+from focal_jax.engine.options import check_call, check_names, prepare_options
 from focal_jax.engine.position import PositionLoss
 
 
+@check_call
 def of_log_probability(
     loss: Callable[..., Any],
     log_probability: ArrayLike,

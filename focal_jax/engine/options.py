@@ -164,7 +164,8 @@ def known_numbers(value: Any, name: str, wanted: str) -> np.ndarray | None:
     if isinstance(value, Array):
         if not value.is_fully_addressable or jnp.issubdtype(value.dtype, jax.dtypes.extended):
             return None
-        known = np.asarray(value.astype(jnp.float32) if value.dtype.itemsize < 4 else value)
+        known = np.asarray(value)  # first: `value.astype` is traced inside `jit`
+        known = known.astype(np.float32) if known.dtype.itemsize < 4 else known
     else:
         known = arguments.numpy_array(name, value if number is None else number, wanted)
     return known.astype(np.float64) if known is not None and known.dtype.kind in "biuf" else None

@@ -4,7 +4,6 @@ A loss is its value and its slopes, two functions of the terms of the true class
 a loss of class indices, a loss of features and a kernel, and a loss of a distribution from them.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from focal_jax.engine.elementwise import (
     Slopes,
     check_value,
     parameter_order,
+    signature_of,
     slopes_by_name,
     slopes_of,
 )
@@ -77,7 +77,8 @@ class PositionLoss:
             self,
             engine_loss=self,
         )
-        self.__signature__ = _signature(PositionLoss.__call__, self.options)
+        call = PositionLoss.__call__
+        self.__signature__ = signature_of(self.options, call, head.integer_losses)
 
     @check_call
     def __call__(
@@ -117,6 +118,7 @@ class PositionLoss:
         source, arrays, name = linear_source(features, kernel, *of_logits, temperature)
         return head.integer_losses(self, source, arrays, labels, class_axis_name=name, **options)
 
+    @check_call
     def of_distribution(
         self,
         logits: ArrayLike,
@@ -179,18 +181,6 @@ def _slopes_of(value: Callable[..., Array], names: Sequence[str], options: Mappi
         return slopes_of(shifted, names, options)(jnp.zeros_like(t.n), *given)
 
     return slopes
-
-
-def _signature(function: Callable[..., Any], options: Mapping[str, Option]) -> inspect.Signature:
-    """Return the signature of a call, with the head's arguments and the options by name."""
-    own = list(inspect.signature(function).parameters.values())
-    common = list(inspect.signature(head.integer_losses).parameters.values())
-    keywords = [p for p in own + common if p.kind is p.KEYWORD_ONLY]
-    declared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
-        for name, option in options.items()
-    ]
-    return inspect.Signature([*own[1:3], *declared, *keywords])
 
 
 def _with_slopes(loss: PositionLoss):

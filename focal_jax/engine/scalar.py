@@ -7,8 +7,9 @@ the margin of a softmax is computed from a row of logits.
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,23 +90,30 @@ def log1p(e: Array) -> Array:
     written with a reciprocal: XLA:CPU writes a quotient of two arrays to memory.
     """
     twice = e * (2 / (2 + e))
-    square = twice * twice
-    *others, series = (c / 4**k for k, c in enumerate(_ARTANH[e.dtype.itemsize]))
+    return twice * _series(
+        twice * twice, (c / 4**k for k, c in enumerate(_ARTANH[e.dtype.itemsize]))
+    )
+
+
+def _series(x: Array, coefficients: Iterable[float]) -> Any:
+    *others, series = coefficients
     for coefficient in reversed(others):
-        series = series * square + coefficient
-    return twice * series
+        series = series * x + coefficient
+    return series
 
 
-def _exp_neg_abs(z: Array) -> Array:
+def artanh_remainder(square: Array) -> Array:
+    """Return `(artanh(x) / x - 1) / x**2` for `x**2` in [0, 1/9]."""
+    return _series(square, _ARTANH[square.dtype.itemsize][1:])
+
+
+def exp_neg_abs(z: Array) -> Array:
+    """Return `exp(-|z|)`."""
     return jnp.exp(-jnp.abs(z))
 
 
-def sigmoid_pair(z: Array) -> tuple[Array, Array, Array]:
+def sigmoid_pair(z: Array, exp_neg_abs_z: Array) -> tuple[Array, Array, Array]:
     """Return `sigmoid(z)`, `sigmoid(-z)` and `log(1 + exp(-|z|))`."""
-    return _sigmoid_pair(z, _exp_neg_abs(z))
-
-
-def _sigmoid_pair(z: Array, exp_neg_abs_z: Array) -> tuple[Array, Array, Array]:
     is_positive = z >= 0
     inverse = 1 / (1 + exp_neg_abs_z)
     larger, smaller = inverse, exp_neg_abs_z * inverse
@@ -114,7 +122,7 @@ def _sigmoid_pair(z: Array, exp_neg_abs_z: Array) -> tuple[Array, Array, Array]:
 
 
 def _terms(x: Array, exp_neg_abs_x: Array) -> Terms:
-    p, q, log1p_e = _sigmoid_pair(x, exp_neg_abs_x)
+    p, q, log1p_e = sigmoid_pair(x, exp_neg_abs_x)
     n = log1p_e + jnp.where(x >= 0, 0, -x)
     log_q = jnp.maximum(-(log1p_e + jnp.where(x >= 0, x, 0)), min_log(x))
     return Terms(p, q, n, log_q, n_over_q(n, q))
@@ -152,7 +160,7 @@ def _margin(z: Array, positive: Array | None) -> Array:
 def _sigmoid_terms(z: Array, positive: Array | None) -> Terms:
     # The exponential is computed from z and not from the margin, so that it does not wait for the
     # label: XLA:CPU would write the comparison of the label to memory.
-    return _terms(_margin(z, positive), _exp_neg_abs(z))
+    return _terms(_margin(z, positive), exp_neg_abs(z))
 
 
 @_sigmoid_terms.defjvp
@@ -184,7 +192,7 @@ def cross_entropy(logit: Array, label: Array, one_minus_label: Array | None = No
 @jax.custom_jvp
 def _cross_entropy(z: Array, y: Array, not_y: Array) -> Array:
     wrong = jnp.where(z >= 0, not_y, y)  # the label's weight on the side opposite to the logit
-    return log1p(_exp_neg_abs(z)) + jnp.where(wrong == 0, 0, wrong * jnp.abs(z))
+    return log1p(exp_neg_abs(z)) + jnp.where(wrong == 0, 0, wrong * jnp.abs(z))
 
 
 @_cross_entropy.defjvp
@@ -288,41 +296,49 @@ def _static_power_jvp(gamma, primals, tangents):
     return value, gamma * value * tangents[1]
 
 
-def abs_power(x: Array, log_abs_x: Array, gamma: int | float | Array) -> Array:
-    """Return `|x|**gamma`. Its derivative is `gamma * signed_abs_power(x, ..., gamma - 1)`."""
-    return _abs_power(False, x, log_abs_x, MaybeStatic(gamma))
+def abs_power(x: Array, log_abs_x: Array, gamma: int | float | Array, logs: int = 0) -> Array:
+    """Return `|x|**gamma * log(|x|)**logs`; with logs it is 0 at x = 0.
+
+    Without logs its derivative is `gamma * signed_abs_power(x, ..., gamma - 1)`.
+    """
+    return _abs_power(False, logs, x, log_abs_x, MaybeStatic(gamma))
 
 
 def signed_abs_power(x: Array, log_abs_x: Array, gamma: int | float | Array) -> Array:
     """Return `sign(x) |x|**gamma`. Its derivative is `gamma * abs_power(x, ..., gamma - 1)`."""
-    return _abs_power(True, x, log_abs_x, MaybeStatic(gamma))
+    return _abs_power(True, 0, x, log_abs_x, MaybeStatic(gamma))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _abs_power(signed: bool, x: Array, log_abs_x: Array, gamma: MaybeStatic) -> Array:
-    g, abs_x = gamma.value, jnp.abs(x)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _abs_power(signed: bool, logs: int, x: Array, log_abs_x: Array, gamma: MaybeStatic) -> Array:
+    g, abs_x, largest = gamma.value, jnp.abs(x), float(jnp.finfo(x.dtype).tiny) ** -0.95
     if isinstance(g, int | float) and g >= 0:
         value = power(abs_x, log_abs_x, g)
     else:
         # Exponents are negative in derivatives only. To keep the derivatives finite, the power is
         # 0 at the pole x = 0 and bounded near the pole.
-        bound = -0.9 * math.log(jnp.finfo(x.dtype).tiny)
         at_pole = (abs_x == 0) & (g < 0)
-        value = jnp.where(at_pole, 0, jnp.exp(jnp.minimum(g * log_abs_x, bound)))
+        exponent = jnp.minimum(g * log_abs_x, math.log(largest))
+        value = jnp.where(at_pole, 0, jnp.exp(exponent))
+    if logs:
+        product = value * lax.integer_pow(log_abs_x, logs)
+        value = jnp.where(x == 0, 0, jnp.clip(product, -largest, largest))
     return jnp.sign(x) * value if signed else value
 
 
 @_abs_power.defjvp
-def _abs_power_jvp(signed, primals, tangents):
+def _abs_power_jvp(signed, logs, primals, tangents):
     # Do not differentiate through log|x|: at x = 0 the derivatives of x**2 are 0 and 2, and a
     # product with the derivative of the logarithm gives 0 for both.
     (x, log_abs_x, gamma), (dx, _, dgamma) = primals, tangents
-    value = _abs_power(signed, *primals)
-    one_less = MaybeStatic(gamma.value - 1)
-    tangent = gamma.value * _abs_power(not signed, x, log_abs_x, one_less) * dx
+    one_less = x, log_abs_x, MaybeStatic(gamma.value - 1)
+    slope = gamma.value * _abs_power(not signed, logs, *one_less)
+    if logs:
+        slope = slope + logs * _abs_power(not signed, logs - 1, *one_less)
+    tangent = slope * dx
     if isinstance(gamma.value, Array):
-        tangent = tangent + value * log_abs_x * dgamma.value
-    return value, tangent
+        tangent = tangent + _abs_power(signed, logs + 1, *primals) * dgamma.value
+    return _abs_power(signed, logs, *primals), tangent
 
 
 @jax.custom_jvp

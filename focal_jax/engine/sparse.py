@@ -71,6 +71,7 @@ def _losses(
     same = {"indices": places, "weights": given, "where": mask, **prepared}
     check_not_varying(same, class_axis_name)
     num_classes, _ = class_range(shape[axis], class_axis_name)
+    arguments.warn_of_one_class(num_classes)
     weight = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     places = jnp.moveaxis(places, -1, axis)
     y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)

@@ -1,5 +1,7 @@
 """Asymmetric loss: one focusing exponent per label, and no loss for easy negatives."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -25,34 +27,31 @@ def _shifted_terms(z: Array, margin: Array) -> Terms:
     return Terms(p, q, n, log_q, scalar.n_over_q(n, q))
 
 
-# The derivatives of 1 / p and of the share in the logit are at most 1 / p. Autodiff would multiply
-# by 1 / p**2, which overflows.
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _quotient(a: int, b: int, k: int, z: Array, margin: Array) -> Array:
+    """Return `(1 - s)**a * margin**b / (1 - s + margin)**(a + b + k)`.
+
+    The derivatives are sums of such quotients. Every quotient is bounded, so that their sums are
+    finite. Autodiff would multiply reciprocals that overflow.
+    """
+    not_s, tiny = scalar.sigmoid_terms(z).q, float(jnp.finfo(z.dtype).tiny)
+    share = 1 / (1 + scalar.divide(margin, not_s))
+    inverse = 1 / jnp.maximum(not_s + margin, 64 * tiny)
+    bounded = jnp.minimum(lax.integer_pow(inverse, k), 1 / (16 * tiny))
+    return lax.integer_pow(share, a) * lax.integer_pow(margin * inverse, b) * bounded
 
 
-@jax.custom_jvp
-def _one_over_p(z: Array, margin: Array) -> Array:
-    p = jnp.minimum(scalar.sigmoid_terms(z).q + margin, 1)
-    return 1 / jnp.maximum(p, 64 * jnp.finfo(p.dtype).tiny)
+@_quotient.defjvp
+def _quotient_jvp(a, b, k, primals, tangents):
+    s = scalar.sigmoid_terms(primals[0]).p
+    by_z = (b + k) * _quotient(a + 1, b, k, *primals) - a * _quotient(a, b + 1, k, *primals)
+    by_margin = -(a + k) * _quotient(a, b, k + 1, *primals)
+    if b:
+        by_margin += b * _quotient(a + 1, b - 1, k + 1, *primals)
+    return _quotient(a, b, k, *primals), s * by_z * tangents[0] + by_margin * tangents[1]
 
 
-@_one_over_p.defjvp
-def _one_over_p_jvp(primals, tangents):
-    value, t = _one_over_p(*primals), scalar.sigmoid_terms(primals[0])
-    bounded = jnp.minimum(value, scalar.max_finite(value) / 64)
-    return value, value * t.p * _share(*primals) * tangents[0] - bounded * bounded * tangents[1]
-
-
-@jax.custom_jvp
-def _share(z: Array, margin: Array) -> Array:
-    """Return `(1 - s) / (1 - s + margin)`, which is 1 for a margin of 0."""
-    return 1 / (1 + scalar.divide(margin, scalar.sigmoid_terms(z).q))
-
-
-@_share.defjvp
-def _share_jvp(primals, tangents):
-    value, t = _share(*primals), scalar.sigmoid_terms(primals[0])
-    slope = -value * _one_over_p(*primals)
-    return value, slope * primals[1] * t.p * tangents[0] + slope * tangents[1]
+_share, _one_over_p = partial(_quotient, 1, 0, 0), partial(_quotient, 0, 0, 1)
 
 
 @_shifted_terms.defjvp
@@ -64,7 +63,15 @@ def _shifted_terms_jvp(primals, tangents):
     dn = jnp.where(above, t.p * _share(z, margin) * dz - _one_over_p(*primals) * dmargin, 0)
     dlog_q = scalar.divide(dq, m.q)
     dn_over_q = scalar.divide(dn, m.q) - scalar.clip_inf(m.n_over_q) * dlog_q
+    # This difference cancels for a small q, where n / q = 1 + q / 2 + q**2 / 3 + ...
+    dn_over_q = jnp.where(m.q < 0.5, _n_over_q_slope(jnp.minimum(m.q, 0.5)) * dq, dn_over_q)
     return m, Terms(-dq, dq, dn, dlog_q, dn_over_q)
+
+
+def _n_over_q_slope(q: Array) -> Array:
+    """Return the derivative of `-log(1 - q) / q` for q in [0, 1/2]."""
+    u = q / (2 - q)
+    return 0.5 * (1 + u) * (1 + u) * (1 / (1 - u) - u * scalar.artanh_remainder(u * u))
 
 
 def _value(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
@@ -84,19 +91,22 @@ def _slopes(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
         of_weights, g_positive, g_negative = lax.stop_gradient(of_weights), 0, 0
     (t_q, t_log_q), (m_q, m_log_q) = of_weights
     w_positive = scalar.power(t_q, t_log_q, gamma_positive)
-    w_negative = scalar.power(m_q, m_log_q, gamma_negative)
+    w_negative = scalar.abs_power(m_q, m_log_q, gamma_negative)
     n_over_q, n_negative = scalar.clip_inf(m.n_over_q), scalar.clip_inf(m.n)
     falls = w_positive * (t.q + g_positive * (t.p * t.n))
-    rises = w_negative * (t.p * (_share(z, margin) + g_negative * (n_over_q * t.q)))
-    by_margin = w_negative * (_one_over_p(z, margin) + g_negative * n_over_q)
-    above = m.q > 0
+    of_negative = jnp.where(m.q > 0, not_y * w_negative, 0)
+    by_margin = of_negative * (_one_over_p(z, margin) + g_negative * n_over_q)
+    # 1 / p is bounded for the sake of higher derivatives.
+    tiny = jnp.finfo(z.dtype).tiny
+    excess = 1 / jnp.maximum(t.q + margin, tiny) - _one_over_p(z, margin)
+    rises = of_negative * (t.p * (_share(z, margin) + g_negative * (n_over_q * t.q)))
     return (
-        jnp.where(above, not_y * rises, 0) - y * falls,
+        rises - y * falls,
         w_positive * t.n - w_negative * n_negative,
         # The products of large factors come first: the others may underflow.
         y * (w_positive * (t.n * t_log_q)),
         not_y * (w_negative * (n_negative * m_log_q)),
-        jnp.where(above, -not_y * by_margin, 0),
+        -(by_margin + lax.stop_gradient(of_negative * excess)),
     )
 
 

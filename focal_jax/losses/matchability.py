@@ -12,7 +12,10 @@ from focal_jax.losses.varifocal import is_positive
 def _target(y: Array, gamma: int | float | Array) -> tuple[Array, Array, Array]:
     """Return `y**gamma`, `1 - y**gamma` without cancellation, and `log y`."""
     log_y = scalar.log_abs(y, 1 - y)
-    return scalar.abs_power(y, log_y, gamma), -jnp.expm1(gamma * log_y), log_y
+    target = scalar.abs_power(y, log_y, gamma)
+    # The derivatives of expm1 would underflow for a tiny y before those of the power do.
+    value = lax.stop_gradient(-jnp.expm1(gamma * log_y))
+    return target, value - (target - lax.stop_gradient(target)), log_y
 
 
 def _weight(z: Array, positive: Array, gamma: int | float | Array) -> tuple[Array, Array]:
@@ -38,8 +41,7 @@ def _slopes(z, y, gamma, alpha, positive):
     n = scalar.cross_entropy(z, target, one_minus_target)
     weight = power if alpha is None else jnp.where(positive, 1, alpha) * power
     target_by_label = gamma * scalar.abs_power(y, log_y, gamma - 1)
-    # At gamma = 0 the target is 1 also for a label of 0, whose logarithm is -inf.
-    target_by_gamma = target * jnp.where(y == 0, 0, log_y)
+    target_by_gamma = scalar.abs_power(y, log_y, gamma, logs=1)
     by_gamma = jnp.where(positive, 0, n * log_s) - z * target_by_gamma
     return (
         weight * (one_minus_target * t.p - target * t.q),

@@ -5,12 +5,14 @@ from typing import Any
 from jax import Array
 from jax.typing import ArrayLike
 
+from focal_jax.engine.options import check_call
 from focal_jax.losses.asymmetric import asymmetric_loss
 from focal_jax.losses.sigmoid import hard_loss
 
 _ASYMMETRIC: Any = asymmetric_loss.declaration.engine_loss  # pyright: ignore[reportFunctionMemberAccess]
 
 
+@check_call
 def linear_sigmoid_focal_loss(
     features: ArrayLike,
     kernel: ArrayLike,
@@ -72,6 +74,7 @@ def linear_sigmoid_focal_loss(
     return hard_loss.linear(**locals())
 
 
+@check_call
 def linear_asymmetric_loss(
     features: ArrayLike,
     kernel: ArrayLike,

@@ -25,9 +25,8 @@ def _slopes(z, y, beta):
     difference, log_abs = _difference(t, y)
     weight = scalar.abs_power(difference, log_abs, beta)
     by_difference = beta * scalar.signed_abs_power(difference, log_abs, beta - 1) * n
-    # At beta = 0 the weight is 1 also for a difference of 0, whose logarithm is -inf.
-    by_beta = weight * n * jnp.where(difference == 0, 0, log_abs)
     by_logit = by_difference * (t.p * t.q) + weight * difference
+    by_beta = scalar.abs_power(difference, log_abs, beta, logs=1) * n
     return by_logit, -by_difference - weight * z, by_beta
 
 

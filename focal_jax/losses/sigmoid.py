@@ -27,7 +27,7 @@ class SoftTerms(NamedTuple):
 @jax.custom_jvp
 def soft_terms(z: Array, y: Array) -> SoftTerms:
     """Return the terms, computed from sums of products without cancellation."""
-    s, not_s, log1p_e = scalar.sigmoid_pair(z)
+    s, not_s, log1p_e = scalar.sigmoid_pair(z, scalar.exp_neg_abs(z))
     p, q = y * s + (1 - y) * not_s, y * not_s + (1 - y) * s
     wrong = jnp.where(z >= 0, 1 - y, y)  # the label's weight on the side opposite to the logit
 

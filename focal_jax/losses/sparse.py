@@ -6,11 +6,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax.engine import sparse
+from focal_jax.engine.options import check_call
 from focal_jax.losses.softmax import softmax_focal_loss
 
 _LOSS: Any = softmax_focal_loss.declaration.engine_loss  # pyright: ignore[reportFunctionMemberAccess]
 
 
+@check_call
 def softmax_focal_loss_with_sparse_labels(
     logits: ArrayLike,
     indices: ArrayLike,
@@ -57,6 +59,7 @@ def softmax_focal_loss_with_sparse_labels(
     return sparse.of_array(_LOSS, **locals())
 
 
+@check_call
 def linear_softmax_focal_loss_with_sparse_labels(
     features: ArrayLike,
     kernel: ArrayLike,

@@ -32,7 +32,8 @@ def _slopes(z, y, alpha, gamma, positive, stop_weight_gradient):
         q, log_q, rise = lax.stop_gradient(q), lax.stop_gradient(log_q), s.q
     power = scalar.power(q, log_q, gamma)
     by_logit = jnp.where(positive, y * ((1 - y) * s.q - y * s.p), alpha * (power * rise))
-    by_label = jnp.where(positive, n - y * z, 0)
+    # The derivative of `y n` is `n - y z`, without the cancellation at large logits.
+    by_label = jnp.where(positive, scalar.cross_entropy(z, 2 * y, 1 - 2 * y), 0)
     by_alpha = jnp.where(positive, 0, power * n)
     return by_logit, by_label, by_alpha, alpha * (by_alpha * log_q)
 

@@ -91,8 +91,14 @@ def _exact_gradient(
     return np.moveaxis(gradient, -1, axis) if loss.has_class_axis else gradient
 
 
-def _error(value_and_gradient: tuple[Array, Array], exact: np.ndarray) -> GradientError:
+def _error(
+    value_and_gradient: tuple[Array, Array], exact: np.ndarray, cancels: int | None = None
+) -> GradientError:
+    """Return the errors; along the axis `cancels` they are relative to the largest entry."""
     loss, gradient = value_and_gradient
+    size = np.abs(exact)
+    if cancels is not None:
+        size = np.broadcast_to(np.max(size, cancels, keepdims=True), size.shape)
     # Smaller numbers count as 0: XLA flushes subnormal numbers, factors of a product underflow
     # before the product does, and float16 ends at its smallest subnormal number.
     subnormal = float(jnp.finfo(gradient.dtype).smallest_subnormal)
@@ -101,8 +107,8 @@ def _error(value_and_gradient: tuple[Array, Array], exact: np.ndarray) -> Gradie
     finite = np.isfinite(got)
     absolute = relative = np.array(math.nan)
     if finite.any():
-        absolute, size = np.abs(got[finite] - exact[finite]), np.abs(exact[finite])
-        relative = np.where(absolute <= tiny, 0, absolute / np.maximum(size, tiny))
+        absolute = np.abs(got[finite] - exact[finite])
+        relative = np.where(absolute <= tiny, 0, absolute / np.maximum(size[finite], tiny))
     nans, infinities = int(np.isnan(got).sum()), int(np.isinf(got).sum())
     return GradientError(float(absolute.max()), float(relative.max()), nans, infinities)
 
@@ -241,8 +247,9 @@ def compare_gradients(
     The errors are the largest over the entries of the gradient of the summed losses, at up to 1,024
     positions. Numbers below 100 times the smallest normal number of the loss's dtype, or below the
     smallest subnormal number of a float16 gradient, count as 0. Entries of the gradient of an
-    interval or region loss are differences, which may cancel: use the absolute error there. Time
-    (the median) and temporary memory are those of `jit(value_and_grad)` at the whole shape.
+    interval or region loss are differences, which may cancel: their error is relative to the
+    largest entry of the position. Time (the median) and temporary memory are those of
+    `jit(value_and_grad)` at the whole shape.
 
     Example:
       >>> from focal_jax import compare_gradients
@@ -299,11 +306,12 @@ def compare_gradients(
         cases = _cases(found, sample, axis, dtype, rng)
         calls = [_compile(each, keywords, *cases[0]) for each in (function, plain)]
         errors: list[list[GradientError]] = [[], []]
+        cancels = axis if found.kind in ("interval", "region") else None
         for regime, case in zip(_MARGINS, cases):
             say(f"evaluate {regime} logits to 60 digits")
             exact = _exact_gradient(found, case, axis, given, formula)
             for call, by_regime in zip(calls, errors):
-                by_regime.append(_error(call(*case), exact))
+                by_regime.append(_error(call(*case), exact, cancels))
         say("compile for the whole shape")
         if sample != shape:
             cases = _cases(found, shape, axis, dtype, rng)

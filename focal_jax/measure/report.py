@@ -21,7 +21,7 @@ class GradientError:
     """The errors of the finite entries of a gradient, and the number of the other entries."""
 
     absolute: float  # the largest |gradient - exact|; NaN if no entry is finite
-    relative: float  # the largest |gradient - exact| / |exact|; NaN if no entry is finite
+    relative: float  # the largest |gradient - exact| / |exact|, see `compare_gradients`; or NaN
     nans: int
     infinities: int
 
