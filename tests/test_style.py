@@ -19,11 +19,26 @@ def _luminance(colour):
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+def _contrast(*colours):
+    low, high = sorted(map(_luminance, colours))
+    return (high + 0.05) / (low + 0.05)
+
+
 @pytest.mark.parametrize("colour", sorted({*style.PALETTE, *style.GAMMAS.values()}))
 @pytest.mark.parametrize("page", [WHITE, DARK])
 def test_contrast_to_light_and_dark_pages(colour, page):
-    low, high = sorted((_luminance(colour), _luminance(page)))
-    assert (high + 0.05) / (low + 0.05) >= 3
+    assert _contrast(colour, page) >= 3
+
+
+def test_text_is_readable_on_the_background_and_on_a_phone():
+    matplotlib = pytest.importorskip("matplotlib")
+    with style.applied():
+        figure, panel = style.figure()
+        text = panel.set_title("text")
+        background = matplotlib.colors.to_hex(figure.get_facecolor(), keep_alpha=True)
+    assert background == f"{WHITE}ff"  # opaque, on every page
+    assert _contrast(text.get_color(), background) >= 4.5
+    assert text.get_fontsize() / 72 / figure.get_figwidth() * 390 >= 10  # pixels
 
 
 def test_applied_restores_the_settings():
@@ -34,7 +49,7 @@ def test_applied_restores_the_settings():
         panels[1, 2].plot([0, 1])
     assert figure.dpi == 200
     assert dict(matplotlib.rcParams) == before
-    assert figure.get_facecolor() == panels[0, 0].get_facecolor() == (0, 0, 0, 0)
+    assert figure.get_facecolor() == panels[0, 0].get_facecolor() == (1, 1, 1, 1)
     assert panels[1, 2].lines[0].get_color() == style.BLUE
 
 
