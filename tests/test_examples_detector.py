@@ -8,6 +8,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from figure_checks import saved_figures_are_checked
 
 from examples import segmentation
 from examples.retinanet_digits import (
@@ -44,6 +45,12 @@ def _promotion():
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     yield
     jax.config.update("jax_numpy_dtype_promotion", before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _readable_figures():
+    with saved_figures_are_checked():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,16 @@
 """The style of the figures: contrast, isolation from the user's settings, a missing matplotlib."""
 
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from figure_checks import assert_readable
 
 from focal_jax.measure import style
 
+DOCS = Path(__file__).parents[1] / "docs"
 WHITE, DARK = "#ffffff", "#1e2129"  # paper, and the dark scheme of mkdocs-material
 
 
@@ -67,3 +71,12 @@ def test_missing_matplotlib_is_an_error_of_one_line(monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "focal_jax\[benchmarks\]"') as caught:
         style.figure()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["loss", "margins", "softmax_focal_loss"])  # one of each layout
+def test_figures_of_the_documentation_are_readable(name):
+    spec = importlib.util.spec_from_file_location("docs_figures", DOCS / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    with style.applied():
+        assert_readable(figures.FIGURE_OF[name]())

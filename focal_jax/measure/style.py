@@ -2,7 +2,7 @@
 
 The background is white on light and on dark pages, because no colour of text has a contrast ratio
 of 4.5 to both. The text has 4.5, and every other colour at least 3. The hues are those of Okabe and
-Ito, which colour-blind readers can tell apart; the blue is lighter. Grey marks baselines and bounds.
+Ito, which colour-blind readers can tell apart; the blue is lighter. Grey marks baselines.
 """
 
 from collections.abc import Iterator
