@@ -4,6 +4,7 @@ import argparse
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,21 +87,35 @@ def save(figure: Any, path: Path) -> Path:
 # ---------------------------------------------------------------- threads
 
 
+_stop = threading.Event()
+
+
+def stop_if_interrupted() -> None:
+    """Raise in a thread of `in_threads` after an error in another thread, or after Ctrl-C."""
+    if _stop.is_set():
+        raise KeyboardInterrupt
+
+
 def in_threads(function: Callable, jobs: Iterable, threads: int = 2) -> list:
     """Return the results of `function` for all jobs, in order.
 
     XLA:CPU uses little more than one core for a step of a small network. After an error no further
     job starts.
     """
-    stop = threading.Event()
+    _stop.clear()
+
+    @contextmanager
+    def stopping():
+        try:
+            yield
+        except BaseException:
+            _stop.set()
+            raise
 
     def run_unless_stopped(job):
-        if not stop.is_set():
+        with stopping():
+            stop_if_interrupted()
             return function(job)
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            return list(pool.map(run_unless_stopped, jobs))
-        except BaseException:
-            stop.set()
-            raise
+    with ThreadPoolExecutor(threads) as pool, stopping():
+        return list(pool.map(run_unless_stopped, jobs))

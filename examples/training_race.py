@@ -182,6 +182,7 @@ def train(
     state, losses, accuracies = (parameters, ADAM.init(parameters)), np.zeros(0), (np.nan, np.nan)
     random = np.random.default_rng((run.seed, 1))
     for _ in range(steps // SEGMENT):
+        common.stop_if_interrupted()
         batches = random.integers(len(data.labels), size=(SEGMENT, BATCH), dtype=np.int32)
         state, new = train_segment(
             state, batches, data.images, data.labels, loss=run.loss, dtype=run.dtype

@@ -8,8 +8,8 @@ the figures into this folder. The option --losses selects rows; README.md keeps 
 other options differ from the protocol, the output goes to the folder of the results instead. An
 interrupted ablation resumes.
 
-A run takes about half a minute on two cores, and every loss has 6 trials, 5 runs with 1,000 steps
-and, for most losses, 5 runs with 3,000 steps: about 10 minutes. All rows take about three hours.
+On two cores, two runs take about half a minute. Most losses have 6 trials, 5 runs with 1,000 steps
+and 5 runs with 3,000 steps: about 8 minutes. All rows take about two hours.
 
     python -m examples.retinanet_digits.ablation --losses "CE, prior .001"
     python -m examples.retinanet_digits.ablation --figures    # only draws the tables of README.md
