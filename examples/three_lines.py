@@ -113,7 +113,7 @@ def train_all(
 
 
 HEAD = ["NaN runs", "NaN at step", "test accuracy, %"]
-GAMMAS = 0.25, 0.5, 1.0, 2.0
+GAMMAS, TWO_GAMMAS = (0.25, 0.5, 1.0, 2.0), (0.5, 2.0)
 
 
 def race(args: argparse.Namespace, progress: Progress) -> Table:
@@ -177,7 +177,7 @@ def detector(args: argparse.Namespace, progress: Progress) -> Table:
     """Train a sigmoid head, whose last bias starts at the prior .01."""
     settings = {
         (f"{gamma:g}", dtype, name): (loss_function(formula, gamma), dtype, args.bfloat16_steps)
-        for gamma, dtype in product((0.5, 2.0), DTYPES)
+        for gamma, dtype in product(TWO_GAMMAS, DTYPES)
         for name, formula in SIGMOID_FORMULAS.items()
     }
 
@@ -208,7 +208,7 @@ def fine_tuning(args: argparse.Namespace, progress: Progress) -> Table:
     start = common.in_threads(pretrained, range(args.seeds))
     settings = {
         (f"{gamma:g}", dtype, name): (loss_function(formula, gamma), dtype, 4 * SEGMENT)
-        for gamma, dtype in product((0.5, 2.0), DTYPES)
+        for gamma, dtype in product(TWO_GAMMAS, DTYPES)
         for name, formula in formulas(gamma).items()
     }
     rows = train_all(settings, args.seeds, progress, lambda seed: {"parameters": start[seed]})
