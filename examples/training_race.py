@@ -231,11 +231,12 @@ def show(curves: dict[Run, Curve], gamma: float, console: Console) -> None:
         (
             f"{run.dtype}, {run.name}",
             "none" if curve.nan_step is None else f"{curve.nan_step:,}",
+            "NaN" if curve.nan_step else f"{curve.losses[-1]:.0e}",
             *("" if np.isnan(rate) else f"{100 * rate:.1f}" for rate in curve.accuracies),
         )
         for run, curve in curves.items()
     ]
-    head = "", "NaN at step", "training", "test"
+    head = "", "NaN at step", "last loss", "training", "test"
     caption = "Training and test: accuracy in % after the last step."
     console.print(common.table(f"Focal loss, gamma {gamma:g}", head, rows, caption))
 

@@ -255,7 +255,9 @@ def test_plain_formulas_are_nan_in_bfloat16_and_focal_jax_is_not(defaults_of_jax
         # Until then the formula trains as focal_jax does.
         compared = slice(0, curve.nan_step // 2)
         np.testing.assert_allclose(curve.losses[compared], focal_jax.losses[compared], rtol=0.05)
-    last_line = capsys.readouterr().out.splitlines()[-1]
+    printed = capsys.readouterr().out
+    last_line = printed.splitlines()[-1]
+    assert re.search(r"bfloat16, focal_jax +│ +none │ +\de-\d\d │", printed)  # a finite loss
     for name, end in ends.items():
         assert f"{name} in bfloat16" + (f" at step {end}" if end else "") in last_line
     height, width, _ = plt.imread(tmp_path / "training_race.png").shape
