@@ -296,6 +296,12 @@ def test_an_interrupted_file_leaves_the_old_one(tmp_path):
     assert [*path.parent.iterdir()] == [path]
 
 
+def test_make_demo_begins_with_the_race():
+    recipe = (EXAMPLES.parent / "Makefile").read_text().partition("\ndemo:")[2].partition("\n\n")[0]
+    modules = re.findall(r"-m examples\.(\w+)", recipe)
+    assert modules == ["training_race", "retinanet_digits"]
+
+
 def test_race_rejects_invalid_options(capsys):
     for option in ("--steps=30", "--steps=0", "--gamma=-1", "--gamma=nan"):
         with pytest.raises(SystemExit, match="2"):
