@@ -220,7 +220,7 @@ def fine_tuning(args: argparse.Namespace, progress: Progress) -> Table:
 LIMIT = 2 << 30  # bytes
 CLASSES = 32_000, 131_072
 DEPTH = 64  # features
-EXPONENTS = 8, 18  # of the numbers of positions: one that fits, and one that does not
+EXPONENTS = 8, 16  # of the least and the largest number of positions
 
 
 def plain_head(x, kernel, labels):
@@ -230,9 +230,6 @@ def plain_head(x, kernel, labels):
 
 HEADS: dict[str, Callable] = {
     "plain JAX (optax)": plain_head,
-    "focal_jax, logits": lambda x, kernel, labels: focal_jax.softmax_focal_loss_with_integer_labels(
-        x @ kernel, labels
-    ),
     "focal_jax, linear head": focal_jax.linear_softmax_focal_loss_with_integer_labels,
 }
 
@@ -278,14 +275,15 @@ def memory(args: argparse.Namespace, progress: Progress) -> Table:
     rows = []
     for classes, head in product(CLASSES, HEADS):
         task = progress.add_task(f"{head}, {classes:,} classes", total=None)
-        low, high = EXPONENTS
+        low, high = EXPONENTS[0], EXPONENTS[1] + 1
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(head, classes, 1 << middle) else (low, middle)
             progress.update(task, description=f"{head}, {classes:,} classes: {1 << low:,} fit")
         progress.remove_task(task)
+        more = " or more" * (low == EXPONENTS[1])
         logits = 4 * (1 << low) * classes / (1 << 30)
-        rows.append([f"{classes:,}", head, f"{1 << low:,}", f"{logits:.1f}"])
+        rows.append([f"{classes:,}", head, f"{1 << low:,}{more}", f"{logits:.1f}"])
     return ["classes", "head", "positions", "size of the logits, GiB"], rows
 
 
