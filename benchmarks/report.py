@@ -506,7 +506,7 @@ def _growth_figure(rows: Rows) -> Figure:
 def _scaling_figure(rows: Rows, title: str) -> Figure:
     """Draw time against the number of devices, one panel per kind of scaling."""
     kinds = {"strong": "strong: eight images in total", "weak": "weak: one image per device"}
-    figure, panels = style.figure(1, len(kinds), sharey=True)
+    figure, panels = style.figure(1, len(kinds), width=7, sharey=True)
     for axes, (kind, panel_title) in zip(panels, kinds.items()):
         for label in (FOCAL_JAX, PLAIN_JAX):
             points = select(rows, kind=kind, implementation=label)

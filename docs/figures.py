@@ -221,13 +221,13 @@ def heads_figure():
     for (name, pair), colour in zip(HEADS.items(), style.PALETTE):
         for head, line in zip(pair, ("-", ":")):
             sizes = [temporaries(compile_head(head, n)) / 1e9 for n in classes]
-            label = name if line == "-" else f"{name}, plain JAX"
+            label = name if line == "-" else None
             panel.plot(classes, sizes, line, color=colour, label=label, alpha=0.8)
     panel.set(xscale="log", yscale="log", xlabel="classes")
     panel.set_xticks(classes, [f"{n:,}" for n in classes])
     panel.minorticks_off()
-    panel.set_title("temporaries of loss and gradient in GB, 2,048 positions, float32")
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    panel.set_title("temporaries in GB, 2,048 positions, float32; dotted: plain JAX")
+    figure.legend(loc="outside lower center")
     return figure
 
 
@@ -277,7 +277,7 @@ _COLOURS = {
 def margins():
     """Draw the relative error of the gradient against the margin; crosses mark NaN."""
     x = np.linspace(-100, 40, 1401)
-    figure, panels = style.figure(1, 2, height=3.5, sharey=True)
+    figure, panels = style.figure(1, 2, height=4.2, sharey=True)
     for panel, gamma in zip(panels, (2.0, 0.5)):
         found = errors(x, gamma)
         for name, colour in _COLOURS.items():
@@ -291,7 +291,7 @@ def margins():
         panel.set(yscale="log", ylim=(1e-8, 80), xlabel="margin $x$")
         panel.set_title(rf"$\gamma$ = {gamma:g}")
     panels[0].set_ylabel("relative error of the gradient")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
     return figure
 
 
@@ -309,7 +309,7 @@ def loss_figure(loss: Loss):
     right.set_title("gradient")
     for panel in (left, right):
         panel.set(xlabel="logit", xlim=(-8, 8), xticks=range(-8, 9, 4))
-    left.legend(fontsize="small")
+    left.legend()
     return figure
 
 

@@ -11,7 +11,8 @@ digits. The losses are
                          2020 (`focal_jax.training.sample_dependent_gamma`)
 
 The measures are given before and after temperature scaling. The temperature is fitted on
-validation digits. `vmap` trains all seeds in one program.
+validation digits. `vmap` trains all seeds in one program. Measures and figure take about a minute
+on two cores.
 
     python -m examples.calibration --out out/calibration
 """
@@ -29,10 +30,10 @@ import optax
 from flax import nnx
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from examples import common
 from focal_jax import softmax_focal_loss_with_integer_labels as focal_loss
 from focal_jax.measure import style
 from focal_jax.training import sample_dependent_gamma
@@ -174,59 +175,55 @@ def measure(labels: dict[str, np.ndarray], logits: dict[str, np.ndarray]) -> dic
 
 def show(results: dict[str, dict[str, np.ndarray]], console: Console) -> None:
     """Print the table: one row per measure, one column per loss."""
-    seeds = len(next(iter(results.values()))["ECE"])
-    table = Table(
-        "",
-        *results,
-        title="Calibration of overfitted networks",
-        caption=f"Mean ± standard deviation, seeds: {seeds}. ECE: expected calibration error. "
-        'NLL: negative log-likelihood. "scaled": after temperature scaling, fitted on validation '
-        "digits. A temperature above 1 means that the network was overconfident.",
-    )
+    rows = []
     for name in next(iter(results.values())):
         percent = "NLL" not in name and name != "temperature"
         scale, digits = (100, 1) if percent else (1, 2)
-        cells = []
-        for values in (scale * result[name] for result in results.values()):
-            deviation = values.std(ddof=min(1, values.size - 1))
-            cells.append(f"{values.mean():.{digits}f} ± {deviation:.{digits}f}")
-        table.add_row(name + (", %" if percent else ""), *cells)
-    console.print(table)
+        cells = (common.mean_and_deviation(scale * x[name], digits) for x in results.values())
+        rows.append([name + (", %" if percent else ""), *cells])
+    seeds = len(next(iter(results.values()))["ECE"])
+    caption = (
+        f"{common.seeds_caption(seeds)} ECE: expected calibration error. NLL: negative "
+        'log-likelihood. "scaled": after temperature scaling, fitted on validation digits. A '
+        "temperature above 1 means that the network was overconfident."
+    )
+    console.print(common.table("Calibration of overfitted networks", ["", *results], rows, caption))
 
 
 @style.applied()
 def plot(logits: dict[str, tuple], labels: np.ndarray, path: Path) -> None:
     """Draw accuracy against confidence. The width of a bar grows with its share of predictions."""
-    figure, panels = style.figure(2, len(logits), height=4.6, sharex=True, sharey=True)
+    height = 1.5 * len(logits) + 0.5
+    figure, panels = style.figure(len(logits), 2, height=height, sharex=True, sharey=True)
     colors = (style.INK, style.PURPLE, style.VERMILION, style.BLUE)
-    for column, (name, both), color in zip(panels.T, logits.items(), colors):
-        for panel, predictions in zip(column, both):
+    for row, (name, both), color in zip(panels, logits.items(), colors):
+        for panel, predictions in zip(row, both):
             share, confidence, accuracy = reliability(labels, predictions)
             width = np.sqrt(share / share.max()) / BINS
             middle = (np.arange(BINS) + 0.5) / BINS
             panel.bar(middle, accuracy, width, color=color)
             panel.plot([0, 1], [0, 1], color=style.INK, linestyle="--", linewidth=1)
             error = np.sum(share * np.abs(accuracy - confidence))
-            panel.text(0.04, 0.9, f"ECE {100 * error:.1f} %", transform=panel.transAxes)
+            panel.text(0.04, 0.85, f"ECE {100 * error:.1f} %", transform=panel.transAxes)
             panel.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-        column[0].set_title(name)
-        column[1].set_xlabel("confidence")
-    panels[0, 0].set_ylabel("accuracy")
-    panels[1, 0].set_ylabel("accuracy,\ntemperature scaled")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+        row[0].set_ylabel(name.replace(", ", ",\n").replace(" ", "\n", 1))
+    for panel, title in zip(panels[0], ("accuracy", "temperature scaled")):
+        panel.set_title(title)
+    for panel in panels[-1]:
+        panel.set_xlabel("confidence")
+    common.save(figure, path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10)
+    parser = common.parser("calibration", __doc__)
+    parser.add_argument("--seeds", type=int, default=10, help="networks per loss")
     parser.add_argument("--images", type=int, default=300, help="size of the training set")
     parser.add_argument("--noise", type=float, default=0.3, help="of pixels in [0, 1]")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--out", type=Path, default=Path("out/calibration"))
+    parser.add_argument("--steps", type=int, default=2000, help="of Adam")
+    parser.add_argument("--batch", type=int, default=50, help="images per step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of Adam")
+    parser.add_argument("--out", type=Path, default=Path("out/calibration"), help="folder")
     return parser.parse_args(argv)
 
 

@@ -19,7 +19,8 @@ loss equals cross entropy, and the weights of dynamic fine-tuning are almost 0.
 text. The tables show perplexity, calibration error, accuracy and entropy by the frequency of the
 token in the training text.
 
-`--devices 8` trains on eight devices of the machine or of its CPU.
+    python -m examples.language_model                # about ten minutes on two cores
+    python -m examples.language_model --devices 8    # eight devices of the machine or of its CPU
 """
 
 import argparse
@@ -41,8 +42,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from examples import common
 from focal_jax import (
     linear_softmax_focal_loss_with_integer_labels,
     linear_token_statistics,
@@ -221,44 +222,44 @@ def measures(predictions, groups: np.ndarray) -> np.ndarray:
 def show(names: list[str], shares: np.ndarray, results: dict[str, np.ndarray], console: Console):
     """Print a table of each measure."""
     for which, (title, digits) in enumerate(TITLES.items()):
-        table = Table("count in training", "share, %", *results, title=title)
-        for row, (name, share) in enumerate(zip(names, shares)):
-            cells = (f"{result[which, row]:,.{digits}f}" for result in results.values())
-            table.add_row(name, f"{share:.1f}", *cells)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        console.print(table)
+        rows = [
+            [name, f"{share:.1f}", *(f"{x[which, row]:,.{digits}f}" for x in results.values())]
+            for row, (name, share) in enumerate(zip(names, shares))
+        ]
+        head = "count in training", "share, %", *results
+        console.print(common.table(title, head, rows))
 
 
 @style.applied()
 def plot(names: list[str], results: dict[str, np.ndarray], path: Path) -> None:
     """Draw perplexity and calibration error for each group of tokens."""
-    figure, axes = style.figure(1, 2, width=13, height=4)
+    figure, axes = style.figure(2, 1, height=6.4, sharex=True)
     for axis, title in zip(axes, TITLES):
         axis.set(title=title, yscale="log")
-        axis.set_xticks(range(len(names)), names, fontsize=8)
     for i, (name, result) in enumerate(results.items()):
         for axis, values in zip(axes, result):
             axis.bar(np.arange(len(names)) + 0.2 * i - 0.3, values, 0.2, label=name)
-    axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    axes[-1].set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names])
+    axes[-1].set_xlabel("count in training")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2)
+    common.save(figure, path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser("language_model", __doc__)
     parser.add_argument("--steps", type=int, default=400, help="half of them with cross entropy")
-    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=1, help="number of devices")
     parser.add_argument("--batch", type=int, default=8, help="a multiple of --devices")
-    parser.add_argument("--vocabulary", type=int, default=32_768)
-    parser.add_argument("--losses", nargs="+", default=[*LOSSES], choices=LOSSES)
+    parser.add_argument("--vocabulary", type=int, default=32_768, help="number of tokens")
+    losses = {"default": [*LOSSES], "choices": LOSSES, "metavar": "LOSS"}
+    parser.add_argument("--losses", nargs="+", help="of the second half", **losses)
     parser.add_argument("--held-out", type=int, default=32, help="number of test batches")
-    parser.add_argument(
-        "--sources", nargs="+", default=SOURCES, help="python, or names of packages"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/language_model"))
+    sources = {"default": SOURCES, "metavar": "SOURCE"}
+    parser.add_argument("--sources", nargs="+", help="python, or names of packages", **sources)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    parser.add_argument("--out", type=Path, default=Path("out/language_model"), help="folder")
     args = parser.parse_args(argv)
     if args.devices > 1:
         jax.config.update("jax_num_cpu_devices", args.devices)

@@ -13,8 +13,8 @@ precision at 1 and 5 on held-out paragraphs, and the precision at 1 among the wo
 given number of training paragraphs. The column "frequency" predicts the most frequent words for
 every paragraph.
 
-    python examples/many_labels.py            # all losses, about a minute on two cores
-    python examples/many_labels.py --quick    # numpy only, 2,000 labels, a few seconds
+    python -m examples.many_labels            # all losses, about a minute on two cores
+    python -m examples.many_labels --quick    # numpy only, 2,000 labels, a few seconds
 """
 
 import argparse
@@ -34,8 +34,8 @@ import optax
 from flax import nnx
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from examples import common
 from focal_jax import linear_asymmetric_loss, linear_sigmoid_focal_loss, reduce_loss
 from focal_jax.measure import style
 from focal_jax.training import prior_bias_init
@@ -204,52 +204,45 @@ def show(results: dict, sizes: np.ndarray, console: Console) -> None:
     """Print the table: one row per measure, one column per loss."""
     title = "Precision on held-out paragraphs, %"
     caption = "Words in 10 to 99: words that occur in 10 to 99 training paragraphs. Bold: the best."
-    table = Table("", "labels", *results, title=title, caption=caption)
-    rows = [("at 1", sizes.sum(), [at[0] for at, _ in results.values()])]
-    rows.append(("at 5", sizes.sum(), [at[4] for at, _ in results.values()]))
+    numbers = [("at 1", sizes.sum(), [at[0] for at, _ in results.values()])]
+    numbers.append(("at 5", sizes.sum(), [at[4] for at, _ in results.values()]))
     for i, name in enumerate(group_names()):
         values = [groups[i] for _, groups in results.values()]
-        rows.append((f"at 1, words in {name}", sizes[i], values))
-    for name, size, values in rows:
-        best = max(values)
-        cells = (f"[bold]{x:.1f}[/]" if x == best else f"{x:.1f}" for x in values)
-        table.add_row(name, f"{size:,}", *cells)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console.print(table)
+        numbers.append((f"at 1, words in {name}", sizes[i], values))
+    rows = [
+        [name, f"{size:,}", *common.bold_best(values, [f"{x:.1f}" for x in values])]
+        for name, size, values in numbers
+    ]
+    console.print(common.table(title, ["", "labels", *results], rows, caption))
 
 
 @style.applied()
 def plot(results: dict, path: Path) -> None:
     """Draw the precision at 1 to `RANKS`, and at 1 for each group."""
-    figure, (left, right) = style.figure(1, 2, width=11, height=3.6)
+    figure, (top, bottom) = style.figure(2, 1, height=6)
     colours = (style.INK, style.BLUE, style.VERMILION, style.PURPLE)
     for i, ((name, (at, groups)), colour) in enumerate(zip(results.items(), colours)):
-        left.plot(range(1, RANKS + 1), at, color=colour, label=name)
-        right.bar(np.arange(len(groups)) + 0.2 * i - 0.3, groups, 0.2, color=colour)
-    left.set(xlabel="k", title="precision at k, %", ylim=(0, None))
-    right.set(xlabel="training paragraphs with the word", title="precision at 1, %")
-    right.set_xticks(range(len(EDGES)), group_names())
-    left.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+        top.plot(range(1, RANKS + 1), at, color=colour, label=name)
+        bottom.bar(np.arange(len(groups)) + 0.2 * i - 0.3, groups, 0.2, color=colour)
+    top.set(xlabel="k", title="precision at k, %", ylim=(0, None))
+    bottom.set(xlabel="training paragraphs with the word", title="precision at 1, %")
+    bottom.set_xticks(range(len(EDGES)), group_names())
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    common.save(figure, path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    with_default = {"help": "default: %(default)s"}
-    parser.add_argument("--steps", type=int, default=300, **with_default)
-    parser.add_argument("--batch", type=int, default=128, **with_default)
-    parser.add_argument("--labels", type=int, default=20_000, **with_default)
-    parser.add_argument("--losses", nargs="+", default=[*LOSSES], choices=LOSSES, metavar="LOSS")
-    parser.add_argument(
-        "--sources", nargs="+", default=SOURCES, metavar="PACKAGE", help="default: %(default)s"
-    )
-    parser.add_argument("--seed", type=int, default=0, **with_default)
-    parser.add_argument("--out", type=Path, default=Path("out/many_labels"), **with_default)
+    parser = common.parser("many_labels", __doc__)
+    parser.add_argument("--steps", type=int, default=300, help="per loss")
+    parser.add_argument("--batch", type=int, default=128, help="paragraphs per step")
+    parser.add_argument("--labels", type=int, default=20_000, help="size of the vocabulary")
+    losses = {"default": [*LOSSES], "choices": LOSSES, "metavar": "LOSS"}
+    parser.add_argument("--losses", nargs="+", help="the losses to compare", **losses)
+    sources = {"default": SOURCES, "metavar": "PACKAGE"}
+    parser.add_argument("--sources", nargs="+", help="the documentation to read", **sources)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
+    parser.add_argument("--out", type=Path, default=Path("out/many_labels"), help="folder")
     parser.add_argument("--quick", action="store_true", help="a small run, to try the program")
     args = parser.parse_args(argv)
     if args.quick:

@@ -3,7 +3,8 @@
 A small Flax classifier is trained on the digits of scikit-learn. Some labels are missing, and more
 are missing in the first half of a batch than in the second, so the devices have different numbers
 of valid labels. The loss is still that of one device. Each layout runs `train` of this program in
-its own processes, which communicate over the loopback interface as hosts do over a network:
+its own processes, which communicate over the loopback interface as hosts do over a network. The
+comparison takes about half a minute:
 
     python examples/multi_host.py --steps 20
 
@@ -188,11 +189,21 @@ def show(losses: dict[str, np.ndarray], differences: np.ndarray, console: Consol
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=64, help="a multiple of 8")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="relative, for each loss")
-    parser.add_argument("--timeout", type=float, default=120, help="in seconds, per layout")
+    parser = argparse.ArgumentParser(
+        "python examples/multi_host.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
+    parser.add_argument(
+        "--batch", type=int, default=64, help="a multiple of 8; default: %(default)s"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-5, help="relative, per loss; default: %(default)s"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120, help="seconds per layout; default: %(default)s"
+    )
     parser.add_argument(
         "--join",
         nargs=3,

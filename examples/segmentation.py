@@ -3,7 +3,8 @@
 Most pixels are background. The pixels of a digit have the class of the digit. The blurred edge of
 a digit is not labelled: its label is 255, which is the `ignore_label`. The network returns one
 plane of logits per class, `[B, C, H, W]`, so the class axis is 1. Class-balanced weights are
-computed from the training pixels. All losses use the same scenes, initial weights and batches.
+computed from the training pixels. All losses use the same scenes, initial weights and batches. The
+table and the figure take about ten minutes on two cores.
 
     python -m examples.segmentation --out out/segmentation
 """
@@ -22,8 +23,8 @@ from flax import nnx
 from matplotlib.patches import Patch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from examples import common
 from examples.retinanet_digits.data import crop_and_scale, digits, draw, find_room
 from examples.retinanet_digits.pretrain import fast_rngs
 from focal_jax.measure import style
@@ -142,42 +143,40 @@ def mean_iou(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 
 @style.applied()
-def plot(images, truth, predictions: dict[str, np.ndarray], path: Path, rows: int = 4) -> None:
-    """Draw a few images, their labels, and the predictions of each network."""
+def plot(images, truth, predictions: dict[str, np.ndarray], path: Path, columns: int = 4) -> None:
+    """Draw a few images, their labels, and the predictions of each network below them."""
     palette = np.zeros((256, 3))
     palette[1:CLASSES] = matplotlib.colormaps["tab20"](np.r_[0:14:2, 16:22:2])[:, :3]
     palette[VOID] = 0.5
-    columns = {"image": np.repeat(images / 255, 3, -1), "labels": palette[truth]}
-    columns |= {name: palette[predicted] for name, predicted in predictions.items()}
-    figure, axes = style.figure(rows, len(columns), height=1.2 * rows + 0.7)
-    for panels, (name, pictures) in zip(axes.T, columns.items()):
-        panels[0].set_title(name.replace("balanced ", "balanced\n"), fontsize="small")
+    rows = {"image": np.repeat(images / 255, 3, -1), "labels": palette[truth]}
+    rows |= {name: palette[predicted] for name, predicted in predictions.items()}
+    figure, axes = style.figure(len(rows), columns, height=1.1 * len(rows) + 1)
+    for panels, (name, pictures) in zip(axes, rows.items()):
+        panels[0].set_ylabel(name.replace(" ", "\n"))
         for panel, picture in zip(panels, pictures):
             panel.imshow(picture)
-            panel.set_axis_off()
+            panel.set(xticks=[], yticks=[])
     names = ["background", *map(str, range(CLASSES - 1)), "void"]
     patches = [
         Patch(facecolor=palette[i], edgecolor=style.INK, label=name)
         for i, name in zip([*range(CLASSES), VOID], names)
     ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(names), columnspacing=0.9,
-                  handlelength=0.9, handletextpad=0.4, fontsize="small")  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.legend(handles=patches, loc="outside lower center", ncols=4)
+    common.save(figure, path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--scenes", type=int, default=1000)
-    parser.add_argument("--test-scenes", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--gamma", type=float, default=2.0)
+    parser = common.parser("segmentation", __doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="networks per loss")
+    parser.add_argument("--scenes", type=int, default=1000, help="for the training")
+    parser.add_argument("--test-scenes", type=int, default=200, help="for the evaluation")
+    parser.add_argument("--steps", type=int, default=300, help="of Adam, with a cosine decay")
+    parser.add_argument("--batch", type=int, default=16, help="scenes per step")
+    parser.add_argument("--learning-rate", type=float, default=0.01, help="first rate")
+    parser.add_argument("--gamma", type=float, default=2.0, help="of the focal losses")
     parser.add_argument("--beta", type=float, default=0.99999, help="of class_balanced_alpha")
-    parser.add_argument("--out", type=Path, default=Path("out/segmentation"))
+    parser.add_argument("--out", type=Path, default=Path("out/segmentation"), help="folder")
     return parser.parse_args(argv)
 
 
@@ -199,13 +198,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[np.ndarray, np.ndarra
         "balanced focal loss": SoftmaxFocalLoss(gamma=args.gamma, alpha=alpha, **pixels),
     }
     transformation = optax.adam(optax.cosine_decay_schedule(args.learning_rate, args.steps))
-    console, results, predictions, several = Console(), {}, {}, args.seeds > 1
-    table = Table(
-        "",
-        "mean IoU, %",
-        title=f"Segmentation of {args.test_scenes} test scenes",
-        caption=f"Mean ± standard deviation of {args.seeds} seeds." if several else "One seed.",
-    )
+    console, results, predictions, rows = Console(), {}, {}, []
     with Progress(console=console) as progress:
         for name, function in functions.items():
             task = progress.add_task(f"{name:22}", total=args.seeds * args.steps)
@@ -218,9 +211,9 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[np.ndarray, np.ndarra
                 curves.append(losses)
                 scores.append(mean_iou(tests[seed][1], predicted))
             results[name] = np.array(curves), np.array(scores)
-            deviation = f" ± {100 * np.std(scores, ddof=1):.1f}" if several else ""
-            table.add_row(name, f"{100 * np.mean(scores):.1f}{deviation}")
-    console.print(table)
+            rows.append([name, common.mean_and_deviation(100 * x for x in scores)])
+    title, head = f"Segmentation of {args.test_scenes} test scenes", ("", "mean IoU, %")
+    console.print(common.table(title, head, rows, common.seeds_caption(args.seeds)))
     plot(*tests[0], predictions, args.out / "segmentation.png")
     console.print(f"Figure: {args.out / 'segmentation.png'}", soft_wrap=True)
     return results

@@ -8,6 +8,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from figure_checks import saved_figures_are_checked
 
 from examples import segmentation
 from examples.retinanet_digits import (
@@ -44,6 +45,12 @@ def _promotion():
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     yield
     jax.config.update("jax_numpy_dtype_promotion", before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _readable_figures():
+    with saved_figures_are_checked():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +125,7 @@ def test_demo_writes_figures(demonstration):
     for name in ("detections", "losses", "loss_spread", "precision_recall"):
         height, width, _ = plt.imread(demonstration[1] / f"{name}.png").shape
         assert height >= 600
-        assert width >= 1000
+        assert 1000 <= width <= 1060  # text of 10 pixels on a phone
 
 
 def test_summary_gives_difference_and_significance():
@@ -303,7 +310,7 @@ def test_ablation_resumes_and_writes_its_tables(tmp_path, monkeypatch):
     assert "|  | 805 to 1 | 1,482 to 1 |" in text
     assert "|  | 2 steps | 3 steps |" in text
     for name in ("ablation", "ap_differences"):
-        assert plt.imread(tmp_path / f"{name}.png").shape[1] > 1000
+        assert 1000 < plt.imread(tmp_path / f"{name}.png").shape[1] <= 1060
 
 
 def test_best_recipes():
@@ -323,6 +330,39 @@ def test_table_has_mean_deviation_and_interval():
     assert lines[2] == "| CE, alpha .75 | 3 | 30.0 ± 10.0 | 50.0 ± 0.0 | 10.0 ± 0.0 |  | 31.1 |"
     # Mean 2, standard deviation 1, and the t quantile 4.303 of two degrees of freedom over sqrt(3).
     assert "| +2.0 (-0.5 to 4.5) | 34.0 |" in lines[3]
+
+
+def test_figures_are_drawn_from_the_recorded_tables(tmp_path):
+    page = ablation.README.read_text()
+    ablation.draw(page, tmp_path)
+    for name in ("ablation", "ap_differences"):
+        assert 1000 < plt.imread(tmp_path / f"{name}.png").shape[1] <= 1060  # text for a phone
+    points = ablation._points(ablation.recorded_table("steps"))
+    assert list(points) == list(ablation.BASELINES)
+    assert points["CE"] == [(1000, 24.7, 20.0, 29.4), (3000, 7.2, 2.0, 12.4)]
+
+
+def test_selected_rows_are_merged_into_the_recorded_table():
+    old = ablation.recorded_table("steps")
+    assert ablation.merge_tables(old, old).splitlines()[2:] == old.splitlines()[2:]
+    head = ["", "1,000 steps", "3,000 steps"]
+    rows = [["seeds", "5", "5"], ["CE", "1.0", "2.0"], ["CE, prior .001", "3.0", "4.0"]]
+    merged = ablation.merge_tables(old, ablation.common.markdown(head, rows))
+    lines = old.splitlines()[2:]
+    lines[1] = "| CE | 1.0 | 2.0 |"
+    first_difference = next(i for i, x in enumerate(lines) if x.startswith("| FL minus"))
+    if not any(x.startswith("| CE, prior .001 ") for x in lines):
+        lines.insert(first_difference, "| CE, prior .001 | 3.0 | 4.0 |")
+        assert merged.splitlines()[2:] == lines
+    with pytest.raises(ValueError, match="wanted"):
+        ablation.merge_tables(old, ablation.common.markdown(head[:2], [["CE", "1.0"]]))
+
+
+def test_gamma_2_has_as_many_settings_as_cross_entropy():
+    focal = [recipe for recipe, _ in ablation.RECIPES.values() if recipe.gamma == 2]
+    pairs = {(recipe.alpha, recipe.prior) for recipe in focal}
+    assert {(alpha, prior) for alpha in (0.25, 0.5, 0.75) for prior in (0.01, 0.001)} <= pairs
+    assert ablation.RECIPES["CE, prior .001"][0] == Recipe(gamma=0, alpha=None, prior=0.001)
 
 
 def test_run_folder_depends_on_every_field(tmp_path):

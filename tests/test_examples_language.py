@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from figure_checks import saved_figures_are_checked
 from flax import nnx
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,11 @@ def tiny(tmp_path_factory):
     out = tmp_path_factory.mktemp("language")
     main = runpy.run_path(EXAMPLE)["main"]
     # Flax and optax need the standard dtype and rank promotion.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        saved_figures_are_checked(),
+    ):
         return *main([*TINY, f"--out={out}"]), out
 
 

@@ -4,11 +4,18 @@
 
 follows the protocol in README.md of this folder: tune every loss, train every loss with every seed,
 repeat the training with other numbers of objects and steps, and write the tables into README.md and
-the figures into this folder. If the options differ from the protocol, the output goes to the folder
-of the results instead. An interrupted ablation resumes.
+the figures into this folder. The option --losses selects rows; README.md keeps the other rows. If
+other options differ from the protocol, the output goes to the folder of the results instead. An
+interrupted ablation resumes.
+
+On two cores, two runs take about half a minute. Most losses have 6 trials, 5 runs with 1,000 steps
+and 5 runs with 3,000 steps: about 8 minutes. All rows take about two hours.
+
+    python -m examples.retinanet_digits.ablation --losses "CE, prior .001"
+    python -m examples.retinanet_digits.ablation --figures    # only draws the tables of README.md
 """
 
-import argparse
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +24,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from examples import common
 from examples.retinanet_digits import figures
-from examples.retinanet_digits.experiment import Run, parse, progress_bars, result, two_at_a_time
+from examples.retinanet_digits.experiment import Run, parse, progress_bars, result
 from examples.retinanet_digits.train import Budget, Recipe, prepare
 
 README = Path(__file__).parent / "README.md"
@@ -39,7 +47,15 @@ RECIPES = {
     "FL, gamma 2, alpha .25, prior .0001": (Recipe(gamma=2, alpha=0.25, prior=1e-4), None),
     "CE, no prior": (Recipe(gamma=0, alpha=None, prior=None), None),
     "FL, gamma 2, alpha .25, no prior": (Recipe(gamma=2, alpha=0.25, prior=None), None),
+    "CE, prior .001": (Recipe(gamma=0, alpha=None, prior=1e-3), None),
+    "FL, gamma 2, alpha .5": (Recipe(gamma=2, alpha=0.5), None),
+    "FL, gamma 2, alpha .75": (Recipe(gamma=2, alpha=0.75), None),
+    "FL, gamma 2, alpha .25, prior .001": (Recipe(gamma=2, alpha=0.25, prior=1e-3), None),
+    "FL, gamma 2, alpha .5, prior .001": (Recipe(gamma=2, alpha=0.5, prior=1e-3), None),
+    "FL, gamma 2, alpha .75, prior .001": (Recipe(gamma=2, alpha=0.75, prior=1e-3), None),
 }
+# The last rows, which give the focal loss as many settings as cross entropy has.
+ADDED = tuple(RECIPES)[-6:]
 # The protocol tests the difference of these two.
 BALANCED, FOCAL = "CE, alpha .75", "FL, gamma 2, alpha .25"
 # The best alpha on digits, and a prior that fits the imbalance.
@@ -72,8 +88,8 @@ def run_all(jobs: dict[str, Run], out: Path, progress) -> dict[str, dict]:
         progress.advance(whole)
         return scores
 
-    prepare(jobs.values())
-    return dict(zip(jobs, two_at_a_time(one, jobs.items())))
+    prepare(jobs.values())  # the threads share its caches
+    return dict(zip(jobs, common.in_threads(one, jobs.items())))
 
 
 def trials(losses: list[str], budget: Budget, out: Path, progress) -> dict[str, list[dict]]:
@@ -113,30 +129,15 @@ def interval(runs: list[dict], others: list[dict]) -> tuple[float, float]:
     return float(np.mean(differences)), float(half)
 
 
-def points(settings: Mapping[Any, dict]) -> dict[str, list[tuple]]:
-    """Return the settings and the intervals of the differences, for each baseline."""
-    return {
-        baseline: [(x, *interval(rows[FOCAL], rows[baseline])) for x, rows in settings.items()]
-        for baseline in BASELINES
-    }
-
-
 def mean_and_deviation(runs: list[dict], score: str) -> str:
     """Return the mean of a score in percent, with the standard deviation of several runs."""
-    values = [100 * run[score] for run in runs]
-    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{deviation}"
+    return common.mean_and_deviation(100 * run[score] for run in runs)
 
 
 def _difference(runs: list[dict], others: list[dict]) -> str:
     mean, half = interval(runs, others)
     limits = f" ({mean - half:.1f} to {mean + half:.1f})" if np.isfinite(half) else ""
     return f"{mean:+.1f}{limits}"
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = head, ["---"] * len(head), *rows
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def trials_table(trial_results: dict[str, list[dict]]) -> str:
@@ -148,7 +149,7 @@ def trials_table(trial_results: dict[str, list[dict]]) -> str:
         cells[best] = f"**{cells[best]}**"
         rows.append([name, *cells])
     head = [f"rate {rate}, weight {weight:g}" for rate, weight in TRIALS]
-    return _markdown(["loss", *head], rows)
+    return common.markdown(["loss", *head], rows)
 
 
 def table(rows: dict[str, list[dict]]) -> str:
@@ -163,23 +164,40 @@ def table(rows: dict[str, list[dict]]) -> str:
         lines.append([name, str(len(runs)), *cells])
     difference = f"AP minus AP of {BALANCED}, 95 % interval"
     head = "loss", "seeds", "AP", "AP50", "AP75", difference, "AP on COCO"
-    return _markdown([*head], lines)
+    return common.markdown([*head], lines)
 
 
 def settings_table(title: str, settings: Mapping[Any, dict]) -> str:
     """Return a Markdown table with one column per setting.
 
-    The rows are the AP of the compared losses, then the paired differences of the focal loss to the
-    others with their 95 % intervals.
+    The rows are the AP of the losses, then the paired differences of the focal loss to its
+    baselines with their 95 % intervals.
     """
-    runs = settings.values()
-    lines = [["seeds", *(str(len(rows[FOCAL])) for rows in runs)]]
-    for name in COMPARED:
+    runs = list(settings.values())
+    lines = [["seeds", *(str(len(next(iter(rows.values())))) for rows in runs)]]
+    for name in runs[0]:
         lines.append([name, *(mean_and_deviation(rows[name], "AP") for rows in runs)])
     for baseline in BASELINES:
-        differences = (_difference(rows[FOCAL], rows[baseline]) for rows in runs)
-        lines.append([f"FL minus {baseline}", *differences])
-    return _markdown(["", *map(title.format, settings)], lines)
+        if {baseline, FOCAL} <= set(runs[0]):
+            differences = (_difference(rows[FOCAL], rows[baseline]) for rows in runs)
+            lines.append([f"FL minus {baseline}", *differences])
+    return common.markdown(["", *map(title.format, settings)], lines)
+
+
+def _cells(lines: str) -> list[list[str]]:
+    """Return the cells of a Markdown table, with its head, without its rule."""
+    rows = [[x.strip() for x in line.strip()[1:-1].split("|")] for line in lines.splitlines()]
+    return rows[:1] + rows[2:]
+
+
+def merge_tables(old: str, new: str) -> str:
+    """Return the old table with the rows of the new one; differences come last."""
+    (head, *rows), (new_head, *new_rows) = _cells(old), _cells(new)
+    if head != new_head:
+        raise ValueError(f"{README}: got a table with the head {head}, wanted {new_head}")
+    by_name = {row[0]: row for row in rows + new_rows}
+    order = sorted(by_name, key=lambda name: name.startswith("FL minus"))  # a stable sort
+    return common.markdown(head, [by_name[name] for name in order])
 
 
 def _split(page: str, name: str) -> tuple[str, str, str]:
@@ -203,69 +221,105 @@ def recorded_table(name: str) -> str:
     return _split(README.read_text(), name)[1]
 
 
+# ---------------------------------------------------------------- figures
+
+_DIFFERENCE = re.compile(r"([+-][\d.]+)(?: \((-?[\d.]+) to (-?[\d.]+)\))?")
+
+
+def _points(lines: str) -> dict[str, list[tuple[float, ...]]]:
+    """Return setting, mean and limits of the differences in a table, for each baseline."""
+    (_, *titles), *rows = _cells(lines)
+    settings = [float(title.split()[0].replace(",", "")) for title in titles]
+    points = {}
+    for name, *cells in rows:
+        if name.startswith("FL minus "):
+            found = [_DIFFERENCE.fullmatch(cell).groups() for cell in cells]
+            limits = [(float(m), float(a or m), float(b or m)) for m, a, b in found]
+            points[name.removeprefix("FL minus ")] = [(x, *y) for x, y in zip(settings, limits)]
+    return points
+
+
+def draw(page: str, folder: Path) -> None:
+    """Draw the figures of the tables of a page."""
+    rows = {}
+    for name, _, ap, *_, coco in _cells(_split(page, "table")[1])[1:]:
+        mean, _, deviation = ap.partition(" ± ")
+        rows[name] = float(mean), float(deviation or 0), RECIPES[name][1] and float(coco)
+    figures.ablation(rows, folder / "ablation.png")
+    settings = {
+        "background anchors per positive anchor": _points(_split(page, "imbalance")[1]),
+        "steps": _points(_split(page, "steps")[1]),
+    }
+    if all(settings.values()):
+        figures.ap_differences(settings, folder / "ap_differences.png")
+
+
 # ---------------------------------------------------------------- main
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     """Run the experiments that have no result yet, then write the tables and the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--other-seeds", type=int, default=5, help="for the other settings")
-    parser.add_argument("--losses", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--other-objects", nargs="*", type=float, default=list(OBJECTS))
-    parser.add_argument("--other-steps", nargs="*", type=int, default=list(STEPS))
+    parser = common.parser("retinanet_digits.ablation", __doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="of the main setting")
+    parser.add_argument("--other-seeds", type=int, default=5, help="of the other settings")
+    losses = {"default": list(RECIPES), "choices": list(RECIPES), "metavar": "LOSS"}
+    parser.add_argument("--losses", nargs="+", help="the rows to run", **losses)
+    parser.add_argument(
+        "--other-objects", type=float, nargs="*", default=list(OBJECTS), help="per canvas"
+    )
+    parser.add_argument("--other-steps", type=int, nargs="*", default=list(STEPS), help="of a run")
+    parser.add_argument("--figures", action="store_true", help="only draw the recorded tables")
     args, budget = parse(parser, argv)
+    if args.figures:
+        draw(README.read_text(), README.parent)
+        return {}
     for name in TABLES:
         recorded_table(name)  # fails before the runs if a comment is missing
-    if missing := set(COMPARED) - set(args.losses):
-        parser.error(f"--losses: {sorted(missing)} missing, which the tables compare")
+    compared = [name for name in COMPARED if name in args.losses]
+    more = [*compared, *(name for name in ADDED if name in args.losses)]
     with progress_bars() as progress:
         trial_results = trials(args.losses, budget, args.out, progress)
         recipes = best_recipes(trial_results)
-        others = [replace(budget, objects=x) for x in args.other_objects]
-        others += [replace(budget, steps=x) for x in args.other_steps]
-        seeds = {budget: range(args.seeds)} | dict.fromkeys(others, range(args.other_seeds))
+        by_objects = [replace(budget, objects=x) for x in args.other_objects]
+        by_steps = [replace(budget, steps=x) for x in args.other_steps]
+        seeds = {budget: range(args.seeds)}
+        seeds |= dict.fromkeys(by_objects + by_steps, range(args.other_seeds))
+        names = dict.fromkeys(by_objects, compared) | dict.fromkeys(by_steps, more)
+        names[budget] = args.losses
         jobs = {
             (name, seed, setting): Run(recipes[name], setting, seed)
             for setting in seeds
             for seed in seeds[setting]
-            for name in (recipes if setting == budget else COMPARED)
+            for name in names[setting]
         }
-        names = [
+        titles = [
             f"{name}, seed {seed}, objects {setting.objects:g}, steps {setting.steps}"
             for name, seed, setting in jobs
         ]
-        finished = run_all(dict(zip(names, jobs.values())), args.out, progress)
+        finished = run_all(dict(zip(titles, jobs.values())), args.out, progress)
         scores = dict(zip(jobs, finished.values()))
 
     def rows(losses, setting: Budget) -> dict[str, list[dict]]:
         return {name: [scores[name, seed, setting] for seed in seeds[setting]] for name in losses}
 
-    results = rows(recipes, budget)
-    protocol = vars(parser.parse_args([f"--out={args.out}"]))
-    folder = README.parent if vars(args) == protocol else args.out
-    page = replace_table(README.read_text(), "trials", trials_table(trial_results))
-    page = replace_table(page, "table", table(results))
-    figures.ablation(
-        {name: [100 * run["AP"] for run in runs] for name, runs in results.items()},
-        {name: RECIPES[name][1] for name in results},
-        folder / "ablation.png",
-    )
-    by_ratio = {
-        figures.imbalance(x): rows(COMPARED, replace(budget, objects=x))
-        for x in sorted({budget.objects, *args.other_objects}, reverse=True)
-    }
-    by_steps = {
-        x: rows(COMPARED, replace(budget, steps=x))
-        for x in sorted({budget.steps, *args.other_steps})
-    }
-    page = replace_table(page, "imbalance", settings_table("{:,.0f} to 1", by_ratio))
-    page = replace_table(page, "steps", settings_table("{:,} steps", by_steps))
-    figures.ap_differences(
-        {"background anchors per positive anchor": points(by_ratio), "steps": points(by_steps)},
-        folder / "ap_differences.png",
-    )
-    (folder / README.name).write_text(page)
+    results = rows(args.losses, budget)
+    tables = {"trials": trials_table(trial_results), "table": table(results)}
+    by_ratio = sorted([budget, *by_objects], key=lambda x: -x.objects)
+    ratios = {figures.imbalance(x.objects): rows(compared, x) for x in by_ratio if compared}
+    steps = {x.steps: rows(more, x) for x in sorted([budget, *by_steps], key=lambda x: x.steps)}
+    if compared:
+        tables["imbalance"] = settings_table("{:,.0f} to 1", ratios)
+    if more:
+        tables["steps"] = settings_table("{:,} steps", steps)
+    defaults = vars(parser.parse_args([f"--out={args.out}", "--losses", *args.losses]))
+    by_protocol = vars(args) == defaults
+    page = README.read_text()
+    for name, lines in tables.items():
+        merged = merge_tables(_split(page, name)[1], lines) if by_protocol else lines
+        page = replace_table(page, name, merged)
+    folder = README.parent if by_protocol else args.out
+    draw(page, folder)
+    common.write(folder / README.name, lambda path: path.write_text(page))
     print(f"Tables and figures: {folder / README.name}")
     return results
 

@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import threading
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from examples import common
 from examples.retinanet_digits.data import Canvases, canvases
 from examples.retinanet_digits.evaluate import Detections, average_precision, predict
 from examples.retinanet_digits.train import Budget, Recipe, train
@@ -42,6 +41,17 @@ class Outcome(NamedTuple):
     logits: np.ndarray  # [canvases, A, CLASSES]
     detections: Detections
     scores: dict[str, float]  # AP, AP50, AP75
+
+
+BUDGET_HELP = {
+    "steps": "of each run",
+    "batch": "canvases per step",
+    "canvases": "for the training",
+    "test_canvases": "for the evaluation",
+    "objects": "mean number of digits per canvas",
+    "pretrained": "start from the pretrained backbone",
+    "save_every": "number of steps between checkpoints",
+}
 
 
 def run_folder(out: Path, run: Run) -> Path:
@@ -84,41 +94,17 @@ def result(run: Run, out: Path, on_step: Callable[[int, float], None]) -> dict:
             "run": asdict(run),
             "last losses": outcome.losses[-100:].mean(0).tolist(),
         }
-        complete = path.with_suffix(".new")  # renaming is atomic
-        complete.write_text(json.dumps(content))
-        complete.replace(path)
+        common.write(path, lambda new: new.write_text(json.dumps(content)))
     return json.loads(path.read_text())
-
-
-def two_at_a_time(function: Callable, jobs: Iterable) -> list:
-    """Return the results of `function` for all jobs, in order, from two threads.
-
-    XLA:CPU uses little more than one core for a step of this small network. Call `prepare` first:
-    the threads share its caches.
-    """
-    stop = threading.Event()
-
-    def run_unless_stopped(job):
-        if not stop.is_set():
-            return function(job)
-
-    with ThreadPoolExecutor(2) as pool:
-        try:
-            return list(pool.map(run_unless_stopped, jobs))
-        except BaseException:
-            stop.set()
-            raise
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None):
     """Return the parsed options and the budget."""
-    parser.add_argument("--out", type=Path, default=Path("out/retinanet_digits"))
+    out = Path("out/retinanet_digits")
+    parser.add_argument("--out", type=Path, default=out, help="folder of runs and figures")
     for field in fields(Budget):
         name, kind = f"--{field.name.replace('_', '-')}", type(field.default)
-        if kind is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(name, action=action, default=field.default)
-        else:
-            parser.add_argument(name, type=kind, default=field.default)
+        options = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(name, default=field.default, help=BUDGET_HELP[field.name], **options)
     args = parser.parse_args(argv)
     return args, Budget(**{field.name: getattr(args, field.name) for field in fields(Budget)})

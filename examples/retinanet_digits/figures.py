@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from matplotlib.patches import Rectangle
 
+from examples import common
 from examples.retinanet_digits.data import CLASSES, SIZE, Canvases, canvases
 from examples.retinanet_digits.evaluate import Detections, correct
 from examples.retinanet_digits.model import anchors
@@ -30,12 +31,6 @@ BOX_STYLES = {
     "false positive": {"color": "#ff6f4f", "linestyle": "--"},
     "missed": {"color": style.TRUTH, "linestyle": ":"},
 }
-
-
-def _save(figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
 
 
 def match_all(annotations: np.ndarray) -> np.ndarray:
@@ -62,7 +57,13 @@ def score_threshold(data: Canvases, found: Detections) -> float:
     return float(np.sort(found.scores.ravel())[-objects])
 
 
-def _label_places(boxes: list, width: float = 28, height: float = 9) -> list[tuple[float, float]]:
+# The size of the label of a box, one digit, in pixels of the canvas.
+LABEL = 9.0, 13.0
+
+
+def _label_places(
+    boxes: list, width: float = LABEL[0], height: float = LABEL[1]
+) -> list[tuple[float, float]]:
     """Return a corner for the label of each box, without overlaps if possible."""
     used: list[tuple[float, float]] = []
     for x1, y1, x2, y2 in boxes:
@@ -84,39 +85,33 @@ def _draw(panel, image, rows, boxes, classes, scores, threshold: float) -> None:
     boxes, classes, scores = (x[scores >= threshold] for x in (boxes, classes, scores))
     is_correct, is_detected = correct(rows, boxes, classes, scores)
     drawn = [
-        (box, f"{label} {score:.2f}", "correct" if hit else "false positive")
-        for box, label, score, hit in zip(boxes, classes, scores, is_correct)
+        (box, label, "correct" if hit else "false positive")
+        for box, label, hit in zip(boxes, classes, is_correct)
     ]
     drawn += [
-        (row[:4], f"{row[4]:.0f}", "missed")
+        (row[:4], row[4], "missed")
         for row, hit in zip(rows, is_detected)
         if row[4] >= 0 and not hit
     ]
     places = _label_places([box for box, _, _ in drawn])
-    for (box, text, kind), (x, y) in zip(drawn, places):
+    for (box, label, kind), (x, y) in zip(drawn, places):
         x1, y1, x2, y2 = box
+        color = BOX_STYLES[kind]["color"]
         panel.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **BOX_STYLES[kind]))
-        background = {"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 0.5}
-        panel.text(
-            x, y, text, color=BOX_STYLES[kind]["color"], fontsize=6, va="top", bbox=background
-        )
+        background = {"facecolor": "black", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
+        panel.text(x + 1, y + 1, f"{label:.0f}", color=color, va="top", bbox=background)
 
 
 @style.applied()
-def detections(
-    data: Canvases, results: dict[str, Detections], path: Path, columns: int = 5
-) -> Path:
-    """Draw the correct, false and missed detections of each loss on the same canvases."""
-    figure, axes = style.figure(
-        len(results), columns, height=1.45 * len(results) + 0.4, squeeze=False
-    )
-    crowded = np.argsort(-(data.annotations[:40, :, 4] >= 0).sum(1), kind="stable")[:columns]
-    for panels, (name, one) in zip(axes, results.items()):
+def detections(data: Canvases, results: dict[str, Detections], path: Path, count: int = 3) -> Path:
+    """Draw the correct, false and missed detections of each loss, one canvas per row."""
+    figure, axes = style.figure(count, len(results), height=2.6 * count + 0.9, squeeze=False)
+    crowded = np.argsort(-(data.annotations[:40, :, 4] >= 0).sum(1), kind="stable")[:count]
+    for panels, (name, one) in zip(axes.T, results.items()):
         threshold = score_threshold(data, one)
         for panel, i in zip(panels, crowded):
             _draw(panel, data.images[i], data.annotations[i], *(x[i] for x in one), threshold)
-        title = name.replace(" cross", "\ncross")
-        panels[0].set_ylabel(f"{title}\nscore ≥ {threshold:.2f}", fontsize="small")
+        panels[0].set_title(f"{name}\nscore ≥ {threshold:.2f}")
     handles = [
         Rectangle((0, 0), 1, 1, fill=False, label=name, **line) for name, line in BOX_STYLES.items()
     ]
@@ -125,13 +120,13 @@ def detections(
     legend.set_frame_on(True)
     for text in legend.get_texts():
         text.set_color("white")
-    return _save(figure, path)
+    return common.save(figure, path)
 
 
 @style.applied()
 def precision_recall(data: Canvases, results: dict[str, Detections], path: Path) -> Path:
     """Draw precision against recall at an IoU of 0.5, over all classes."""
-    figure, panel = style.figure(width=5, height=3.5)
+    figure, panel = style.figure(height=3.9)
     objects = (data.annotations[..., 4] >= 0).sum()
     for (name, one), line in zip(results.items(), DEMO_STYLES, strict=True):
         is_correct = [correct(*image)[0] for image in zip(data.annotations, *one)]
@@ -140,8 +135,8 @@ def precision_recall(data: Canvases, results: dict[str, Detections], path: Path)
         hits = np.cumsum(np.concatenate(is_correct)[order])
         panel.plot(hits / objects, hits / np.arange(1, len(hits) + 1), label=name, **line)
     panel.set(xlabel="recall", ylabel="precision, IoU ≥ 0.5", xlim=(0, 1), ylim=(0, 1))
-    figure.legend(loc="outside lower center", ncols=2)
-    return _save(figure, path)
+    figure.legend(loc="outside lower center")
+    return common.save(figure, path)
 
 
 # ---------------------------------------------------------------- losses
@@ -154,17 +149,17 @@ def losses(curves: dict[str, np.ndarray], path: Path, window: int = 50) -> Path:
     The box loss is the same function for all runs, so its values are comparable. The class loss is
     not, so it is divided by its first value.
     """
-    figure, (boxes, classes) = style.figure(1, 2, sharex=True, height=3.5)
+    figure, (boxes, classes) = style.figure(2, 1, sharex=True, height=5.6)
     for (name, curve), line in zip(curves.items(), DEMO_STYLES, strict=True):
         window = min(window, len(curve))
         mean = np.stack([np.convolve(x, np.full(window, 1 / window), "valid") for x in curve.T])
         steps = np.arange(window, len(curve) + 1)
         boxes.plot(steps, mean[1], label=name, **line)
         classes.plot(steps, mean[0] / mean[0, 0], **line)
-    boxes.set(xlabel="step", ylabel="box loss", ylim=(0, None))
+    boxes.set(ylabel="box loss", ylim=(0, None))
     classes.set(xlabel="step", ylabel="class loss / first value", yscale="log")
-    figure.legend(loc="outside lower center", ncols=2)
-    return _save(figure, path)
+    figure.legend(loc="outside lower center")
+    return common.save(figure, path)
 
 
 @style.applied()
@@ -177,7 +172,7 @@ def loss_spread(data: Canvases, logits: np.ndarray, path: Path) -> Path:
     matches = match_all(data.annotations)
     labels = np.take_along_axis(data.annotations[..., 4], matches.clip(0), 1)
     classes = np.where(matches >= 0, labels, -1)[..., None] == np.arange(CLASSES)
-    figure, panels = style.figure(1, 2, sharey=True)
+    figure, panels = style.figure(2, 1, height=5.2, sharex=True)
     for gamma, color in style.GAMMAS.items():
         anchor_losses = np.asarray(sigmoid_focal_loss(logits, classes, gamma=gamma)).sum(-1)
         for panel, chosen in zip(panels, (matches >= 0, matches == BACKGROUND)):
@@ -186,56 +181,52 @@ def loss_spread(data: Canvases, logits: np.ndarray, path: Path) -> Path:
             curve = np.interp(share, np.linspace(0, 1, len(total)), total / total[-1])
             panel.plot(share, curve, color=color, label=f"gamma {gamma:g}")
     for panel, name in zip(panels, ("positive", "background")):
-        panel.set(xlabel=f"fraction of {name} anchors, sorted by loss")
-    panels[0].set(ylabel="cumulative normalized loss")
+        panel.set(ylabel="share of the loss")
+        panel.set_title(f"{name} anchors")
+    panels[1].set(xlabel="share of the anchors, in the order of their losses")
     panels[0].legend()
-    return _save(figure, path)
+    return common.save(figure, path)
 
 
 # ---------------------------------------------------------------- ablation
 
 
 @style.applied()
-def ablation(digits: dict[str, list[float]], coco: dict[str, float | None], path: Path) -> Path:
-    """Draw the AP of every recipe and seed on digits, and the AP that the paper gives for COCO."""
-    figure, (left, right) = style.figure(
-        1, 2, sharey=True, width_ratios=(3, 2), height=0.6 + 0.32 * len(digits)
-    )
-    for row, (name, seeds) in enumerate(digits.items()):
+def ablation(rows: dict[str, tuple[float, float, float | None]], path: Path) -> Path:
+    """Draw the AP of every loss: mean and standard deviation on digits, and the AP on COCO."""
+    figure, panel = style.figure(height=1.2 + 0.3 * len(rows))
+    for y, (name, (mean, deviation, coco)) in enumerate(rows.items()):
         color = style.INK if name.startswith("CE") else style.VERMILION
-        left.plot(seeds, [row] * len(seeds), "o", color=color, alpha=0.45, markersize=4)
-        left.plot(np.mean(seeds), row, "|", color=color, markersize=16, markeredgewidth=2.5)
-        if coco[name] is not None:
-            right.plot(coco[name], row, "|", color=color, markersize=16, markeredgewidth=2.5)
-    left.set_yticks(range(len(digits)), digits)
-    left.invert_yaxis()
-    left.set_xlabel("AP on digits (dot: one seed, bar: mean)")
-    right.set_xlabel("AP on COCO (paper)")
-    return _save(figure, path)
+        panel.errorbar(mean, y, xerr=deviation, fmt="o", color=color, capsize=4)
+        if coco is not None:
+            panel.plot(coco, y, "D", color=color, fillstyle="none")
+    panel.set_yticks(range(len(rows)), rows)
+    panel.invert_yaxis()
+    panel.set_xlabel("AP (dot: digits, diamond: COCO)")
+    return common.save(figure, path)
 
 
 @style.applied()
 def ap_differences(settings: dict[str, dict[str, list]], path: Path) -> Path:
     """Draw the AP of the focal loss minus the AP of each baseline, one panel per varied setting.
 
-    `settings[label][baseline]` is a list of triples: the value of the setting, the mean of the
-    paired differences, and half of the width of its 95 % interval.
+    `settings[label][baseline]` is a list of the value of the setting, the mean of the paired
+    differences, and the limits of its 95 % interval.
     """
-    figure, panels = style.figure(1, len(settings), sharey=True, height=4)
+    figure, panels = style.figure(len(settings), 1, height=2.6 * len(settings) + 1.4, sharey=True)
     for panel, (label, rows) in zip(panels, settings.items()):
         shifts = np.geomspace(0.96, 1.04, len(rows))  # separates the error bars
         for (name, points), line, shift in zip(rows.items(), BASELINE_STYLES, shifts, strict=True):
-            values, means, halves = (np.array(x) for x in zip(*points))
+            values, means, low, high = np.array(points).T
             panel.errorbar(
-                values * shift, means, np.nan_to_num(halves), marker="o", capsize=4,
+                values * shift, means, [means - low, high - means], marker="o", capsize=4,
                 label=f"minus {name}", **line,
             )  # fmt: skip
         panel.axhline(0, color=style.INK, linewidth=1)
-        panel.set(xscale="log", xlabel=label)
+        panel.set(xscale="log", xlabel=label, ylabel="AP difference")
         ticks = [round(value) for value, *_ in next(iter(rows.values()))]
         panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
         panel.set_xticks([], minor=True)
-    panels[0].set(ylabel="AP of focal loss minus AP of baseline")
-    panels[0].set_title("mean over paired seeds, 95 % interval")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return _save(figure, path)
+    panels[0].set_title("AP of the focal loss minus AP of a baseline, 95 % interval")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
+    return common.save(figure, path)

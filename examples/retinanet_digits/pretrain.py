@@ -6,7 +6,6 @@ writes `backbone.npz`, from which the detectors of all losses and seeds start, i
 Only training digits are used.
 """
 
-import argparse
 from pathlib import Path
 
 import jax
@@ -16,6 +15,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
+from examples import common
 from examples.retinanet_digits.data import single_digits
 from examples.retinanet_digits.model import Classifier
 
@@ -55,12 +55,12 @@ def load_pretrained(backbone: nnx.State) -> nnx.State:
 
 def main(argv: list[str] | None = None) -> float:
     """Train the classifier, write the file, and return the accuracy on validation digits."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--images", type=int, default=16000)
-    parser.add_argument("--learning-rate", type=float, default=0.004)
-    parser.add_argument("--out", type=Path, default=FILE)
+    parser = common.parser("retinanet_digits.pretrain", __doc__)
+    parser.add_argument("--steps", type=int, default=4000, help="of Adam")
+    parser.add_argument("--batch", type=int, default=32, help="images per step")
+    parser.add_argument("--images", type=int, default=16000, help="for the training")
+    parser.add_argument("--learning-rate", type=float, default=0.004, help="largest rate")
+    parser.add_argument("--out", type=Path, default=FILE, help="file to write")
     args = parser.parse_args(argv)
 
     graph, parameters = nnx.split(Classifier(fast_rngs(0)))
@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> float:
     images, labels = single_digits("validation", 500)
     accuracy = float((nnx.merge(graph, parameters)(images).argmax(-1) == labels).mean())
     backbone = _arrays_by_path(parameters["backbone"])
-    np.savez_compressed(args.out, **{k: np.float16(x) for k, x in backbone.items()})
+    arrays = {k: np.float16(x) for k, x in backbone.items()}
+    common.write(args.out, lambda path: np.savez_compressed(path, **arrays))
     Console().print(f"Validation accuracy: {100 * accuracy:.0f} %. Written to {args.out}")
     return accuracy
 

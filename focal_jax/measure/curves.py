@@ -35,7 +35,7 @@ def gammas_figure(gammas: Sequence[float] = GAMMAS) -> Any:
     left.set(ylabel=r"loss  $-(1 - p_t)^\gamma\,\log p_t$", ylim=(0, 5))
     right.set(ylabel=r"gradient  $-\partial\,$loss$\,/\,\partial\,$logit", ylim=(0, None))
     for panel in (left, right):
-        panel.set(xlabel=r"$p_t$, the probability of the true class", xlim=(0, 1))
+        panel.set(xlabel=r"$p_t$ (of the true class)", xlim=(0, 1))
     left.legend()
     return figure
 
