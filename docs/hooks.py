@@ -313,6 +313,7 @@ ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/results.md": "benchmark-results.md",
     "SECURITY.md": "security.md",
     "examples/retinanet_digits/README.md": "detector.md",
 }

@@ -76,11 +76,6 @@ def reduce_classes(axis: int, operands: Any, initial: Any, combine: Callable[[An
     return jax.tree.unflatten(tree, [jnp.expand_dims(x, axis) for x in found])
 
 
-def sum_classes(axis: int, v: Array) -> Array:
-    """Return the sum along the class axis, which keeps size 1."""
-    return jnp.sum(v, axis, keepdims=True)
-
-
 def max_logit(z: Array, axis: int) -> Array:
     """Return the largest logit; the smallest finite number if every logit is -inf."""
     return jnp.max(z, axis, keepdims=True, initial=jnp.finfo(z.dtype).min)
@@ -108,34 +103,26 @@ def _exp_excluding_without_select(logits, index, places, top, where):
     return e
 
 
-def _has_rows(axis: int, logits: Array, at_least: int) -> bool:
-    """Return whether the classes are the last axis, and the number of classes is in range."""
+def _exponentials(axis: int, gradient: bool, logits: Array) -> Callable[..., Array]:
+    """Return the function of the exponentials on CPUs."""
     num_classes = logits.shape[axis]
-    return axis == logits.ndim - 1 and at_least <= num_classes <= MAX_FLOAT_INDEX
+    has_rows = axis == logits.ndim - 1 and num_classes <= MAX_FLOAT_INDEX
+    if has_rows and (num_classes >= 64 or not gradient):
+        return _exp_excluding_without_select
+    # The sum and the gradient both use the exponentials. XLA:CPU writes them to memory once, into
+    # the gradient's buffer.
+    return _exp_excluding if gradient else partial(compile_separately, _exp_excluding)
 
 
-def _exponentials(axis: int, logits: Array) -> Callable[..., Array]:
-    """Return the function of the exponentials that the sums and the gradient share on CPUs."""
-    return _exp_excluding_without_select if _has_rows(axis, logits, 64) else _exp_excluding
-
-
-def class_sums_in_passes(
-    axis: int, gradient: bool, logits: Array, places: Places, where
-) -> ClassSums:
+def sums_in_passes(axis: int, gradient: bool, logits: Array, places: Places, where) -> ClassSums:
     """Return the class sums by one pass for the maximum and one for the sum, for CPUs."""
-    z, index = cast_logits(logits, where), class_index(logits, axis)
+    z = cast_logits(logits, where)
     top = max_logit(z, axis)
-    if gradient:
-        # The sum and the gradient both use the exponentials. XLA:CPU writes them to memory once,
-        # into the gradient's buffer.
-        exponentials = _exponentials(axis, logits)
-    elif _has_rows(axis, logits, 0):
-        exponentials = _exp_excluding_without_select
-    else:
-        exponentials = partial(compile_separately, _exp_excluding)
-    e = exponentials(logits, index, places, top, where)
-    label_logits = tuple(pick_class(z, place, axis) for place in places)
-    return ClassSums(top, label_logits, sum_classes(axis, e))
+    args = logits, class_index(logits, axis), places, top, where
+    e = _exponentials(axis, gradient, logits)(*args)
+    return ClassSums(
+        top, tuple(pick_class(z, x, axis) for x in places), jnp.sum(e, axis, keepdims=True)
+    )
 
 
 def _in_one_pass(axis: int, gradient: bool, logits: Array, places: Places, where) -> ClassSums:
@@ -164,9 +151,7 @@ def _plain_class_sums(
     axis: int, gradient: bool, logits: Array, places: Places, where: Array | None
 ) -> ClassSums:
     """Return the class sums for use in `custom_vjp` rules; differentiable in both modes."""
-    on_cpu, elsewhere = (
-        partial(form, axis, gradient) for form in (class_sums_in_passes, _in_one_pass)
-    )
+    on_cpu, elsewhere = (partial(form, axis, gradient) for form in (sums_in_passes, _in_one_pass))
     return by_platform(on_cpu, elsewhere, logits, places, where)
 
 
@@ -177,7 +162,7 @@ def _plain_class_sums_jvp(axis, gradient, primals, tangents):
     dz, top = cast_logits(tangents[0], where), lax.stop_gradient(sums.max_logit)
     e = _exp_excluding(logits, class_index(logits, axis), places, top, where)
     of_labels = tuple(pick_class(dz, place, axis) for place in places)
-    return sums, ClassSums(jnp.zeros_like(top), of_labels, sum_classes(axis, e * dz))
+    return sums, ClassSums(jnp.zeros_like(top), of_labels, jnp.sum(e * dz, axis, keepdims=True))
 
 
 # ---------------------------------------------------------------- the custom_vjp
@@ -199,7 +184,7 @@ def _backward(axis, residuals, cts):
     (logits, places, where), top = residuals
     index = class_index(logits, axis)
     args = logits, index, places, top, where
-    dz = cts.rest * by_platform(_exponentials(axis, logits), _exp_excluding, *args)
+    dz = cts.rest * by_platform(_exponentials(axis, True, logits), _exp_excluding, *args)
     finish = partial(arguments.mask_to_zero, where=where)
     dz, *of_labels = (finish(x).astype(logits.dtype) for x in (dz, *cts.label_logit))
 

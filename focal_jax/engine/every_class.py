@@ -17,7 +17,6 @@ from focal_jax.engine.class_sums import (
     class_index,
     pick_class,
     reduce_classes,
-    sum_classes,
 )
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.options import unwrap
@@ -122,7 +121,7 @@ def _sum_in_one_pass(axis: int, at_max: Array, by_n: Array, *others: Array):
 @_sum_in_one_pass.defjvp
 def _sum_in_one_pass_jvp(axis, primals, tangents):
     _, dv, *d_others = tangents
-    total = partial(sum_classes, axis)
+    total = partial(jnp.sum, axis=axis, keepdims=True)
     slopes = Split(total(jnp.where(primals[0], dv, 0)), total(jnp.where(primals[0], 0, dv)))
     return _sum_in_one_pass(axis, *primals), (slopes, tuple(map(total, d_others)))
 
@@ -180,7 +179,7 @@ def _by_logits(function: Any) -> Any:
 def _losses_on_cpu(spec: _Spec, args: ClassArgs, row: Row) -> Array:
     others = args._replace(logits=None, row=None, invalid=None)
     summands = _by_logits(partial(_summands, spec))
-    return sum_classes(spec.axis, compile_separately(summands, args.logits, others, row))
+    return jnp.sum(compile_separately(summands, args.logits, others, row), spec.axis, keepdims=True)
 
 
 def _finish(losses: Array, args: ClassArgs) -> Array:
@@ -221,13 +220,13 @@ def _sum_slopes_in_passes(axis: int, logits: Array, by_n: Array, top: Array, whe
         place = jnp.where(pick_class(z, place, axis) < top, -1, place)
         last = axis == logits.ndim - 1
         compute = _zero_at_place if last else partial(compile_separately, _zero_at_place)
-        rest = sum_classes(axis, compute(by_n, class_index(z, axis), place))
+        rest = jnp.sum(compute(by_n, class_index(z, axis), place), axis, keepdims=True)
         return Split(pick_class(by_n, place, axis), rest)
-    total = sum_classes(axis, by_n)
+    total = jnp.sum(by_n, axis, keepdims=True)
     # XLA:CPU writes an expression that two sums share to memory, even a broadcast constant. The
     # barrier and the factor of 2 keep this sum different from the sums of the forward pass.
     top, _ = lax.optimization_barrier((top, lax.stop_gradient(total)))
-    rest = 0.5 * sum_classes(axis, zero_near_max(z - top, by_n, scale=2.0))
+    rest = 0.5 * jnp.sum(zero_near_max(z - top, by_n, scale=2.0), axis, keepdims=True)
     return Split(total - rest, rest)
 
 

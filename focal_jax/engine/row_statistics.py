@@ -26,7 +26,6 @@ from focal_jax.engine.class_sums import (
     cast_logits,
     class_index,
     pick_class,
-    sum_classes,
 )
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.platform import by_platform
@@ -109,7 +108,7 @@ def of_classes(axis: int, z: Array, start: Array | int, places: Array | None) ->
 
     def total(function, own, top):
         compute = function if is_last else partial(compile_separately, function)
-        return sum_classes(axis, compute(z, index, own, top))
+        return jnp.sum(compute(z, index, own, top), axis, keepdims=True)
 
     sums = total(exponentials, own, top), total(spreads, *again)
     return RowStatistics(top, own + start, *sums, _pick(z, places, start, axis))

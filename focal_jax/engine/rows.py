@@ -19,10 +19,9 @@ from focal_jax.engine import scalar
 from focal_jax.engine.class_sums import (
     AxisName,
     cast_logits,
-    class_sums_in_passes,
     max_logit,
     reduce_classes,
-    sum_classes,
+    sums_in_passes,
 )
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.scalar import Terms
@@ -66,13 +65,13 @@ def _row_in_passes(axis: int, logits: Array, where: Array | None) -> Row:
     z = cast_logits(logits, where)
     place = max_class_on_cpu(z, axis)
     if place is not None:
-        sums = class_sums_in_passes(axis, False, logits, (place,), where)
+        sums = sums_in_passes(axis, False, logits, (place,), where)
         return Row(sums.max_logit, Split(jnp.exp(sums.label_logit[0] - sums.max_logit), sums.rest))
     top = max_logit(z, axis)
-    total = sum_classes(axis, jnp.exp(z - top))
+    total = jnp.sum(jnp.exp(z - top), axis, keepdims=True)
     # The barrier keeps the sums from sharing `z - top`, which XLA:CPU would write to memory.
     x = z - lax.optimization_barrier(top)
-    rest = sum_classes(axis, zero_near_max(x, jnp.exp(x)))
+    rest = jnp.sum(zero_near_max(x, jnp.exp(x)), axis, keepdims=True)
     return Row(top, normalize(Split(total - rest, rest)))
 
 
@@ -125,9 +124,8 @@ def _plain_row_jvp(axis, primals, tangents):
     x = cast_logits(logits, where) - lax.stop_gradient(row.max_logit)
     de = jnp.exp(x) * cast_logits(tangents[0], where)
     near = is_near_max(x)
-    of_exps = Split(
-        sum_classes(axis, jnp.where(near, de, 0)), sum_classes(axis, jnp.where(near, 0, de))
-    )
+    total = partial(jnp.sum, axis=axis, keepdims=True)
+    of_exps = Split(total(jnp.where(near, de, 0)), total(jnp.where(near, 0, de)))
     return row, Row(jnp.zeros_like(row.max_logit), of_exps)
 
 
