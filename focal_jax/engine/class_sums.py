@@ -18,7 +18,7 @@ from focal_jax.engine.cpu import by_devices, compile_separately
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying
 
-Places = tuple[Array, ...]  # class indices, each with a class axis of size 1
+Labels = tuple[Array, ...]  # class indices, each with a class axis of size 1
 
 
 class ClassSums(NamedTuple):
@@ -47,21 +47,21 @@ def cast_logits(logits: Array, where: Array | None) -> Array:
     return arguments.mask_to_zero(logits.astype(arguments.compute_dtype(logits)), where)
 
 
-def pick_class(z: Array, place: Array, axis: int) -> Array:
-    """Return the entry of the class `place`, or 0 if there is no such class."""
+def pick_class(z: Array, label: Array, axis: int) -> Array:
+    """Return the entry of the class `label`, or 0 if there is no such class."""
     if z.shape[axis] and jax.typeof(z).sharding.spec[axis] is None:
         # `checkify.index_checks` would report a gather of an ignored label that is no class.
-        inside = (place >= 0) & (place < z.shape[axis])
-        place = jnp.where(inside, place, 0)
-        return jnp.where(inside, jnp.take_along_axis(z, place, axis, mode="promise_in_bounds"), 0)
+        inside = (label >= 0) & (label < z.shape[axis])
+        label = jnp.where(inside, label, 0)
+        return jnp.where(inside, jnp.take_along_axis(z, label, axis, mode="promise_in_bounds"), 0)
     # `take_along_axis` raises if the class axis is sharded over an explicit mesh, or empty.
-    return jnp.sum(jnp.where(class_index(z, axis) == place, z, 0), axis, keepdims=True)
+    return jnp.sum(jnp.where(class_index(z, axis) == label, z, 0), axis, keepdims=True)
 
 
-def zero_at(v: Array, index: Array, *places: Array) -> Array:
-    """Return `v` with 0 for the class at each place."""
-    for place in places:
-        v = jnp.where(index == place, 0, v)
+def zero_at(v: Array, index: Array, *labels: Array) -> Array:
+    """Return `v` with 0 for the class at each label."""
+    for label in labels:
+        v = jnp.where(index == label, 0, v)
     return v
 
 
@@ -88,18 +88,18 @@ def max_logit(z: Array, axis: int) -> Array:
 MAX_FLOAT_INDEX = 2**24
 
 
-def _exp_excluding(logits: Array, index: Array, places: Places, top: Array, where) -> Array:
-    """Return `exp(logit - top)` for every class, 0 for the classes at the places."""
-    return zero_at(jnp.exp(cast_logits(logits, where) - top), index, *places)
+def _exp_excluding(logits: Array, index: Array, labels: Labels, top: Array, where) -> Array:
+    """Return `exp(logit - top)` for every class, 0 for the classes at the labels."""
+    return zero_at(jnp.exp(cast_logits(logits, where) - top), index, *labels)
 
 
-def _exp_excluding_without_select(logits, index, places, top, where):
+def _exp_excluding_without_select(logits, index, labels, top, where):
     # XLA:CPU compiles exponentials and sums that are fused with a select to slow code. The
-    # exponentials are at most 1, and |index - place| is below 1 only at the place, so the minimum
+    # exponentials are at most 1, and |index - label| is below 1 only at the label, so the minimum
     # of the two is 0 there.
     e = jnp.exp(cast_logits(logits, where) - top)
-    for place in places:
-        e = jnp.minimum(e, jnp.abs(index.astype(e.dtype) - place.astype(e.dtype)))
+    for label in labels:
+        e = jnp.minimum(e, jnp.abs(index.astype(e.dtype) - label.astype(e.dtype)))
     return e
 
 
@@ -114,25 +114,25 @@ def _exponentials(axis: int, gradient: bool, logits: Array) -> Callable[..., Arr
     return _exp_excluding if gradient else partial(compile_separately, _exp_excluding)
 
 
-def sums_in_passes(axis: int, gradient: bool, logits: Array, places: Places, where) -> ClassSums:
+def sums_in_passes(axis: int, gradient: bool, logits: Array, labels: Labels, where) -> ClassSums:
     """Return the class sums by one pass for the maximum and one for the sum, for CPUs."""
     z = cast_logits(logits, where)
     top = max_logit(z, axis)
-    args = logits, class_index(logits, axis), places, top, where
+    args = logits, class_index(logits, axis), labels, top, where
     e = _exponentials(axis, gradient, logits)(*args)
     return ClassSums(
-        top, tuple(pick_class(z, x, axis) for x in places), jnp.sum(e, axis, keepdims=True)
+        top, tuple(pick_class(z, x, axis) for x in labels), jnp.sum(e, axis, keepdims=True)
     )
 
 
-def _in_one_pass(axis: int, gradient: bool, logits: Array, places: Places, where) -> ClassSums:
+def _in_one_pass(axis: int, gradient: bool, logits: Array, labels: Labels, where) -> ClassSums:
     """Return the class sums by one reduction that reads the logits once, for accelerators."""
     del gradient
     z = cast_logits(logits, where)
     least, index = jnp.finfo(z.dtype).min, class_index(logits, axis)
-    label_logits = tuple(jnp.where(index == place, z, 0) for place in places)
+    label_logits = tuple(jnp.where(index == label, z, 0) for label in labels)
     # With a single class, exp(logit - max) is 1, or 0 if the logit is -inf.
-    one = zero_at(jnp.where(z == -jnp.inf, 0, jnp.ones_like(z)), index, *places)
+    one = zero_at(jnp.where(z == -jnp.inf, 0, jnp.ones_like(z)), index, *labels)
 
     def combine(a, b):
         top = jnp.maximum(a.max_logit, b.max_logit)
@@ -140,7 +140,7 @@ def _in_one_pass(axis: int, gradient: bool, logits: Array, places: Places, where
         return ClassSums(top, jax.tree.map(jnp.add, a.label_logit, b.label_logit), rest)
 
     zero = jnp.zeros((), z.dtype)
-    initial = ClassSums(zero + least, (zero,) * len(places), zero)
+    initial = ClassSums(zero + least, (zero,) * len(labels), zero)
     return reduce_classes(
         axis, ClassSums(jnp.maximum(z, least), label_logits, one), initial, combine
     )
@@ -148,20 +148,20 @@ def _in_one_pass(axis: int, gradient: bool, logits: Array, places: Places, where
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _plain_class_sums(
-    axis: int, gradient: bool, logits: Array, places: Places, where: Array | None
+    axis: int, gradient: bool, logits: Array, labels: Labels, where: Array | None
 ) -> ClassSums:
     """Return the class sums for use in `custom_vjp` rules; differentiable in both modes."""
     on_cpu, elsewhere = (partial(form, axis, gradient) for form in (sums_in_passes, _in_one_pass))
-    return by_platform(on_cpu, elsewhere, logits, places, where)
+    return by_platform(on_cpu, elsewhere, logits, labels, where)
 
 
 @_plain_class_sums.defjvp
 def _plain_class_sums_jvp(axis, gradient, primals, tangents):
-    logits, places, where = primals
+    logits, labels, where = primals
     sums = _plain_class_sums(axis, gradient, *primals)
     dz, top = cast_logits(tangents[0], where), lax.stop_gradient(sums.max_logit)
-    e = _exp_excluding(logits, class_index(logits, axis), places, top, where)
-    of_labels = tuple(pick_class(dz, place, axis) for place in places)
+    e = _exp_excluding(logits, class_index(logits, axis), labels, top, where)
+    of_labels = tuple(pick_class(dz, label, axis) for label in labels)
     return sums, ClassSums(jnp.zeros_like(top), of_labels, jnp.sum(e * dz, axis, keepdims=True))
 
 
@@ -181,40 +181,40 @@ def _forward(axis, *args):
 
 @partial(jax.jit, static_argnums=0)
 def _backward(axis, residuals, cts):
-    (logits, places, where), top = residuals
+    (logits, labels, where), top = residuals
     index = class_index(logits, axis)
-    args = logits, index, places, top, where
+    args = logits, index, labels, top, where
     dz = cts.rest * by_platform(_exponentials(axis, True, logits), _exp_excluding, *args)
     finish = partial(arguments.mask_to_zero, where=where)
     dz, *of_labels = (finish(x).astype(logits.dtype) for x in (dz, *cts.label_logit))
 
-    def select(dz, places, of_labels):
-        for place, of_label in zip(places, of_labels):
-            dz = jnp.where(index == place, of_label, dz)
+    def select(dz, labels, of_labels):
+        for label, of_label in zip(labels, of_labels):
+            dz = jnp.where(index == label, of_label, dz)
         return dz
 
-    def scatter(dz, places, of_labels):
-        for place, of_label in zip(places, of_labels):
-            place = jnp.where(place < 0, dz.shape[axis], place)  # dropped
-            dz = jnp.put_along_axis(dz, place, of_label, axis, inplace=False, mode="drop")
+    def scatter(dz, labels, of_labels):
+        for label, of_label in zip(labels, of_labels):
+            label = jnp.where(label < 0, dz.shape[axis], label)  # dropped
+            dz = jnp.put_along_axis(dz, label, of_label, axis, inplace=False, mode="drop")
         return dz
 
     # The gradient of a linear layer with several axes of positions needs a transposed copy of `dz`.
     # XLA:CPU would compute `dz` for the copy again, and keep the exponentials.
     on_cpu = partial(by_devices, scatter, select) if axis == dz.ndim - 1 > 1 else select
-    return by_platform(on_cpu, select, dz, places, of_labels), None, None
+    return by_platform(on_cpu, select, dz, labels, of_labels), None, None
 
 
 _core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 _core.defvjp(_forward, _backward)
 
 
-def class_sums(axis: int, logits: Array, places: Places, where: Array | None) -> ClassSums:
-    """Return the class sums; `rest` excludes the classes at all places.
+def class_sums(axis: int, logits: Array, labels: Labels, where: Array | None) -> ClassSums:
+    """Return the class sums; `rest` excludes the classes at all labels.
 
     The exponentials are recomputed in the backward pass and not stored.
     """
-    return _core(axis, *cast_to_common_varying(logits, places, where))
+    return _core(axis, *cast_to_common_varying(logits, labels, where))
 
 
 def sum_over_shards(sums: ClassSums, class_axis_name: AxisName | None) -> ClassSums:

@@ -22,7 +22,7 @@ from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.options import unwrap
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.rows import (
-    Row,
+    RowSums,
     Split,
     class_terms,
     direct_gradient,
@@ -48,7 +48,7 @@ class ClassArgs(NamedTuple):
     where: Array | None
     invalid: Array | None = None  # invalid class indices, for smoothed labels
     # The row sums over all classes, if the logits are a slice or the sums are used elsewhere.
-    row: Row | None = None
+    row: RowSums | None = None
     class_index: Array | None = None  # for smoothed labels
 
 
@@ -142,13 +142,13 @@ def _with_index(spec: _Spec, args: ClassArgs) -> ClassArgs:
     return args._replace(class_index=class_index(args.logits, spec.axis))
 
 
-def _row(spec: _Spec, args: ClassArgs) -> Row:
+def _row(spec: _Spec, args: ClassArgs) -> RowSums:
     """Return the row sums."""
     row = plain_row(spec.axis, args.logits, args.where) if args.row is None else args.row
     return row._replace(max_logit=lax.stop_gradient(row.max_logit))
 
 
-def _prepare(spec: _Spec, args: ClassArgs, row: Row, for_backward: bool):
+def _prepare(spec: _Spec, args: ClassArgs, row: RowSums, for_backward: bool):
     """Return the shifted logits, the weights, alpha, the options, and where labels are invalid."""
     z = cast_logits(args.logits, args.where)
     x = shift_logits(z, row.max_logit, for_backward=for_backward)
@@ -161,12 +161,12 @@ def _prepare(spec: _Spec, args: ClassArgs, row: Row, for_backward: bool):
     return x, y, alpha, options, invalid
 
 
-def _summands(spec: _Spec, args: ClassArgs, row: Row) -> Array:
+def _summands(spec: _Spec, args: ClassArgs, row: RowSums) -> Array:
     x, y, alpha, options, invalid = _prepare(spec, args, row, False)
     return jnp.where(invalid, jnp.nan, class_values(spec.loss, x, row.exps, y, alpha, options))
 
 
-def _slopes(spec: _Spec, args: ClassArgs, row: Row, *, for_backward: bool) -> ClassSlopes:
+def _slopes(spec: _Spec, args: ClassArgs, row: RowSums, *, for_backward: bool) -> ClassSlopes:
     x, y, alpha, options, _ = _prepare(spec, args, row, for_backward)
     return class_slopes(spec.loss, x, row.exps, y, alpha, options)
 
@@ -176,7 +176,7 @@ def _by_logits(function: Any) -> Any:
     return lambda logits, args, *more: function(args._replace(logits=logits), *more)
 
 
-def _losses_on_cpu(spec: _Spec, args: ClassArgs, row: Row) -> Array:
+def _losses_on_cpu(spec: _Spec, args: ClassArgs, row: RowSums) -> Array:
     others = args._replace(logits=None, row=None, invalid=None)
     summands = _by_logits(partial(_summands, spec))
     return jnp.sum(compile_separately(summands, args.logits, others, row), spec.axis, keepdims=True)
@@ -187,20 +187,20 @@ def _finish(losses: Array, args: ClassArgs) -> Array:
     return arguments.mask_and_invalidate(losses, invalid, args.where)
 
 
-def _forward_on_cpu(spec: _Spec, args: ClassArgs, row: Row):
+def _forward_on_cpu(spec: _Spec, args: ClassArgs, row: RowSums):
     # The sums of the slopes are left to the backward pass, which writes the slopes to memory.
     zero = jnp.zeros_like(row.max_logit)
     return _losses_on_cpu(spec, args, row), Split(zero, zero)
 
 
-def _forward_elsewhere(spec: _Spec, args: ClassArgs, row: Row):
+def _forward_elsewhere(spec: _Spec, args: ClassArgs, row: RowSums):
     by_n = _slopes(spec, args, row, for_backward=False).by_n
     near = is_near_max(cast_logits(args.logits, args.where) - row.max_logit)
     slopes, (losses,) = _sum_in_one_pass(spec.axis, near, by_n, _summands(spec, args, row))
     return losses, slopes
 
 
-def _gradient(spec: _Spec, args: ClassArgs, row: Row, by_n: Array, slopes: Split) -> Array:
+def _gradient(spec: _Spec, args: ClassArgs, row: RowSums, by_n: Array, slopes: Split) -> Array:
     z = cast_logits(args.logits, args.where)
     x = shift_logits(z, row.max_logit, for_backward=True)
     if args.row is not None:
@@ -208,20 +208,20 @@ def _gradient(spec: _Spec, args: ClassArgs, row: Row, by_n: Array, slopes: Split
     return whole_gradient(x, row.exps, by_n, slopes)
 
 
-def _zero_at_place(by_n: Array, index: Array, place: Array) -> Array:
-    return by_n * jnp.minimum(jnp.abs(index - place), 1).astype(by_n.dtype)
+def _zero_at_index(by_n: Array, index: Array, max_index: Array) -> Array:
+    return by_n * jnp.minimum(jnp.abs(index - max_index), 1).astype(by_n.dtype)
 
 
 def _sum_slopes_in_passes(axis: int, logits: Array, by_n: Array, top: Array, where) -> Split:
     z = cast_logits(logits, where)
-    place = max_class_on_cpu(z, axis)
-    if place is not None:
+    max_index = max_class_on_cpu(z, axis)
+    if max_index is not None:
         # The largest logit of one shard of the classes may be below that of all shards.
-        place = jnp.where(pick_class(z, place, axis) < top, -1, place)
+        max_index = jnp.where(pick_class(z, max_index, axis) < top, -1, max_index)
         last = axis == logits.ndim - 1
-        compute = _zero_at_place if last else partial(compile_separately, _zero_at_place)
-        rest = jnp.sum(compute(by_n, class_index(z, axis), place), axis, keepdims=True)
-        return Split(pick_class(by_n, place, axis), rest)
+        compute = _zero_at_index if last else partial(compile_separately, _zero_at_index)
+        rest = jnp.sum(compute(by_n, class_index(z, axis), max_index), axis, keepdims=True)
+        return Split(pick_class(by_n, max_index, axis), rest)
     total = jnp.sum(by_n, axis, keepdims=True)
     # XLA:CPU writes an expression that two sums share to memory, even a broadcast constant. The
     # barrier and the factor of 2 keep this sum different from the sums of the forward pass.
@@ -230,7 +230,7 @@ def _sum_slopes_in_passes(axis: int, logits: Array, by_n: Array, top: Array, whe
     return Split(total - rest, rest)
 
 
-def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: Row, slopes: Split, losses: Array):
+def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: RowSums, slopes: Split, losses: Array):
     del slopes
     others = args._replace(logits=None, invalid=None)
 
@@ -244,7 +244,7 @@ def _gradient_on_cpu(spec: _Spec, args: ClassArgs, row: Row, slopes: Split, loss
     return compile_separately(gradient, args.logits, others, row, found, slopes), slopes
 
 
-def _gradient_elsewhere(spec: _Spec, args: ClassArgs, row: Row, slopes: Split, losses: Array):
+def _gradient_elsewhere(spec: _Spec, args: ClassArgs, row: RowSums, slopes: Split, losses: Array):
     del losses
     found = _slopes(spec, args, row, for_backward=True).by_n
     return _gradient(spec, args, row, found, slopes), slopes
@@ -290,7 +290,7 @@ def _backward(spec: _Spec, residuals, ct: Array):
     of_row = None
     if args.row is not None:
         of_exps = jax.tree.map(scaled, row_cotangent(row.exps, slopes))
-        of_row = Row(jnp.zeros_like(row.max_logit), of_exps)
+        of_row = RowSums(jnp.zeros_like(row.max_logit), of_exps)
     of_args = ClassArgs(
         cotangent(dz, args.logits),
         None if spec.smoothing is not None else cotangent(found.labels, args.labels),

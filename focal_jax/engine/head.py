@@ -43,14 +43,14 @@ class DenseSource(NamedTuple):
         # Two cotangents that may cancel are added before they are rounded to 16 bits.
         return logits.astype(self.dtype(logits))
 
-    def class_sums(self, logits: Array, place: Array, where: Array | None) -> ClassSums:
-        sums = class_sums.class_sums(self.class_axis, logits, (place,), where)
+    def class_sums(self, logits: Array, labels: Array, where: Array | None) -> ClassSums:
+        sums = class_sums.class_sums(self.class_axis, logits, (labels,), where)
         return sums._replace(label_logit=sums.label_logit[0])
 
-    def row_statistics(self, logits: Array, places: Array | None, where: Array | None) -> Any:
+    def row_statistics(self, logits: Array, indices: Array | None, where: Array | None) -> Any:
         from focal_jax.engine import row_statistics  # most programs do not use it
 
-        return row_statistics.of_array(self.class_axis, logits, places, where)
+        return row_statistics.of_array(self.class_axis, logits, indices, where)
 
     def sum_over_classes(self, loss: Any, args: Any, smoothing: Any) -> Array:
         from focal_jax.engine import every_class
@@ -134,14 +134,15 @@ def _run(
     labels, alpha, options, where = place_like(first, (labels, alpha, options, where))
     local = source.logits_shape(logits)[axis]
     num_classes, start = class_range(local, name)
-    place = labels if start is None else labels - start
+    local_labels = labels if start is None else labels - start
     weight, invalid = label_weight(alpha, labels, num_classes)
     if head.label_smoothing:
         weights = _local_weights(alpha, local, start)
-        return _smoothed(head, logits, name, place, weights, options, where, invalid, num_classes)
+        args = local_labels, weights, options, where, invalid, num_classes
+        return _smoothed(head, logits, name, *args)
     if head.loss.row_option is not None or head.return_logsumexp:
         logits = source.for_two_cotangents(logits)
-    sums = class_sums.sum_over_shards(source.class_sums(logits, place, where), name)
+    sums = class_sums.sum_over_shards(source.class_sums(logits, local_labels, where), name)
     if head.loss.row_option is not None:
         option, of_row = head.loss.row_option
         options = options | {option: of_row(axis, name, logits, sums, where)}
@@ -153,7 +154,7 @@ def _run(
 
 
 def _smoothed(
-    head: _Head, logits, name, place, weights, options: Any, where, invalid, num_classes: int
+    head: _Head, logits, name, local_labels, weights, options: Any, where, invalid, num_classes: int
 ) -> Any:
     """Return the losses of smoothed labels and, if asked for, the log-sum-exp."""
     # Imported here, because most programs do not smooth labels.
@@ -164,7 +165,7 @@ def _smoothed(
         logits = source.for_two_cotangents(logits)
         row = row_statistics.row_of(source.row_statistics(logits, None, where))
         row = rows.row_over_shards(row, name)
-    args = every_class.ClassArgs(logits, place, weights, options, where, invalid, row)
+    args = every_class.ClassArgs(logits, local_labels, weights, options, where, invalid, row)
     smoothing = every_class.Smoothing(head.label_smoothing, num_classes)
     losses = source.sum_over_classes(head.loss, args, smoothing)
     losses = losses if name is None else lax.psum(losses, name)
@@ -183,9 +184,9 @@ def label_weight(alpha: Array, labels: Array, num_classes: int) -> tuple[Array, 
 
 
 @jax.custom_jvp
-def _pick(weights: Array, place: Array) -> Array:
+def _pick(weights: Array, labels: Array) -> Array:
     # On an explicit mesh, a gather needs the sharding of its result.
-    return weights.at[place].get(out_sharding=jax.typeof(place).sharding)
+    return weights.at[labels].get(out_sharding=jax.typeof(labels).sharding)
 
 
 @_pick.defjvp
@@ -193,13 +194,13 @@ def _pick_jvp(primals, tangents):
     # The transpose of a gather adds the cotangents one after another, which loses digits if there
     # are many. So each block of positions has weights of its own, and the cotangents of the blocks
     # are added by a reduction. With the sum of zeros, so has each example of a `vmap`.
-    weights, place = primals
-    zero = 0 * place  # so that the index of the block has the sharding of the labels
-    block = jnp.arange(place.size, dtype=place.dtype).reshape(place.shape) // _BLOCK + zero
+    weights, labels = primals
+    zero = 0 * labels  # so that the index of the block has the sharding of the labels
+    block = jnp.arange(labels.size, dtype=labels.dtype).reshape(labels.shape) // _BLOCK + zero
     own = tangents[0] + jnp.sum(zero).astype(weights.dtype)
-    own = jnp.broadcast_to(own, (place.size // _BLOCK + 1, weights.size))
-    sharding = jax.typeof(place).sharding
-    return _pick(*primals), own.at[block, place].get(out_sharding=sharding)
+    own = jnp.broadcast_to(own, (labels.size // _BLOCK + 1, weights.size))
+    sharding = jax.typeof(labels).sharding
+    return _pick(*primals), own.at[block, labels].get(out_sharding=sharding)
 
 
 def _local_weights(alpha: Array, local: int, start: Array | None) -> Array:

@@ -43,11 +43,11 @@ class LinearSource(chunks.ChunkSpec):
     def for_two_cotangents(self, linear: Linear) -> Linear:
         return linear  # wider features would make the products slower
 
-    def class_sums(self, linear: Linear, place: Array, where: Array | None) -> ClassSums:
-        return linear_sums.class_sums(self, linear, place, where)
+    def class_sums(self, linear: Linear, labels: Array, where: Array | None) -> ClassSums:
+        return linear_sums.class_sums(self, linear, labels, where)
 
-    def row_statistics(self, linear: Linear, places: Array | None, where: Array | None) -> Any:
-        return row_statistics.of_linear(self, linear, places, where)
+    def row_statistics(self, linear: Linear, indices: Array | None, where: Array | None) -> Any:
+        return row_statistics.of_linear(self, linear, indices, where)
 
     def sum_over_classes(self, loss: Any, args: ClassArgs, smoothing: Smoothing) -> Array:
         # The cotangents of the chunks are added up in the dtype of the loss.

@@ -27,7 +27,7 @@ from focal_jax.engine.class_sums import ClassSums, pick_class
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.options import unwrap
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.rows import Row, Split
+from focal_jax.engine.rows import RowSums, Split
 
 # ---------------------------------------------------------------- class sums
 
@@ -42,7 +42,7 @@ def _max_logit(z: Array) -> Array:
     return lax.stop_gradient(jnp.max(z, -1, keepdims=True, initial=-jnp.inf))
 
 
-def _sums_in_passes(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSums:
+def _sums_in_passes(spec: ChunkSpec, linear: Linear, labels: Array) -> ClassSums:
     """Return the class sums by one pass over each chunk for the maximum and one for the sum."""
 
     @recomputed
@@ -50,19 +50,19 @@ def _sums_in_passes(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSums:
         chunk = chunk_of(spec, linear, size, start)
         z = chunk.logits
         top = jnp.maximum(sums.max_logit, _max_logit(z))
-        e = jnp.where(chunk.class_index == place, 0, jnp.exp(z - top))
+        e = jnp.where(chunk.class_index == labels, 0, jnp.exp(z - top))
         return ClassSums(
             top,
-            sums.label_logit + pick_class(z, _place_in(chunk, place), z.ndim - 1),
+            sums.label_logit + pick_class(z, _in_chunk(chunk, labels), z.ndim - 1),
             sums.rest * jnp.exp(sums.max_logit - top) + jnp.sum(e, -1, keepdims=True),
         )
 
     return fold(step, _no_sums(linear), spec, linear)
 
 
-def _place_in(chunk: Chunk, place: Array) -> Array:
+def _in_chunk(chunk: Chunk, labels: Array) -> Array:
     """Return the class index within the chunk."""
-    return place - chunk.class_index[..., :1]
+    return labels - chunk.class_index[..., :1]
 
 
 # In one pass, a logit may exceed the largest logit of the earlier chunks by at most this.
@@ -83,7 +83,7 @@ def _(size, batched, jump):
     return _all_small(jump), False
 
 
-def _sums_in_one_pass(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSums:
+def _sums_in_one_pass(spec: ChunkSpec, linear: Linear, labels: Array) -> ClassSums:
     """Return the class sums by one pass, which an accelerator computes during the product.
 
     The exponentials are relative to the largest logit of the earlier chunks, so that they do not
@@ -96,7 +96,7 @@ def _sums_in_one_pass(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSum
     def step(size, carry, start):
         sums, jump = carry
         chunk = chunk_of(spec, linear, size, start)
-        z, is_label = chunk.logits, chunk.class_index == place
+        z, is_label = chunk.logits, chunk.class_index == labels
         top = jnp.maximum(sums.max_logit, _max_logit(z))
         e = jnp.where(is_label, 0, jnp.exp(jnp.minimum(z - sums.max_logit, _MAX_JUMP)))
         rest = sums.rest + jnp.sum(e, -1, keepdims=True)
@@ -113,13 +113,13 @@ def _sums_in_one_pass(spec: ChunkSpec, linear: Linear, place: Array) -> ClassSum
     all_small = _all_small(lax.stop_gradient(jump))
     # A select outside the `cond`: the results of a conditional stay in a TPU's slow memory.
     in_passes = partial(_sums_in_passes, spec)
-    again = lax.cond(all_small, lambda linear, _: _no_sums(linear), in_passes, linear, place)
+    again = lax.cond(all_small, lambda linear, _: _no_sums(linear), in_passes, linear, labels)
     return jax.tree.map(partial(jnp.where, all_small), sums, again)
 
 
-def _sums(spec: ChunkSpec, linear: Linear, place: Array, where: Array | None) -> ClassSums:
+def _sums(spec: ChunkSpec, linear: Linear, labels: Array, where: Array | None) -> ClassSums:
     on_cpu, elsewhere = (partial(form, spec) for form in (_sums_in_passes, _sums_in_one_pass))
-    return by_platform(on_cpu, elsewhere, linear.mask(where), place)
+    return by_platform(on_cpu, elsewhere, linear.mask(where), labels)
 
 
 def _sums_forward(spec, *args):
@@ -128,11 +128,11 @@ def _sums_forward(spec, *args):
 
 
 def _sums_backward(spec, residuals, cts: ClassSums):
-    (linear, place, where), top = residuals
+    (linear, labels, where), top = residuals
 
     def of_chunk(chunk):
         e = jnp.exp(chunk.logits - top)
-        return jnp.where(chunk.class_index == place, cts.label_logit, cts.rest * e), (), None
+        return jnp.where(chunk.class_index == labels, cts.label_logit, cts.rest * e), (), None
 
     return gradients(spec, linear, where, of_chunk)[0], None, None
 
@@ -141,9 +141,9 @@ _class_sums = jax.custom_vjp(_sums, nondiff_argnums=(0,))
 _class_sums.defvjp(_sums_forward, _sums_backward)
 
 
-def class_sums(spec: ChunkSpec, linear: Linear, place: Array, where: Array | None) -> ClassSums:
+def class_sums(spec: ChunkSpec, linear: Linear, labels: Array, where: Array | None) -> ClassSums:
     """Return the class sums of `features @ kernel + bias`."""
-    return call(_class_sums, spec, linear, place, where)
+    return call(_class_sums, spec, linear, labels, where)
 
 
 # ---------------------------------------------------------------- sums over all classes
@@ -157,7 +157,7 @@ class _Spec(NamedTuple):
     smoothing: Smoothing
 
 
-def _inputs(spec: _Spec, args: ClassArgs, row: Row, chunk: Chunk):
+def _inputs(spec: _Spec, args: ClassArgs, row: RowSums, chunk: Chunk):
     """Return the arguments of `every_class.class_values` and `class_slopes` for a chunk."""
     x = chunk.logits - row.max_logit
     y = spec.smoothing.weights(chunk.class_index == args.labels, x.dtype)
@@ -166,7 +166,7 @@ def _inputs(spec: _Spec, args: ClassArgs, row: Row, chunk: Chunk):
     return spec.loss, x, row.exps, y, alpha, {k: unwrap(v) for k, v in options.items()}
 
 
-def _row_of(spec: _Spec, args: ClassArgs) -> Row:
+def _row_of(spec: _Spec, args: ClassArgs) -> RowSums:
     row = args.row
     if row is None:
         row = row_statistics.row_of(
@@ -175,7 +175,7 @@ def _row_of(spec: _Spec, args: ClassArgs) -> Row:
     return row._replace(max_logit=lax.stop_gradient(row.max_logit))
 
 
-def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: Row) -> tuple[Array, Split]:
+def _losses(spec: _Spec, with_slopes: bool, args: ClassArgs, row: RowSums) -> tuple[Array, Split]:
     """Return the losses and, if asked for, the sums of the slopes."""
     masked = args.logits.mask(args.where)
 
@@ -235,7 +235,7 @@ def _smoothed_backward(spec: _Spec, residuals, ct: Array):
     if args.row is not None:
         of_exps = rows.row_cotangent(row.exps, slopes)
         of_exps = jax.tree.map(lambda slope: ct * slope, of_exps)
-        of_row = Row(jnp.zeros_like(row.max_logit), of_exps)
+        of_row = RowSums(jnp.zeros_like(row.max_logit), of_exps)
     return of_linear, ClassArgs(None, None, None, of_options, None, None, of_row)
 
 

@@ -25,7 +25,7 @@ from focal_jax.engine.sharding import (
 class _Args(NamedTuple):
     """The arrays of the positions besides the features."""
 
-    places: Any  # [..., L]: the positive classes, as indices into the rows of this kernel
+    positives: Any  # [..., L]: the positive classes, as indices into the rows of this kernel
     options: dict[str, Any]  # aligned with the logits
     where: Array | None
     invalid: Any  # [..., 1]
@@ -38,23 +38,23 @@ class _Spec(NamedTuple):
     chunks: ChunkSpec
 
 
-def _is_positive(class_index: Array, places: Array, z: Array) -> Array:
+def _is_positive(class_index: Array, positives: Array, z: Array) -> Array:
     """Return which classes of a chunk are labels, in the shape of the chunk's logits."""
-    if places.shape[-1] > chunks.MAX_COMPARISONS:
-        local = places - class_index[..., :1]
+    if positives.shape[-1] > chunks.MAX_COMPARISONS:
+        local = positives - class_index[..., :1]
         local = jnp.where(local < 0, z.shape[-1], local)  # -1 would be the last class
         labels = jnp.zeros(z.shape, bool)
         return jnp.put_along_axis(labels, local, True, -1, inplace=False, mode="drop")
     positive = jnp.zeros(z.shape, bool)
-    for k in range(places.shape[-1]):
-        positive |= class_index == places[..., k : k + 1]
+    for k in range(positives.shape[-1]):
+        positive |= class_index == positives[..., k : k + 1]
     return positive
 
 
 def _on_chunk(function: Callable[..., Array], args: _Args, chunk: Any) -> Array:
     """Return `function(logits, labels, options)` for the classes of a chunk."""
     z = chunk.logits
-    positive = _is_positive(chunk.class_index, args.places, z)
+    positive = _is_positive(chunk.class_index, args.positives, z)
     options = arguments.cast_and_mask(args.options, z.dtype, args.where)
 
     def unwrapped(z, positive, options):
@@ -130,25 +130,25 @@ def linear_losses(
     of_logits = bias, transpose_kernel, None, chunk_size, mesh, class_axis_name
     source, linear, name = linear_source(features, kernel, *of_logits)
     *positions, _ = source.logits_shape(linear)
-    places = checks.class_index_lists("labels", labels, tuple(positions))
+    positives = checks.class_index_lists("labels", labels, tuple(positions))
     prepared = prepare_options(
         loss.options, options, tuple(positions), source.dtype(linear), len(positions)
     )
     mask = arguments.mask_array(where, tuple(positions), len(positions))
-    check_not_varying({"labels": places, "where": mask, **prepared}, name)
+    check_not_varying({"labels": positives, "where": mask, **prepared}, name)
     spec = _Spec(loss, source)
-    losses = source.on_shards(_all_classes, spec, linear, name, places, prepared, mask)
+    losses = source.on_shards(_all_classes, spec, linear, name, positives, prepared, mask)
     return jnp.squeeze(losses, -1)
 
 
-def _all_classes(spec: _Spec, linear: Linear, name: AxisName | None, places, options, where):
+def _all_classes(spec: _Spec, linear: Linear, name: AxisName | None, positives, options, where):
     """Return the sums over the classes of all shards."""
     source: Any = spec.chunks
     *_, local = source.logits_shape(linear)
     num_classes, start = class_range(local, name)
-    invalid = jnp.any((places < -1) | (places >= num_classes), -1, keepdims=True)
+    invalid = jnp.any((positives < -1) | (positives >= num_classes), -1, keepdims=True)
     if start is not None:  # padding stays -1
-        places = jnp.where(places < 0, -1, places - start)
-    others = place_like(linear.features, (places, options, where, invalid))
+        positives = jnp.where(positives < 0, -1, positives - start)
+    others = place_like(linear.features, (positives, options, where, invalid))
     losses = chunks.call(_core, spec, linear, _Args(*others))
     return losses if name is None else lax.psum(losses, name)

@@ -24,7 +24,7 @@ class _Next(NamedTuple):
     """The largest logit below the bound, or -inf, and the index of its first class."""
 
     z: Array
-    place: Any
+    class_index: Any
 
 
 def _largest_in_passes(axis: int, z: Array) -> _Next:
@@ -37,7 +37,7 @@ def _largest_in_passes(axis: int, z: Array) -> _Next:
 
 def _largest_in_one_pass(axis: int, z: Array) -> _Next:
     def combine(a, b):
-        first = (a.z > b.z) | ((a.z == b.z) & (a.place < b.place))
+        first = (a.z > b.z) | ((a.z == b.z) & (a.class_index < b.class_index))
         return jax.tree.map(partial(jnp.where, first), a, b)
 
     # The sum with zeros of the logits' shape gives the index the sharding of the logits.
@@ -57,8 +57,8 @@ def _next_below(axis: int, logits: Array, bound: Array, where: Array | None) -> 
 @_next_below.defjvp
 def _next_below_jvp(axis, primals, tangents):
     found, dz = _next_below(axis, *primals), cast_logits(tangents[0], primals[2])
-    dz = jnp.where(found.z == -jnp.inf, 0, pick_class(dz, found.place, axis))
-    return found, _Next(dz, np.zeros(found.place.shape, jax.dtypes.float0))
+    dz = jnp.where(found.z == -jnp.inf, 0, pick_class(dz, found.class_index, axis))
+    return found, _Next(dz, np.zeros(found.class_index.shape, jax.dtypes.float0))
 
 
 def _below_primal(axis: int, *args) -> Array:
@@ -72,7 +72,7 @@ def _below_forward(axis, *args):
 def _below_backward(axis, args, ct):
     # A comparison with the index, because the transpose of a gather would be a scatter.
     logits, bound, where = args
-    is_next = class_index(logits, axis) == _next_below(axis, *args).place
+    is_next = class_index(logits, axis) == _next_below(axis, *args).class_index
     ct = jnp.where(is_next & (cast_logits(logits, where) < bound), ct, 0)
     return mask_to_zero(ct, where).astype(logits.dtype), jnp.zeros_like(bound), None
 

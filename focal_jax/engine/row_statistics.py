@@ -29,7 +29,7 @@ from focal_jax.engine.class_sums import (
 )
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.rows import Row, Split
+from focal_jax.engine.rows import RowSums, Split
 from focal_jax.engine.sharding import cast_to_common_varying, class_range, place_like
 
 
@@ -52,26 +52,26 @@ class RowStatistics(NamedTuple):
     picked: Any
 
 
-def row_of(found: RowStatistics) -> Row:
+def row_of(found: RowStatistics) -> RowSums:
     """Return the sums of the exponentials, with the derivative in all logits."""
     top = lax.stop_gradient(found.max_logit)
     one = jnp.exp(found.max_logit - top)  # with the derivative of the largest logit
     at_max = jnp.where(top > jnp.finfo(top.dtype).min, one, 0)
-    return Row(top, Split(at_max, found.rest * one))
+    return RowSums(top, Split(at_max, found.rest * one))
 
 
-def _columns(places: Array | None, axis: int) -> list[Array]:
-    """Return the places one by one if there are few."""
-    if places is None or places.shape[axis] > chunks.MAX_COMPARISONS:
+def _columns(indices: Array | None, axis: int) -> list[Array]:
+    """Return the indices one by one if there are few."""
+    if indices is None or indices.shape[axis] > chunks.MAX_COMPARISONS:
         return []
-    return [lax.index_in_dim(places, k, axis) for k in range(places.shape[axis])]
+    return [lax.index_in_dim(indices, k, axis) for k in range(indices.shape[axis])]
 
 
-def _pick(z: Array, places: Array | None, start: Any, axis: int) -> Array | None:
-    if places is None:
+def _pick(z: Array, indices: Array | None, start: Any, axis: int) -> Array | None:
+    if indices is None:
         return None
-    columns = [pick_class(z, place - start, axis) for place in _columns(places, axis)]
-    return jnp.concatenate(columns, axis) if columns else pick_class(z, places - start, axis)
+    columns = [pick_class(z, label - start, axis) for label in _columns(indices, axis)]
+    return jnp.concatenate(columns, axis) if columns else pick_class(z, indices - start, axis)
 
 
 @jax.custom_jvp
@@ -86,7 +86,7 @@ def _minimum_jvp(primals, tangents):
     return _minimum(*primals), jnp.where(primals[1] > 0, tangents[0], 0)
 
 
-def of_classes(axis: int, z: Array, start: Array | int, places: Array | None) -> RowStatistics:
+def of_classes(axis: int, z: Array, start: Array | int, indices: Array | None) -> RowStatistics:
     """Return the statistics of the classes whose logits are `z`, of which the first is `start`."""
     index = class_index(z, axis)
     own = jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
@@ -111,7 +111,7 @@ def of_classes(axis: int, z: Array, start: Array | int, places: Array | None) ->
         return jnp.sum(compute(z, index, own, top), axis, keepdims=True)
 
     sums = total(exponentials, own, top), total(spreads, *again)
-    return RowStatistics(top, own + start, *sums, _pick(z, places, start, axis))
+    return RowStatistics(top, own + start, *sums, _pick(z, indices, start, axis))
 
 
 def _elementwise_gradient(z, index, row, cts, picked):
@@ -122,19 +122,19 @@ def _elementwise_gradient(z, index, row, cts, picked):
     # The largest class moves the `x` of all others.
     of_max = of_top - rest * of_rest + (rest - spread) * of_spread
     dz = jnp.where(index == max_class, of_max, of_others)
-    for place, ct in picked:
-        dz = dz + jnp.where(index == place, ct, 0)
+    for label, ct in picked:
+        dz = dz + jnp.where(index == label, ct, 0)
     return dz
 
 
-def _gradient(compute: Any, axis: int, z: Array, index: Array, places: Any, row, cts) -> Array:
+def _gradient(compute: Any, axis: int, z: Array, index: Array, indices: Any, row, cts) -> Array:
     """Return the gradient of the logits."""
-    pairs = list(zip(_columns(places, axis), _columns(cts.picked, axis)))
+    pairs = list(zip(_columns(indices, axis), _columns(cts.picked, axis)))
     of_sums = cts.max_logit, cts.rest, cts.spread
     dz = compute(_elementwise_gradient, z, index, row[:4], of_sums, pairs)
-    if places is None or pairs:
+    if indices is None or pairs:
         return dz
-    local = places - lax.index_in_dim(index, 0, axis)
+    local = indices - lax.index_in_dim(index, 0, axis)
     return dz + jax.linear_transpose(lambda z: pick_class(z, local, axis), z)(cts.picked)[0]
 
 
@@ -172,23 +172,25 @@ def over_shards(row: RowStatistics, name: AxisName, start: Array) -> RowStatisti
 
 
 def of_source(
-    source: Any, logits: Any, class_axis_name: AxisName | None, places: Array, where: Array | None
+    source: Any, logits: Any, class_axis_name: AxisName | None, indices: Array, where: Array | None
 ) -> RowStatistics:
     """Return the statistics of all classes, of all shards."""
-    return source.on_shards(_of_shards, source, logits, class_axis_name, places, where)
+    return source.on_shards(_of_shards, source, logits, class_axis_name, indices, where)
 
 
-def _of_shards(source: Any, logits: Any, class_axis_name, places: Array, where) -> RowStatistics:
-    places, where = place_like(jax.tree.leaves(logits)[0], (places, where))
+def _of_shards(source: Any, logits: Any, class_axis_name, indices: Array, where) -> RowStatistics:
+    indices, where = place_like(jax.tree.leaves(logits)[0], (indices, where))
     _, start = class_range(source.logits_shape(logits)[source.axis(logits)], class_axis_name)
     if class_axis_name is None or start is None:
-        return source.row_statistics(logits, places, where)
-    return over_shards(source.row_statistics(logits, places - start, where), class_axis_name, start)
+        return source.row_statistics(logits, indices, where)
+    return over_shards(
+        source.row_statistics(logits, indices - start, where), class_axis_name, start
+    )
 
 
-def of_picked(row: RowStatistics, places: Array) -> tuple[Array, Array]:
+def of_picked(row: RowStatistics, indices: Array) -> tuple[Array, Array]:
     """Return `logit - max_logit` of each picked class, and the sum of the other exponentials."""
-    is_max = places == row.max_class
+    is_max = indices == row.max_class
     x = jnp.where(is_max, 0, row.picked - row.max_logit)
     # Only the largest class can be more than half of the sum, so this difference does not cancel.
     others = (row.rest - jnp.exp(jnp.minimum(x, 0))) + 1
@@ -199,16 +201,16 @@ def of_picked(row: RowStatistics, places: Array) -> tuple[Array, Array]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _dense(axis: int, logits: Array, places: Array | None, where: Array | None) -> RowStatistics:
+def _dense(axis: int, logits: Array, indices: Array | None, where: Array | None) -> RowStatistics:
     z = cast_logits(logits, where)
-    return of_classes(axis, z, 0, places)
+    return of_classes(axis, z, 0, indices)
 
 
 @partial(jax.jit, static_argnums=0)
 def _dense_backward(axis, residuals, cts):
-    (logits, places, where), row = residuals
+    (logits, indices, where), row = residuals
     z = cast_logits(logits, where)
-    dz = _gradient(compile_separately, axis, z, class_index(z, axis), places, row, cts)
+    dz = _gradient(compile_separately, axis, z, class_index(z, axis), indices, row, cts)
     return arguments.mask_to_zero(dz, where).astype(logits.dtype), None, None
 
 
@@ -221,16 +223,16 @@ _dense_core = jax.custom_vjp(_dense, nondiff_argnums=(0,))
 _dense_core.defvjp(partial(_forward, _dense), _dense_backward)
 
 
-def of_array(axis: int, logits: Array, places: Any, where: Array | None) -> RowStatistics:
-    """Return the statistics of an array of logits; `places` has K along the class axis."""
-    return _dense_core(axis, *cast_to_common_varying(logits, places, where))
+def of_array(axis: int, logits: Array, indices: Any, where: Array | None) -> RowStatistics:
+    """Return the statistics of an array of logits; `indices` has K along the class axis."""
+    return _dense_core(axis, *cast_to_common_varying(logits, indices, where))
 
 
 # ---------------------------------------------------------------- features @ kernel
 
 
 def of_chunks(
-    spec: ChunkSpec, linear: Linear, places: Array | None, where: Array | None
+    spec: ChunkSpec, linear: Linear, indices: Array | None, where: Array | None
 ) -> RowStatistics:
     """Return the statistics for use in `custom_vjp` rules; see `of_linear`."""
     masked = linear.mask(where)
@@ -239,23 +241,23 @@ def of_chunks(
     def step(size, row, start):
         chunk = chunks.chunk_of(spec, masked, size, start)
         start = chunk.class_index[..., :1]
-        return _merge(row, of_classes(chunk.logits.ndim - 1, chunk.logits, start, places))
+        return _merge(row, of_classes(chunk.logits.ndim - 1, chunk.logits, start, indices))
 
     zero = masked.zeros()
     nothing = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero.astype(jnp.int32) - 1
     # A sum with zeros, so that inside `shard_map` the carry varies over the axes of the features.
-    picked = None if places is None else zero + jnp.zeros(places.shape, zero.dtype)
+    picked = None if indices is None else zero + jnp.zeros(indices.shape, zero.dtype)
     initial = RowStatistics(*nothing, zero, zero, picked)
     return chunks.fold(step, initial, spec, masked)
 
 
 def _linear_backward(spec, residuals, cts):
-    (linear, places, where), row = residuals
+    (linear, indices, where), row = residuals
 
     def of_chunk(chunk):
         inline = lambda function, *args: function(*args)  # noqa: E731
         axis, z, index = chunk.logits.ndim - 1, chunk.logits, chunk.class_index
-        return _gradient(inline, axis, z, index, places, row, cts), (), None
+        return _gradient(inline, axis, z, index, indices, row, cts), (), None
 
     return chunks.gradients(spec, linear, where, of_chunk)[0], None, None
 
@@ -264,6 +266,6 @@ _linear_core = jax.custom_vjp(of_chunks, nondiff_argnums=(0,))
 _linear_core.defvjp(partial(_forward, of_chunks), _linear_backward)
 
 
-def of_linear(spec: ChunkSpec, linear: Linear, places: Any, where: Any) -> RowStatistics:
-    """Return the statistics of `features @ kernel`; `places` is `[..., K]`."""
-    return chunks.call(_linear_core, spec, linear, places, where)
+def of_linear(spec: ChunkSpec, linear: Linear, indices: Any, where: Any) -> RowStatistics:
+    """Return the statistics of `features @ kernel`; `indices` is `[..., K]`."""
+    return chunks.call(_linear_core, spec, linear, indices, where)

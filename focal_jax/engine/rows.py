@@ -34,7 +34,7 @@ class Split(NamedTuple):
     rest: Array  # over the other classes
 
 
-class Row(NamedTuple):
+class RowSums(NamedTuple):
     """The exponentials of one position, with a class axis of size 1.
 
     `max_logit` has no derivative: the losses do not depend on the number that is subtracted. `exps`
@@ -61,33 +61,35 @@ def max_class_on_cpu(z: Array, axis: int) -> Array | None:
     return jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
 
 
-def _row_in_passes(axis: int, logits: Array, where: Array | None) -> Row:
+def _row_in_passes(axis: int, logits: Array, where: Array | None) -> RowSums:
     z = cast_logits(logits, where)
-    place = max_class_on_cpu(z, axis)
-    if place is not None:
-        sums = sums_in_passes(axis, False, logits, (place,), where)
-        return Row(sums.max_logit, Split(jnp.exp(sums.label_logit[0] - sums.max_logit), sums.rest))
+    max_index = max_class_on_cpu(z, axis)
+    if max_index is not None:
+        sums = sums_in_passes(axis, False, logits, (max_index,), where)
+        return RowSums(
+            sums.max_logit, Split(jnp.exp(sums.label_logit[0] - sums.max_logit), sums.rest)
+        )
     top = max_logit(z, axis)
     total = jnp.sum(jnp.exp(z - top), axis, keepdims=True)
     # The barrier keeps the sums from sharing `z - top`, which XLA:CPU would write to memory.
     x = z - lax.optimization_barrier(top)
     rest = jnp.sum(zero_near_max(x, jnp.exp(x)), axis, keepdims=True)
-    return Row(top, normalize(Split(total - rest, rest)))
+    return RowSums(top, normalize(Split(total - rest, rest)))
 
 
-def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> Row:
+def _row_in_one_pass(axis: int, logits: Array, where: Array | None) -> RowSums:
     z = cast_logits(logits, where)
     least, zero = jnp.finfo(z.dtype).min, jnp.zeros((), z.dtype)
 
     def combine(a, b):
         top = jnp.maximum(a.max_logit, b.max_logit)
         parts = [rescale(side.exps, side.max_logit - top) for side in (a, b)]
-        return Row(top, normalize(jax.tree.map(jnp.add, *parts)))
+        return RowSums(top, normalize(jax.tree.map(jnp.add, *parts)))
 
     # With a single class, exp(logit - max) is 1, or 0 if the logit is -inf.
     one = jnp.where(z == -jnp.inf, 0, jnp.ones_like(z))
-    operands = Row(jnp.maximum(z, least), Split(one, jnp.zeros_like(z)))
-    return reduce_classes(axis, operands, Row(zero + least, Split(zero, zero)), combine)
+    operands = RowSums(jnp.maximum(z, least), Split(one, jnp.zeros_like(z)))
+    return reduce_classes(axis, operands, RowSums(zero + least, Split(zero, zero)), combine)
 
 
 def rescale(exps: Split, shift: Array) -> Split:
@@ -112,7 +114,7 @@ def normalize(exps: Split) -> Split:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def plain_row(axis: int, logits: Array, where: Array | None) -> Row:
+def plain_row(axis: int, logits: Array, where: Array | None) -> RowSums:
     """Return the row sums for use in `custom_vjp` rules."""
     on_cpu, elsewhere = (partial(form, axis) for form in (_row_in_passes, _row_in_one_pass))
     return by_platform(on_cpu, elsewhere, logits, where)
@@ -126,17 +128,17 @@ def _plain_row_jvp(axis, primals, tangents):
     near = is_near_max(x)
     total = partial(jnp.sum, axis=axis, keepdims=True)
     of_exps = Split(total(jnp.where(near, de, 0)), total(jnp.where(near, 0, de)))
-    return row, Row(jnp.zeros_like(row.max_logit), of_exps)
+    return row, RowSums(jnp.zeros_like(row.max_logit), of_exps)
 
 
-def row_over_shards(row: Row, class_axis_name: AxisName | None) -> Row:
+def row_over_shards(row: RowSums, class_axis_name: AxisName | None) -> RowSums:
     """Return the row sums over all classes from those of this device's classes."""
     own_top = lax.stop_gradient(row.max_logit)
     if class_axis_name is None:
-        return Row(own_top, row.exps)
+        return RowSums(own_top, row.exps)
     top = lax.pmax(own_top, class_axis_name)
     exps = lax.psum(rescale(row.exps, own_top - top), class_axis_name)
-    return Row(top, normalize(exps))
+    return RowSums(top, normalize(exps))
 
 
 def log_total(exps: Split) -> Array:

@@ -63,24 +63,24 @@ def _losses(
     arguments.check_axis_name("class_axis_name", class_axis_name)
     axis, shape, dtype = source.axis(logits), source.logits_shape(logits), source.dtype(logits)
     losses = shape[:axis] + shape[axis + 1 :]
-    places = checks.class_index_lists("indices", indices, losses)
+    classes = checks.class_index_lists("indices", indices, losses)
     given = arguments.real_array("weights", weights)
-    arguments.check_shape("weights", given, places.shape, "one weight per class index")
+    arguments.check_shape("weights", given, classes.shape, "one weight per class index")
     prepared = prepare_options(loss.options, options, losses, dtype, axis)
     mask = arguments.mask_array(where, losses, axis)
-    same = {"indices": places, "weights": given, "where": mask, **prepared}
+    same = {"indices": classes, "weights": given, "where": mask, **prepared}
     check_not_varying(same, class_axis_name)
     num_classes, _ = class_range(shape[axis], class_axis_name)
     arguments.warn_of_one_class(num_classes)
     weight = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
-    places = jnp.moveaxis(places, -1, axis)
+    classes = jnp.moveaxis(classes, -1, axis)
     y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)
-    given = places, y, weight, prepared, mask
-    places, y, weight, prepared, mask = place_like(jax.tree.leaves(logits)[0], given)
-    row = row_statistics.of_source(source, logits, class_axis_name, places, mask)
-    x, rest = row_statistics.of_picked(row, places)
-    of_class, invalid = label_weight(weight, places, num_classes)
-    padding = places == -1
+    given = classes, y, weight, prepared, mask
+    classes, y, weight, prepared, mask = place_like(jax.tree.leaves(logits)[0], given)
+    row = row_statistics.of_source(source, logits, class_axis_name, classes, mask)
+    x, rest = row_statistics.of_picked(row, classes)
+    of_class, invalid = label_weight(weight, classes, num_classes)
+    padding = classes == -1
     invalid = (invalid & ~padding) | ~(y >= 0)
     keep = ~padding if mask is None else mask & ~padding
     weight = of_class.astype(dtype) * jnp.where(invalid, 0, y)

@@ -22,12 +22,12 @@ def _losses(axis: int, logits: Array, labels: Array, where: Array | None) -> Arr
     y, invalid = arguments.clip_labels(labels, y, last)
     left = lax.stop_gradient(jnp.clip(jnp.floor(y), 0, max(last - 1, 0)))
     index = jnp.where(invalid, -1, left).astype(jnp.int32)
-    places = index, jnp.where(invalid, -1, jnp.minimum(index + 1, last))
-    sums = class_sums(axis, logits, places, where)
+    neighbors = index, jnp.where(invalid, -1, jnp.minimum(index + 1, last))
+    sums = class_sums(axis, logits, neighbors, where)
 
     def summand(weight, i):
         # The rest includes the other one of the two classes, if there are two.
-        no_other = invalid | (places[0] == places[1])
+        no_other = invalid | (neighbors[0] == neighbors[1])
         other = jnp.where(no_other, -jnp.inf, sums.label_logit[1 - i] - sums.max_logit)
         label_logit, rest = sums.label_logit[i] - sums.max_logit, sums.rest + jnp.exp(other)
         return _cross_entropy.of_sums(label_logit, rest, weight, {}, where, invalid)
