@@ -104,8 +104,8 @@ def fold(step: Callable[..., Any], carry: Any, spec: ChunkSpec, linear: Linear) 
     """
     num_classes = linear.kernel.shape[spec.class_axis]
     size = spec.size or default_chunk_size(math.prod(linear.features.shape[:-1]), num_classes)
-    size = max(1, min(size, num_classes))
-    whole, rest = divmod(num_classes, size)
+    size = min(size, num_classes)
+    whole, rest = divmod(num_classes, max(1, size))
     if rest:
         carry = step(rest, carry, jnp.int32(whole * size))
     starts = size * jnp.arange(whole, dtype=jnp.int32)
