@@ -108,7 +108,7 @@ def fold(step: Callable[..., Any], carry: Any, spec: ChunkSpec, linear: Linear) 
     whole, rest = divmod(num_classes, max(1, size))
     if rest:
         carry = step(rest, carry, jnp.int32(whole * size))
-    if not size:  # a scan would trace the step, whose maximum does not exist without classes
+    if not size:  # `lax.scan` would trace the step, which takes a maximum over no classes
         return carry
     starts = size * jnp.arange(whole, dtype=jnp.int32)
     carry, _ = lax.scan(lambda carry, start: (step(size, carry, start), None), carry, starts)

@@ -110,7 +110,7 @@ def _exponentials(axis: int, gradient: bool, logits: Array) -> Callable[..., Arr
     if has_rows and (num_classes >= 64 or not gradient):
         return _exp_excluding_without_select
     # The sum and the gradient both use the exponentials. XLA:CPU writes them to memory once, into
-    # the gradient's buffer.
+    # the gradient's buffer. For short rows the select is faster than the conversion of the indices.
     return _exp_excluding if gradient else partial(compile_separately, _exp_excluding)
 
 

@@ -15,11 +15,7 @@ from focal_jax.engine.class_sums import AxisName
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.linear import linear_source
 from focal_jax.engine.options import check_names, prepare_options, unwrap
-from focal_jax.engine.sharding import (
-    check_not_varying,
-    class_range,
-    place_like,
-)
+from focal_jax.engine.sharding import check_not_varying, class_range, place_like
 
 
 class _Args(NamedTuple):
