@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 COMPILERS := .venv-accelerators
 WORKERS ?= 2
 
-.PHONY: demo ablation test lint types docs figures bench accelerators test-accelerators clean
+.PHONY: demo ablation test test-all lint types docs figures bench accelerators test-accelerators clean
 
 # Less than five minutes on two cores, with the installation. ARGS are for the detector.
 demo: $(READY)
@@ -18,8 +18,10 @@ demo: $(READY)
 ablation: $(READY)
 	$(BIN)/python -m examples.retinanet_digits.ablation $(ARGS)
 
-test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) $(TESTS)
+# Without the tests that are marked `slow`; `test-all` runs them too.
+test: MARKED = -m "not slow"
+test test-all: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(MARKED) $(ARGS) $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -130,8 +130,8 @@ API = {
     "detection": ("Detection", ["focal_jax.detection"]),
     "compat": (
         "Compatibility",
-        ["focal_jax.compat", "focal_jax.compat.caffe", "focal_jax.compat.mindspore",
-         "focal_jax.compat.pytorch_retinanet"],
+        ["focal_jax.compat", "focal_jax.compat.caffe", "focal_jax.compat.keras",
+         "focal_jax.compat.mindspore", "focal_jax.compat.pytorch_retinanet"],
     ),
     "reference": (
         "Reference formulas and measurements",

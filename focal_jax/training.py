@@ -76,14 +76,22 @@ def prior_bias_init(prior: float = 0.01) -> Initializer:
       prior: the initial probability of every class, inside (0, 1).
 
     Returns:
-      An initializer like those of `jax.nn.initializers`, for `bias_init` of a Flax layer.
+      An initializer `(key, shape, dtype)` as in `jax.nn.initializers` and Flax, or without the
+      key `(shape, dtype)` as in Haiku and Keras.
 
     References:
       Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
       Detection](https://arxiv.org/abs/1708.02002), section 3.3. ICCV 2017.
     """
     prior = _static_number("prior", prior, lambda p: 0 < p < 1, "a probability inside (0, 1)")
-    return jax.nn.initializers.constant(math.log(prior) - math.log1p(-prior))
+    constant: Any = jax.nn.initializers.constant(math.log(prior) - math.log1p(-prior))
+
+    def init(*args, **kwargs):
+        # Haiku's and Keras's initializers get no key: the first argument is the shape.
+        without_key = bool(args) and isinstance(args[0], tuple | list)
+        return constant(*((None, *args) if without_key else args), **kwargs)
+
+    return init
 
 
 def class_balanced_alpha(

@@ -3,6 +3,7 @@ import os
 
 # Set before JAX starts its backend: eight devices, so that every run tests sharding.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ["KERAS_BACKEND"] = "jax"
 
 import hypothesis
 import jax

@@ -19,6 +19,8 @@ from benchmarks.peers import FOCAL_JAX, LINEAR, OTHER_VERSION, PLAIN_JAX, is_pla
 from benchmarks.workloads import FAMILY, SIGMOID, WORKLOADS, Workload
 from focal_jax.catalogue import LOSSES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 STATISTICS = ("temporary_share", "bytes_accessed", "compile_seconds", "speedup", "bandwidth")
 # The implementations in JAX of the workloads that the test runs.

@@ -826,6 +826,7 @@ def test_plot_draws_the_focal_loss(tmp_path, monkeypatch):
         np.testing.assert_allclose(drawn_slope, -slope * p_t * (1 - p_t), atol=0.02)
 
 
+@pytest.mark.slow
 def test_plot_draws_other_exponents_and_every_loss(monkeypatch):
     drawn = []
     monkeypatch.setattr(command_line, "_save", lambda figure, path: drawn.append(figure))

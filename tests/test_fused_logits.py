@@ -12,6 +12,8 @@ import pytest
 import focal_jax
 from focal_jax.engine.platform import forced_form
 
+pytestmark = pytest.mark.slow
+
 SCALES = {
     "product": lambda z: z * 3.3,
     "quotient": lambda z: z / 0.3,

@@ -12,6 +12,8 @@ from pages import run
 
 from focal_jax.detection import match_anchors, pyramid_anchors
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 rng = np.random.default_rng(0)
 

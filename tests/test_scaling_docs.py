@@ -14,6 +14,8 @@ from pages import code_blocks
 
 import focal_jax
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
 SETUP, *_ = code_blocks(PAGE)
 SECTIONS = dict(re.findall(r"^## (.*)\n((?s:.*?))(?=^## |\Z)", PAGE, re.MULTILINE))

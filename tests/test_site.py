@@ -61,6 +61,7 @@ API_MODULES = [module for _, modules in API_PAGES.values() for module in modules
 # ---------------------------------------------------------------- code and links
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in TESTED_ELSEWHERE], ids=_name)
 def test_code_blocks_run_and_sessions_print_the_stated_output(page):
     run(page)

@@ -288,6 +288,7 @@ def test_float32_to_60_digits(row):
     _to_60_digits(row, np.float32, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.quick(False)
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_float64_to_60_digits(row, x64):

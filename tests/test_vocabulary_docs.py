@@ -12,6 +12,8 @@ from pages import code_blocks, run
 
 import focal_jax
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "vocabularies.md").read_text(encoding="utf-8")
 

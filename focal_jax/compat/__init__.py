@@ -1,16 +1,17 @@
 """Drop-in replacements for other systems' focal losses: same options, inputs and values.
 
-Each module loads on first use. Only `caffe` needs protobuf. Invalid options and arguments raise
-`focal_jax.InputError`; an option that is invalid for every input does so at construction.
+Each module loads on first use. `caffe` needs protobuf, `keras` needs Keras. Invalid options and
+arguments raise `focal_jax.InputError`; an option that is invalid for every input does so at
+construction.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
-__all__ = ["caffe", "mindspore", "pytorch_retinanet"]
+__all__ = ["caffe", "keras", "mindspore", "pytorch_retinanet"]
 
 if TYPE_CHECKING:
-    from focal_jax.compat import caffe, mindspore, pytorch_retinanet
+    from focal_jax.compat import caffe, keras, mindspore, pytorch_retinanet
 else:
 
     def __getattr__(name):

@@ -16,6 +16,8 @@ import focal_jax
 from focal_jax.engine import cpu
 from focal_jax.engine.cpu import compile_separately
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (4000, 20)
 ELEMENTWISE = [row for row in PROGRAMS if row.kind == "elementwise"]
 

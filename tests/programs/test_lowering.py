@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from helpers import EXPONENTS, PROGRAMS, gradients, total
 
+pytestmark = pytest.mark.slow
+
 
 def _abstract_arguments(row, shape, axis=-1, dtype=jnp.float32):
     """Return shapes and dtypes of the arguments, and the static arguments.

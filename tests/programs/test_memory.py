@@ -15,6 +15,8 @@ from jax.sharding import Mesh, PartitionSpec as P
 
 import focal_jax
 
+pytestmark = pytest.mark.slow
+
 LOSS = focal_jax.softmax_focal_loss_with_integer_labels
 LINEAR_LOSS = focal_jax.linear_softmax_focal_loss_with_integer_labels
 

@@ -1,0 +1,225 @@
+"""`focal_jax.compat.keras` with Keras itself, on the JAX backend."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+
+import focal_jax
+from focal_jax import InputError, training
+from focal_jax.compat import keras as compat
+
+pytestmark = pytest.mark.usefixtures("_promotion")
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(size=(6, 4)).astype(np.float32)
+INDICES = RNG.integers(0, 4, 6)
+ONE_HOT = np.eye(4, dtype=np.float32)[INDICES]
+
+
+@pytest.fixture
+def _promotion():
+    """Use JAX's default promotion, which Keras needs."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("labels", [INDICES, INDICES[:, None], INDICES.astype(np.uint8), ONE_HOT])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", None])
+def test_softmax_equals_keras(from_logits, labels, reduction):
+    theirs = keras.losses.CategoricalFocalCrossentropy(
+        alpha=0.25, gamma=2.0, from_logits=from_logits, reduction=reduction
+    )
+    ours = compat.SoftmaxFocalLoss(0.25, 2.0, from_logits=from_logits, reduction=reduction)
+    predictions, weights = LOGITS if from_logits else softmax(LOGITS), np.arange(6.0)
+    for weight in (None, weights):
+        wanted = theirs(ONE_HOT, predictions, weight)
+        np.testing.assert_allclose(ours(labels, predictions, weight), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_sigmoid_equals_keras(from_logits, smoothing):
+    shared = {"gamma": 2.0, "label_smoothing": smoothing, "from_logits": from_logits}
+    theirs = keras.losses.BinaryFocalCrossentropy(True, alpha=0.25, **shared)
+    ours = compat.SigmoidFocalLoss(alpha=0.25, **shared)
+    predictions = LOGITS if from_logits else 1 / (1 + np.exp(-LOGITS))
+    for weight in (None, np.arange(6.0)):
+        wanted = theirs(ONE_HOT, predictions, weight)
+        np.testing.assert_allclose(ours(ONE_HOT, predictions, weight), wanted, rtol=2e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean", "sum", None])
+def test_ignore_class_and_masks_divide_as_keras_does(reduction):
+    labels = np.where(np.arange(6) % 3 == 0, 255, INDICES)
+    theirs = keras.losses.SparseCategoricalCrossentropy(True, 255, reduction)
+    ours = compat.SoftmaxFocalLoss(gamma=0, ignore_class=255, reduction=reduction)
+    for weight in (None, np.arange(6.0, dtype=np.float32)):
+        wanted = theirs(labels, LOGITS, weight)
+        np.testing.assert_allclose(ours(labels, LOGITS, weight), wanted, rtol=2e-6)
+    predictions = jnp.asarray(LOGITS)
+    keras.src.backend.set_keras_mask(predictions, jnp.arange(6) > 1)
+    wanted = theirs(labels, predictions)
+    np.testing.assert_allclose(ours(labels, predictions), wanted, rtol=2e-6)
+    keras.src.backend.set_keras_mask(predictions, jnp.zeros(6, bool))
+    assert not np.any(ours(labels, predictions))
+
+
+def test_gradient_where_keras_clips():
+    logits, labels = jnp.array([[80.0, 0.0]]), jnp.array([1])
+    clipped = keras.losses.CategoricalFocalCrossentropy(alpha=1.0, from_logits=True)
+    theirs = jax.grad(lambda z: clipped(jax.nn.one_hot(labels, 2), z))(logits)
+    ours = jax.grad(lambda z: compat.SoftmaxFocalLoss()(labels, z))(logits)
+    assert not theirs.any()
+    np.testing.assert_allclose(ours, [[1.0, -1.0]], rtol=1e-6)
+
+
+def test_probabilities():
+    p = jnp.array([0.0, 1.0, 0.3, 1.0 + 1e-7, -0.01, 1.5])[:, None]
+    loss = compat.SigmoidFocalLoss(gamma=0, from_logits=False, reduction=None)
+    value, gradient = jax.vmap(jax.value_and_grad(lambda p: loss(jnp.ones(1), p)))(p)
+    tiny = -np.log(np.finfo(np.float32).tiny)
+    np.testing.assert_allclose(value[:3], [tiny, 2**-24, -np.log(0.3)], rtol=2e-6)
+    np.testing.assert_allclose(gradient[:3, 0], [0, 0, -1 / 0.3], rtol=2e-6)
+    assert np.isfinite(value[3])
+    assert np.isnan(value[4:]).all()
+    rows = compat.SoftmaxFocalLoss(gamma=0, from_logits=False, reduction=None)
+    losses = rows(np.array([0, 1, 0]), np.array([[0.2, 0.6], [1.0, 0.0], [3.0, -1.0]], np.float32))
+    assert np.isclose(losses[0], np.log(4), rtol=1e-6)
+    assert np.isfinite(losses[1])
+    assert np.isnan(losses[2])
+
+
+@pytest.mark.parametrize("name", sorted(focal_jax.catalogue.LOSSES))
+def test_every_loss_by_name(name):
+    declaration = focal_jax.catalogue.LOSSES[name]
+    if declaration.kind == "linear":
+        with pytest.raises(InputError, match="wanted a function or one of"):
+            compat.Loss(name)
+        return
+    loss = compat.Loss(name, reduction=None)
+    labels = INDICES if declaration.labels in (("integer",), ("real",)) else ONE_HOT
+    losses = declaration.function(LOGITS, labels)
+    wanted = losses.mean(-1) if declaration.kind == "elementwise" else losses
+    np.testing.assert_allclose(loss(labels, LOGITS), wanted, rtol=1e-6)
+    again = compat.Loss.from_config(loss.get_config())
+    np.testing.assert_array_equal(again(labels, LOGITS), loss(labels, LOGITS))
+
+
+@pytest.mark.parametrize(
+    ("loss", "y_true", "y_pred", "match"),
+    [
+        (compat.SoftmaxFocalLoss(), LOGITS, INDICES, "y_pred: got dtype int64, wanted a floating"),
+        (compat.SoftmaxFocalLoss(), INDICES[:5], LOGITS, r"y_true: .*\(5,\)"),
+        (compat.SoftmaxFocalLoss(), INDICES > 0, LOGITS, "y_true: got dtype bool"),
+        (compat.SoftmaxFocalLoss(), np.zeros(2, np.uint8), np.zeros((2, 300), "f"), "uint8.*299"),
+        (compat.SoftmaxFocalLoss(), np.zeros(2, "e"), np.zeros((2, 4000), "f"), "float16.*3999"),
+        (compat.SoftmaxFocalLoss(ignore_class=1), ONE_HOT, LOGITS, "ignore_class: got 1"),
+        (compat.SigmoidFocalLoss(), ONE_HOT[:, :3], LOGITS, r"y_true: .*\(6, 3\)"),
+        (compat.Loss("dual_focal_loss_with_integer_labels"), ONE_HOT, LOGITS, "y_true"),
+    ],
+)
+def test_errors_of_calls(loss, y_true, y_pred, match):
+    y_pred = y_pred.astype(np.int32) if y_pred.dtype == np.int64 else y_pred
+    with pytest.raises(InputError, match=match.replace("int64", "int32")):
+        loss(y_true, y_pred)
+
+
+@pytest.mark.parametrize(
+    "options", [{"gamma": -1}, {"label_smoothing": 2.0}, {"from_logits": "yes"}, {"gamma": "2"}]
+)
+@pytest.mark.parametrize("make", [compat.SigmoidFocalLoss, compat.SoftmaxFocalLoss])
+def test_errors_at_construction(make, options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        make(**options)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+def test_fit_save_and_load(policy, tmp_path):
+    x = RNG.normal(size=(64, 8)).astype(np.float32)
+    y = np.argmax(x[:, :3], -1)
+    bias = training.prior_bias_init(0.3)
+    layer = keras.layers.Dense(3, bias_initializer=bias, dtype=policy)
+    model = keras.Sequential([keras.Input((8,)), layer])
+    np.testing.assert_allclose(layer.bias, np.log(0.3 / 0.7), rtol=1e-6)
+    optimizer = keras.optimizers.Adam(0.05)
+    if policy == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    alpha = np.array([1.0, 2.0, 3.0])
+    model.compile(optimizer, compat.SoftmaxFocalLoss(alpha, label_smoothing=0.1))
+    history = model.fit(x, y, epochs=8, verbose=0, sample_weight=np.ones(64)).history["loss"]
+    assert history[-1] < 0.7 * history[0]
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras", custom_objects={"init": bias})
+    np.testing.assert_allclose(again.evaluate(x, y, verbose=0), model.evaluate(x, y, verbose=0))
+
+
+def test_linear_head():
+    head = compat.LinearHead(4)
+    features = jnp.asarray(RNG.normal(size=(6, 5)).astype(np.float32))
+    labels = jnp.where(jnp.arange(6) == 2, -1, INDICES)
+    value = head.focal_loss(features, labels, ignore_label=-1)
+    losses = focal_jax.softmax_focal_loss_with_integer_labels(
+        head(features), labels, ignore_label=-1
+    )
+    np.testing.assert_allclose(value, losses.sum() / 5, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_data_parallel():
+    code = """
+import keras, numpy as np
+from focal_jax.compat.keras import SoftmaxFocalLoss
+def loss_after(distribution):
+    keras.utils.set_random_seed(0)
+    keras.distribution.set_distribution(distribution)
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    model.compile("sgd", SoftmaxFocalLoss(ignore_class=0))
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype("f")
+    return model.fit(x, x[:, :3].argmax(-1), batch_size=32, epochs=2, verbose=0).history["loss"][-1]
+import jax
+assert jax.device_count() == 8
+print(loss_after(None), loss_after(keras.distribution.DataParallel()))
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "KERAS_BACKEND": "jax"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | flags, capture_output=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr.decode()[-2000:]
+    one, eight = map(float, run.stdout.split())
+    assert np.isclose(one, eight, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setup", "match"),
+    [
+        ("sys.modules['keras'] = None", "requires Keras 3: pip install keras"),
+        ("import os; os.environ['KERAS_BACKEND'] = 'numpy'", "'numpy', wanted 'jax'"),
+    ],
+)
+def test_missing_keras_and_other_backends(setup, match):
+    code = f"import sys; {setup}\nimport focal_jax.compat.keras"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
+    assert run.returncode
+    assert match in run.stderr.decode().splitlines()[-1]
+
+
+def test_prior_bias_init_in_three_forms():
+    init = training.prior_bias_init(0.1)
+    key, shape = jax.random.key(0), (2,)
+    forms = init(key, shape, jnp.float32), init(shape, jnp.float32), init(shape, dtype="float32")
+    for bias in forms:
+        assert bias.dtype == jnp.float32
+        np.testing.assert_allclose(bias, np.full(2, -np.log(9)), rtol=1e-6)
