@@ -86,10 +86,12 @@ def prior_bias_init(prior: float = 0.01) -> Initializer:
     prior = _static_number("prior", prior, lambda p: 0 < p < 1, "a probability inside (0, 1)")
     constant: Any = jax.nn.initializers.constant(math.log(prior) - math.log1p(-prior))
 
-    def init(*args, **kwargs):
-        # Haiku's and Keras's initializers get no key: the first argument is the shape.
-        without_key = bool(args) and isinstance(args[0], tuple | list)
-        return constant(*((None, *args) if without_key else args), **kwargs)
+    def init(*args, **options):
+        if args and isinstance(args[0], tuple | list):  # a shape, not a key
+            args = (None, *args)
+        elif not args:
+            options.setdefault("key", None)
+        return constant(*args, **options)
 
     return init
 

@@ -85,30 +85,55 @@ def test_gradient_where_keras_clips():
 
 
 def test_probabilities():
-    p = jnp.array([0.0, 1.0, 0.3, 1.0 + 1e-7, -0.01, 1.5])[:, None]
+    p = jnp.array([0.3, 1.0 + 1e-7, 0.0, -0.01, 1.5])[:, None]
     loss = compat.SigmoidFocalLoss(gamma=0, from_logits=False, reduction=None)
     value, gradient = jax.vmap(jax.value_and_grad(lambda p: loss(jnp.ones(1), p)))(p)
-    tiny = -np.log(np.finfo(np.float32).tiny)
-    np.testing.assert_allclose(value[:3], [tiny, 2**-24, -np.log(0.3)], rtol=2e-6)
-    np.testing.assert_allclose(gradient[:3, 0], [0, 0, -1 / 0.3], rtol=2e-6)
-    assert np.isfinite(value[3])
-    assert np.isnan(value[4:]).all()
+    np.testing.assert_allclose(value[:3], [-np.log(0.3), 0, np.inf], rtol=2e-6)
+    np.testing.assert_allclose(gradient[0, 0], -1 / 0.3, rtol=2e-6)
+    assert np.isfinite(gradient[:3]).all()
+    assert np.isnan(value[3:]).all()
     rows = compat.SoftmaxFocalLoss(gamma=0, from_logits=False, reduction=None)
-    losses = rows(np.array([0, 1, 0]), np.array([[0.2, 0.6], [1.0, 0.0], [3.0, -1.0]], np.float32))
-    assert np.isclose(losses[0], np.log(4), rtol=1e-6)
-    assert np.isfinite(losses[1])
-    assert np.isnan(losses[2])
+    losses = rows(np.array([0, 0, 0]), np.array([[0.2, 0.6], [1.0, 0.0], [3.0, -1.0]], np.float32))
+    np.testing.assert_allclose(losses, [np.log(4), 0, np.nan], rtol=1e-6)
+
+
+def test_masked_positions_may_hold_anything():
+    logits, labels = jnp.asarray(LOGITS).at[0].set(jnp.nan), INDICES.copy()
+    labels[0] = -7
+    wanted = compat.SoftmaxFocalLoss()(labels[1:], logits[1:])
+    keras.src.backend.set_keras_mask(logits, jnp.arange(6) > 0)
+    np.testing.assert_allclose(compat.SoftmaxFocalLoss()(labels, logits), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sigmoid_focal_loss", "softmax_focal_loss"])
+def test_functions_of_focal_jax_are_refused(name):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, activation="sigmoid")])
+    model.compile("sgd", loss=getattr(focal_jax, name))
+    with pytest.raises(InputError, match=r"wanted focal_jax\.compat\.keras"):
+        model.fit(LOGITS[:, :3], ONE_HOT, verbose=0)
+
+
+def _linear(declaration, predictions, labels):
+    """Return the losses of a linear head whose kernel is the identity."""
+    logits, kernel = predictions
+    if "sparse" in declaration.name:
+        return declaration.function(logits, kernel, labels, jnp.ones(labels.shape))
+    return declaration.function(logits, kernel, labels)
 
 
 @pytest.mark.parametrize("name", sorted(focal_jax.catalogue.LOSSES))
 def test_every_loss_by_name(name):
     declaration = focal_jax.catalogue.LOSSES[name]
-    if declaration.kind == "linear":
-        with pytest.raises(InputError, match="wanted a function or one of"):
-            compat.Loss(name)
-        return
     loss = compat.Loss(name, reduction=None)
     labels = INDICES if declaration.labels in (("integer",), ("real",)) else ONE_HOT
+    if declaration.kind == "linear":
+        labels = INDICES
+        if "sigmoid" in name or "asymmetric" in name:
+            labels = INDICES[:, None]
+        predictions = jnp.asarray(LOGITS), jnp.eye(4)
+        wanted = _linear(declaration, predictions, labels)
+        np.testing.assert_allclose(loss(labels, predictions), wanted, rtol=1e-6)
+        return
     losses = declaration.function(LOGITS, labels)
     wanted = losses.mean(-1) if declaration.kind == "elementwise" else losses
     np.testing.assert_allclose(loss(labels, LOGITS), wanted, rtol=1e-6)
@@ -126,7 +151,7 @@ def test_every_loss_by_name(name):
         (compat.SoftmaxFocalLoss(), np.zeros(2, "e"), np.zeros((2, 4000), "f"), "float16.*3999"),
         (compat.SoftmaxFocalLoss(ignore_class=1), ONE_HOT, LOGITS, "ignore_class: got 1"),
         (compat.SigmoidFocalLoss(), ONE_HOT[:, :3], LOGITS, r"y_true: .*\(6, 3\)"),
-        (compat.Loss("dual_focal_loss_with_integer_labels"), ONE_HOT, LOGITS, "y_true"),
+        (compat.Loss("dual_focal_loss_with_integer_labels"), ONE_HOT[:, :2], LOGITS, "y_true"),
     ],
 )
 def test_errors_of_calls(loss, y_true, y_pred, match):
@@ -136,7 +161,14 @@ def test_errors_of_calls(loss, y_true, y_pred, match):
 
 
 @pytest.mark.parametrize(
-    "options", [{"gamma": -1}, {"label_smoothing": 2.0}, {"from_logits": "yes"}, {"gamma": "2"}]
+    "options",
+    [
+        {"gamma": -1},
+        {"alpha": -1.0},
+        {"label_smoothing": 2.0},
+        {"from_logits": "yes"},
+        {"gamma": "2"},
+    ],
 )
 @pytest.mark.parametrize("make", [compat.SigmoidFocalLoss, compat.SoftmaxFocalLoss])
 def test_errors_at_construction(make, options):
@@ -166,15 +198,16 @@ def test_fit_save_and_load(policy, tmp_path):
     np.testing.assert_allclose(again.evaluate(x, y, verbose=0), model.evaluate(x, y, verbose=0))
 
 
-def test_linear_head():
-    head = compat.LinearHead(4)
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_linear_head(use_bias):
+    head = compat.LinearHead(4, use_bias=use_bias)
     features = jnp.asarray(RNG.normal(size=(6, 5)).astype(np.float32))
-    labels = jnp.where(jnp.arange(6) == 2, -1, INDICES)
-    value = head.focal_loss(features, labels, ignore_label=-1)
-    losses = focal_jax.softmax_focal_loss_with_integer_labels(
-        head(features), labels, ignore_label=-1
-    )
-    np.testing.assert_allclose(value, losses.sum() / 5, rtol=1e-6)
+    logits, labels = head(features), np.where(np.arange(6) == 2, -1, INDICES)
+    loss = compat.Loss("linear_softmax_focal_loss_with_integer_labels", ignore_class=-1)
+    wanted = compat.SoftmaxFocalLoss(ignore_class=-1)(labels, logits)
+    np.testing.assert_allclose(head.loss(loss, labels, features), wanted, rtol=1e-6)
+    with pytest.raises(InputError, match="loss: got"):
+        head.loss(compat.SoftmaxFocalLoss(), labels, features)
 
 
 @pytest.mark.slow

@@ -1,173 +1,326 @@
-"""Losses for `keras.Model.compile`, on Keras's JAX backend.
+"""Losses of Keras 3 on its JAX backend: subclasses of `keras.losses.Loss`, and a linear head.
 
-The losses take `(y_true, y_pred)`, as Keras's losses do. Reduction, sample weights and the masks of
-layers are Keras's own. `y_pred` may be logits, or probabilities with `from_logits=False`.
+Conventions of Keras hold: `loss(y_true, y_pred, sample_weight)`, `reduction`, masks
+(`_keras_mask`), and a mean over the last axis of losses of one logit. A mask is applied to the
+logits and labels, so masked positions may hold NaN. `y_pred` holds logits, or with
+`from_logits=False` probabilities: of a sigmoid, or of a softmax, which are normalized as in Keras.
+No probability is clipped. Beyond rounding errors a probability outside [0, 1] gives NaN.
 
-A probability outside [0, 1] by more than rounding gives NaN: then the predictions are logits.
-Probabilities of exactly 0 and 1 count as the nearest numbers inside (0, 1) and have gradient 0. Of
-a model that ends with a sigmoid or a softmax only logits have gradients for saturated predictions,
-so they are the default.
+Importing this module raises ImportError without Keras, and InputError with another backend.
 """
 
+import importlib
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from focal_jax import catalogue, reduction
-from focal_jax.compat._arguments import check_options, class_indices
-from focal_jax.engine import arguments
+from focal_jax import catalogue, reduced
+from focal_jax.compat._arguments import class_indices
+from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError
-from focal_jax.losses.sigmoid import sigmoid_focal_loss
-from focal_jax.losses.softmax import (
-    linear_softmax_focal_loss_with_integer_labels,
-    softmax_focal_loss,
-    softmax_focal_loss_with_integer_labels,
-)
-
-try:
-    import keras
-    from keras.src.backend import set_keras_mask  # Keras has no public function for it
-except ImportError as error:
-    raise ImportError("focal_jax.compat.keras requires Keras 3: pip install keras") from error
-
-if keras.backend.backend() != "jax":
-    raise ImportError(
-        f"focal_jax.compat.keras: got Keras's backend {keras.backend.backend()!r}, wanted 'jax': "
-        "set the environment variable KERAS_BACKEND=jax before Keras is imported"
-    )
 
 __all__ = ["LinearHead", "Loss", "SigmoidFocalLoss", "SoftmaxFocalLoss"]
 
-_register = keras.saving.register_keras_serializable("focal_jax")
+_SWITCH = "set the environment variable KERAS_BACKEND=jax before the first import of Keras"
+try:
+    keras: Any = importlib.import_module("keras")
+    # Keras has no public functions for the masks of traced arrays, which have no attributes.
+    _masks: Any = importlib.import_module("keras.src.backend")
+except ImportError as error:
+    _HINT = 'install Keras 3 with pip install "keras>=3.6"'
+    if (error.name or "").partition(".")[0] != "keras":  # the default backend is TensorFlow
+        _HINT = f"Keras failed to import its backend: {_SWITCH}"
+    raise ImportError(f"focal_jax.compat.keras: {error}; {_HINT}", name=error.name) from error
+if keras.backend.backend() != "jax":
+    raise InputError(f"keras.backend: got {keras.backend.backend()!r}, wanted 'jax': {_SWITCH}")
+
+_register = keras.saving.register_keras_serializable(package="focal_jax")
+# Options that Keras passes in another way.
+_HINTS = {
+    "where": "Keras passes masks with the predictions",
+    "ignore_label": "use ignore_class=",
+    "bias": "y_pred is (features, kernel, bias)",
+    "class_axis_name": "Keras maps no axes",
+}
 
 
-def _in_config(option: Any) -> Any:
-    """Return an option as Python numbers and lists, which JSON can store."""
-    return option.tolist() if isinstance(option, np.ndarray | np.generic | Array) else option
+class _Reduction(keras.losses.Loss):
+    """Keras's reduction, applied to losses with the mask of Keras."""
+
+    def call(self, y_true: Array, y_pred: Array) -> Array:
+        """Return the losses."""
+        return y_pred
 
 
-def _probability(p: Array) -> Array:
-    """Return probabilities inside (0, 1), and NaN for those outside [0, 1]."""
-    info = jnp.finfo(p.dtype)
-    outside = (p < -4 * info.eps) | (p > 1 + 4 * info.eps)
-    return jnp.where(outside, jnp.nan, jnp.clip(p, info.tiny, 1 - info.epsneg))
+def _log(x: Array) -> Array:
+    """Return the logarithm. It is -inf with the derivative 0 for 0 and subnormal numbers."""
+    positive = x >= jnp.finfo(x.dtype).tiny
+    return jnp.where(positive, jnp.log(jnp.where(positive, x, 1)), -jnp.inf)
 
 
-class _Loss(keras.losses.Loss):
-    """A loss with Keras's arguments. `options` holds those of the constructor, for `get_config`."""
+def _logits(p: Array, sigmoid: bool) -> Array:
+    """Return the logits of probabilities, NaN outside of [0, 1]."""
+    y, invalid = arguments.clip_labels(p, p.astype(arguments.compute_dtype(p)), 1)
+    z = _log(y)
+    if sigmoid:
+        below = y < 1
+        z -= jnp.where(below, jnp.log1p(-jnp.where(below, y, 0)), -jnp.inf)
+    return jnp.where(invalid, jnp.nan, z)
 
-    def __init__(self, options: dict[str, Any], **kwargs: Any):
-        super().__init__(**kwargs)
-        self.options = {name: _in_config(option) for name, option in options.items()}
 
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Array:
-        """Return the reduced loss."""
-        # Keras casts both to the dtype of the loss, which would hide these mistakes.
-        labels = arguments.as_array("y_true", y_true)
-        predictions = arguments.as_array("y_pred", y_pred)
-        if not jnp.issubdtype(predictions.dtype, jnp.floating):
-            raise InputError(
-                f"y_pred: got dtype {predictions.dtype}, wanted a floating dtype: Keras's losses "
-                "take (y_true, y_pred), in this order"
-            )
-        self.check_labels(labels, predictions)
-        losses: Any = super().__call__(y_true, y_pred, sample_weight)
-        return losses
+def _position_mask(mask: Any, shape: tuple[int, ...]) -> Array:
+    """Return a mask of Keras, which has the first axes of the positions, with axes of size 1."""
+    mask = jnp.asarray(mask, bool)
+    valid = mask.ndim <= len(shape) and mask.shape == shape[: mask.ndim]
+    got = f"y_pred: got a mask of shape {mask.shape}"
+    arguments.require(valid, f"{got}, wanted the first axes of {shape}")
+    return mask.reshape(*mask.shape, *(1,) * (len(shape) - mask.ndim))
 
-    def check_labels(self, y_true: Array, y_pred: Array) -> None:
-        """Raise for labels whose dtype or shape does not fit."""
 
-    def given(self, y_pred: Array) -> dict[str, Any]:
-        """Return the options, with arrays in the dtype of the predictions."""
-        return {
-            name: jnp.asarray(option, y_pred.dtype) if isinstance(option, list) else option
-            for name, option in self.options.items()
-        }
+def _class_labels(y: Array, shape: tuple[int, ...], axis: int) -> tuple[Array, bool]:
+    """Return labels, without a class axis of size 1, and whether they are class indices."""
+    num_classes, positions = shape[axis], (*shape[:axis], *shape[axis + 1 :])
+    if num_classes == 1:
+        wanted = "two classes, or a loss of one logit such as SigmoidFocalLoss"
+        raise InputError(f"y_pred: got one class in shape {shape}, wanted {wanted}")
+    if y.shape == (*shape[:axis], 1, *shape[axis + 1 :]):
+        return y.squeeze(axis), True
+    wanted = f"{positions}, class indices; or {shape}, one weight per class"
+    valid = y.shape in (positions, shape)
+    arguments.require(valid, f"y_true: got shape {y.shape}, wanted {wanted}")
+    return y, y.shape == positions
 
-    def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {**super().get_config(), "dtype": self.dtype, **self.options}
+
+def _indices(y: Array, num_classes: int, ignore: int | None) -> Array:
+    """Return class indices as int32, -1 or -2 for a floating label that is no integer."""
+    largest = num_classes - 1
+    if jnp.issubdtype(y.dtype, jnp.floating):
+        checks.check_holds_class("y_true", y, max(largest, abs(ignore or 0)))
+        whole = class_indices("y_true", y, num_classes, ignore)
+        return jnp.where(y == whole, whole, -2 if ignore == -1 else -1)
+    limit = 1 if y.dtype == bool else jnp.iinfo(y.dtype).max
+    if largest > limit:
+        raise InputError(
+            f"y_true: got dtype {y.dtype}, wanted a wider integer dtype: {y.dtype} holds no "
+            f"integer above {limit}, and there is a class {largest}"
+        )
+    return arguments.as_int32(y.astype(jnp.int32) if y.dtype == bool else y, ignore)
 
 
 @_register
-class SigmoidFocalLoss(_Loss):
-    r"""Focal loss of independent sigmoids, `focal_jax.sigmoid_focal_loss`.
-
-    As in `keras.losses.BinaryFocalCrossentropy`, the losses are averaged over the last axis.
+class Loss(keras.losses.Loss):
+    """Apply any loss of the catalogue in Keras.
 
     Example:
-      >>> import numpy as np
-      >>> from focal_jax.compat.keras import SigmoidFocalLoss
-      >>> loss = SigmoidFocalLoss(alpha=0.25)
-      >>> round(float(loss(np.array([[1.0, 0.0]]), np.array([[2.0, -1.0]]))), 4)
-      0.0087
+      >>> import jax.numpy as jnp
+      >>> from focal_jax.compat.keras import Loss
+      >>> loss = Loss("asymmetric_loss", gamma_negative=2.0)
+      >>> f"{loss(jnp.array([[1, 0]]), jnp.array([[2.0, -1.0]])):.4f}"
+      '0.0694'
 
     Args:
-      alpha: None, or the weight of the positive labels in [0, 1]; `1 - alpha` is that of the rest.
-      gamma: focusing exponent, at least 0.
-      label_smoothing: the labels become `y * (1 - s) + s / 2`.
-      from_logits: whether the predictions are logits. False: probabilities.
-      **kwargs: `reduction`, `name` and `dtype` of `keras.losses.Loss`.
+      loss: the name of a loss of `focal_jax`. A loss of a softmax takes class indices, of the
+        shape of `y_pred` without the class axis or with a class axis of size 1, or weights of
+        the classes of the shape of `y_pred`; some losses take one of the two. For a linear head
+        `y_pred` is a tuple `(features, kernel)` or `(features, kernel, bias)`.
+      from_logits: whether `y_pred` holds logits, else probabilities.
+      label_smoothing: a number in [0, 1). Labels are mixed with `1 / C`, or with 1/2 for a loss of
+        one logit.
+      ignore_class: None or the class index of positions that are masked. As in Keras, they do not
+        count in the denominator of a mean.
+      reduction: a reduction of Keras. For a region loss, which has one value per class,
+        the mean is over the classes.
+      name: the name of Keras.
+      dtype: the dtype of the reduction. The losses are computed in float32 or a wider dtype.
+      **options: options of the loss.
+    """
+
+    def __init__(
+        self,
+        loss: str,
+        *,
+        from_logits: bool = True,
+        label_smoothing: float = 0.0,
+        ignore_class: int | None = None,
+        reduction: str | None = "sum_over_batch_size",
+        name: str | None = None,
+        dtype: Any = None,
+        **options: Any,
+    ):
+        """Check and store the options."""
+        function = catalogue.function_of(loss if isinstance(loss, str) else None)
+        for option in options:
+            if option in _HINTS:
+                raise InputError(f"{option}: got an option of JAX's API, wanted {_HINTS[option]}")
+        reduced.check_option_names(function, options)
+        self.loss = catalogue.LOSSES[loss]
+        self.options = {k: reduced.checked_option(function, k, v) for k, v in options.items()}
+        self.from_logits = arguments.static_bool("from_logits", from_logits)
+        self.label_smoothing = arguments.static_label_smoothing(label_smoothing)
+        kind, labels = self.loss.kind, self.loss.labels
+        arguments.require(
+            from_logits or kind != "linear",
+            f"from_logits: got False, wanted True: {loss} computes logits",
+        )
+        smooth = "label_smoothing" in inspect.signature(function).parameters
+        smooth |= not {"soft", "distribution"}.isdisjoint(labels)
+        got = f"label_smoothing: got {label_smoothing}"
+        arguments.require(smooth or not label_smoothing, f"{got}, wanted 0 for {loss}")
+        try:
+            self.ignore_class = arguments.static_ignore_label(ignore_class)
+        except InputError as error:
+            message = str(error).replace("ignore_label", "ignore_class", 1)
+            raise InputError(message) from None
+        if ignore_class is not None and kind in ("elementwise", "interval"):
+            raise InputError(f"ignore_class: got {ignore_class}, wanted None: {loss} has no class")
+        try:
+            super().__init__(name=name or loss, reduction=reduction, dtype=dtype)
+        except ValueError as error:
+            raise InputError(f"reduction: {error}") from error
+
+    def call(self, y_true: Any, y_pred: Any) -> Array:
+        """Return the losses before the reduction, with the mask of Keras if there is one."""
+        kind, ignore = self.loss.kind, self.ignore_class
+        first, *rest = y_pred if kind == "linear" else (y_pred,)
+        mask = _masks.get_keras_mask(first)
+        x = arguments.as_array("y_pred", first, "an array of floating numbers")
+        hint = "Keras's order of the arguments is (y_true, y_pred)"
+        is_floating = jnp.issubdtype(x.dtype, jnp.floating)
+        got = f"y_pred: got dtype {x.dtype}"
+        arguments.require(is_floating, f"{got}, wanted a floating dtype; {hint}")
+        y = arguments.as_array("y_true", y_true, ignore_label=ignore)
+        arguments.check_real("y_true", y)
+        if not self.from_logits:
+            x = _logits(x, kind == "elementwise")
+        shape, axis = x.shape, -1
+        options = {
+            k: np.asarray(v) if isinstance(v, reduced.ConstantArray) else v
+            for k, v in self.options.items()
+        }
+        if kind == "linear":
+            own = "transpose_kernel"
+            kernel = arguments.floating_array("kernel", rest[0])
+            shape = (*shape[:-1], kernel.shape[0 if options.get(own) else -1])
+            options["bias"] = rest[1] if len(rest) > 1 else None
+        if kind == "elementwise":
+            return self._elementwise(x, y, mask, options)
+        axis = arguments.static_axis(options.get("axis", -1), len(shape))
+        num_classes, positions = shape[axis], (*shape[:axis], *shape[axis + 1 :])
+        y, is_sparse = _class_labels(y, shape, axis)
+        where = None if mask is None else _position_mask(mask, positions)
+        function: Any = self.loss.function
+        s = self.label_smoothing
+        if kind != "interval" and is_sparse:
+            y = _indices(y, num_classes, ignore)
+            where = arguments.not_ignored(y, ignore, where)
+        elif ignore is not None:
+            raise InputError(f"y_true: got shape {y.shape}, wanted class indices for ignore_class")
+        if kind in ("position", "distribution") and self.loss.engine_loss is not None:
+            engine = self.loss.engine_loss
+            function = engine if is_sparse else engine.of_distribution
+        if is_sparse and kind == "region":
+            invalid = (y < 0) | (y >= num_classes)
+            y = jax.nn.one_hot(y, num_classes, axis=axis, dtype=arguments.compute_dtype(x))
+            y = jnp.where(jnp.expand_dims(invalid, axis), jnp.nan, y)
+            is_sparse = False
+        if s and is_sparse:
+            options["label_smoothing"] = s
+        elif s:
+            y = (1 - s) * y.astype(arguments.compute_dtype(x)) + s / num_classes
+        losses = function(x, *rest[:1], y, where=where, **options)
+        if where is not None and kind != "region":
+            _masks.set_keras_mask(losses, jnp.broadcast_to(where, positions))
+        return losses
+
+    def _elementwise(self, x: Array, y: Array, mask: Any, options: Mapping[str, Any]) -> Array:
+        """Return the losses of one logit, averaged over the last axis as in Keras."""
+        if x.shape == (*y.shape, 1) or y.shape == (*x.shape, 1):
+            y = y.reshape(x.shape)
+        why = "one label for each prediction"
+        arguments.check_shape("y_true", y, x.shape, why)
+        if self.label_smoothing:
+            s = self.label_smoothing
+            y = (1 - s) * y.astype(arguments.compute_dtype(x)) + s / 2
+        where = None if mask is None else _position_mask(mask, x.shape)
+        losses = self.loss.function(x, y, where=where, **options)
+        if x.ndim > 1 and (mask is None or mask.ndim < x.ndim):
+            losses = jnp.mean(losses, -1)
+            where = None if where is None else where[..., 0]
+        if where is not None:
+            _masks.set_keras_mask(losses, jnp.broadcast_to(where, losses.shape))
+        return losses
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Return the reduced loss.
+
+        Keras casts labels and predictions to the dtype of the loss. Here the losses are computed
+        from the original dtypes, so that class indices stay exact and gradients have 16 bits.
+        """
+        if sample_weight is not None and self.loss.kind == "region":
+            got = "sample_weight: got weights"
+            raise InputError(f"{got}, wanted None: {self.loss.name} has no value per sample")
+        losses = self.call(y_true, y_pred)
+        reduction = _Reduction(name=self.name, reduction=self.reduction, dtype=self.dtype)
+        return reduction(losses, losses, sample_weight)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments of the constructor, in types of JSON."""
+        constants = (reduced.ConstantArray, np.ndarray, np.generic, Array)
+        options = {
+            k: np.asarray(v).tolist() if isinstance(v, constants) else v
+            for k, v in self.options.items()
+        }
+        own = ("from_logits", "label_smoothing", "ignore_class", "dtype")
+        config = {"loss": self.loss.name, **{k: getattr(self, k) for k in own}, **options}
+        keep = inspect.signature(type(self).__init__).parameters
+        if not any(x.kind is x.VAR_KEYWORD for x in keep.values()):
+            config = {k: v for k, v in config.items() if k in keep}
+        return {**super().get_config(), **config}
+
+
+@_register
+class SigmoidFocalLoss(Loss):
+    """Apply `focal_jax.sigmoid_focal_loss` in Keras.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from focal_jax.compat.keras import SigmoidFocalLoss
+      >>> loss = SigmoidFocalLoss(alpha=0.25)
+      >>> f"{loss(jnp.array([[1], [1]]), jnp.array([[0.0], [20.0]])):.4f}"
+      '0.0217'
     """
 
     def __init__(
         self,
         alpha: Any = None,
         gamma: Any = 2.0,
-        label_smoothing: float = 0.0,
         from_logits: bool = True,
-        **kwargs: Any,
+        label_smoothing: float = 0.0,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "sigmoid_focal_loss",
+        dtype: Any = None,
     ):
-        """Check the options."""
-        check_options(sigmoid_focal_loss, alpha=alpha, gamma=gamma)
-        smoothing = arguments.static_label_smoothing(label_smoothing)
-        logits = arguments.static_bool("from_logits", from_logits)
-        options = {"alpha": alpha, "gamma": gamma}
-        super().__init__(options | {"label_smoothing": smoothing, "from_logits": logits}, **kwargs)
-
-    def call(self, y_true: Array, y_pred: Array) -> Array:
-        """Return one loss per row: the mean over the last axis."""
-        y_true = _like_predictions(y_true, y_pred)
-        options = self.given(y_pred)
-        smoothing = options.pop("label_smoothing")
-        if not options.pop("from_logits"):
-            p = _probability(y_pred)
-            y_pred = jnp.log(p) - jnp.log1p(-p)
-        y_true = y_true * (1 - smoothing) + smoothing / 2
-        return jnp.mean(sigmoid_focal_loss(y_pred, y_true, **options), -1)
-
-    def check_labels(self, y_true: Array, y_pred: Array) -> None:
-        """Raise if the shapes do not agree."""
-        _like_predictions(y_true, y_pred)
+        """Check and store the options."""
+        options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__("sigmoid_focal_loss", **options)
 
 
 @_register
-class SoftmaxFocalLoss(_Loss):
-    r"""Focal loss of a softmax, of class indices or of a distribution over the classes.
-
-    Labels of the predictions' shape are a distribution (one-hot or soft). Labels without the class
-    axis, or with a class axis of size 1, are class indices. If the predictions have a single class,
-    labels of an integer dtype are indices, and floating labels are a distribution.
+class SoftmaxFocalLoss(Loss):
+    """Apply the softmax focal loss in Keras, to class indices or to weights of the classes.
 
     Example:
-      >>> import numpy as np
+      >>> import jax.numpy as jnp
       >>> from focal_jax.compat.keras import SoftmaxFocalLoss
-      >>> loss, logits = SoftmaxFocalLoss(ignore_class=-1), np.array([[2.0, 0.0, 0.0], [0.0] * 3])
-      >>> [round(float(loss(np.array(y), logits)), 4) for y in ([0, 1], [[0], [1]], [0, -1])]
-      [0.2496, 0.2496, 0.0109]
-
-    Args:
-      alpha: class weights: None, a scalar or `[C]`.
-      gamma: focusing exponent, at least 0.
-      axis: the class axis.
-      label_smoothing: the labels become `y * (1 - s) + s / C`.
-      ignore_class: None, or a class index: positions with it have loss 0, and the mean divides by
-        the number of the other positions, as in `keras.losses.SparseCategoricalCrossentropy`.
-      from_logits: whether the predictions are logits. False: probabilities, which are divided by
-        their sum, as Keras does.
-      **kwargs: `reduction`, `name` and `dtype` of `keras.losses.Loss`.
+      >>> loss = SoftmaxFocalLoss(ignore_class=-1)
+      >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [5.0, 1.0, 0.0]])
+      >>> f"{loss(jnp.array([0, 1, -1]), logits):.4f}"
+      '0.2496'
     """
 
     def __init__(
@@ -178,170 +331,29 @@ class SoftmaxFocalLoss(_Loss):
         label_smoothing: float = 0.0,
         ignore_class: int | None = None,
         from_logits: bool = True,
-        **kwargs: Any,
-    ):
-        """Check the options."""
-        check_options(softmax_focal_loss, gamma=gamma)
-        options = {"alpha": alpha, "gamma": gamma, "axis": axis, "ignore_class": ignore_class}
-        options["label_smoothing"] = arguments.static_label_smoothing(label_smoothing)
-        options["from_logits"] = arguments.static_bool("from_logits", from_logits)
-        super().__init__(options, **kwargs)
-
-    def call(self, y_true: Array, y_pred: Array) -> Array:
-        """Return one loss per position."""
-        given = self.given(y_pred)
-        axis = arguments.static_axis(given["axis"], y_pred.ndim)
-        smoothing, ignore = given.pop("label_smoothing"), given.pop("ignore_class")
-        if not given.pop("from_logits"):
-            y_pred = jnp.log(_probability(y_pred))
-        if _is_distribution(y_true, y_pred, axis):
-            y_true = y_true * (1 - smoothing) + smoothing / y_pred.shape[axis]
-            return softmax_focal_loss(y_pred, y_true, **given)
-        labels = _indices(y_true, y_pred, axis, ignore)
-        losses = softmax_focal_loss_with_integer_labels(
-            y_pred, labels, label_smoothing=smoothing, ignore_label=ignore, **given
-        )
-        if ignore is not None:
-            set_keras_mask(losses, labels != ignore)
-        return losses
-
-    def check_labels(self, y_true: Array, y_pred: Array) -> None:
-        """Raise if labels are neither class indices nor a distribution."""
-        axis = arguments.static_axis(self.options["axis"], y_pred.ndim)
-        if not _is_distribution(y_true, y_pred, axis):
-            _indices(y_true, y_pred, axis, self.options["ignore_class"])
-        elif self.options["ignore_class"] is not None:
-            raise InputError(
-                f"ignore_class: got {self.options['ignore_class']} and labels that are a "
-                "distribution over the classes, wanted class indices"
-            )
-
-
-@_register
-class Loss(_Loss):
-    r"""Any loss of `focal_jax.catalogue`, by name and with its options.
-
-    The losses of one logit are averaged over the last axis, as in Keras.
-
-    Example:
-      >>> import numpy as np
-      >>> from focal_jax.compat.keras import Loss
-      >>> loss = Loss("softmax_poly_focal_loss_with_integer_labels", epsilon=1.0, gamma=2.0)
-      >>> round(float(loss(np.array([0]), np.array([[2.0, 0.0, 0.0]]))), 4)
-      0.0205
-
-    Args:
-      loss: the name of a loss of logits and labels in the catalogue.
-      reduction: see `keras.losses.Loss`, as are `name` and `dtype`.
-      name: the name of the loss in Keras's logs.
-      dtype: the dtype to which Keras casts labels and predictions.
-      **options: the options of the loss; also its `axis`, `ignore_label` or `label_smoothing`.
-    """
-
-    def __init__(
-        self,
-        loss: str,
-        *,
         reduction: str | None = "sum_over_batch_size",
-        name: str | None = None,
+        name: str = "softmax_focal_loss",
         dtype: Any = None,
-        **options: Any,
     ):
-        """Find the loss and check its options."""
-        kinds = ("elementwise", "position", "distribution", "interval", "region")
-        self.function = catalogue.function_of(loss, kinds=kinds)
-        self.declaration: Any = catalogue.declaration_of(self.function)
-        check_options(
-            self.function,
-            **{k: v for k, v in options.items() if k in self.declaration.options},
-        )
-        super().__init__(options, reduction=reduction, name=name or loss, dtype=dtype)
-
-    def call(self, y_true: Array, y_pred: Array) -> Array:
-        """Return the losses, averaged over the last axis for a loss of one logit."""
-        if self._takes_indices:
-            axis = arguments.static_axis(self.options.get("axis", -1), y_pred.ndim)
-            y_true = _indices(y_true, y_pred, axis, self.options.get("ignore_label"))
-        elif self.declaration.kind == "elementwise":
-            y_true = _like_predictions(y_true, y_pred)
-        losses = self.function(y_pred, y_true, **self.given(y_pred))
-        return jnp.mean(losses, -1) if self.declaration.kind == "elementwise" else losses
-
-    @property
-    def _takes_indices(self) -> bool:
-        return self.declaration.labels == ("integer",)
-
-    def check_labels(self, y_true: Array, y_pred: Array) -> None:
-        """Raise if labels cannot hold the classes, or do not have the predictions' shape."""
-        if self._takes_indices:
-            axis = arguments.static_axis(self.options.get("axis", -1), y_pred.ndim)
-            _indices(y_true, y_pred, axis, self.options.get("ignore_label"))
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {**super().get_config(), "loss": self.declaration.name}
-
-
-def _is_distribution(y_true: Array, y_pred: Array, axis: int) -> bool:
-    """Return whether labels are a distribution over the classes and not class indices."""
-    return y_true.shape == y_pred.shape and y_pred.shape[axis] != 1
-
-
-def _like_predictions(y_true: Array, y_pred: Array) -> Array:
-    """Return labels of the predictions' shape; a last axis of size 1 may be missing."""
-    if y_true.ndim + 1 == y_pred.ndim and y_pred.shape[-1] == 1:
-        y_true = y_true[..., None]
-    arguments.check_shape("y_true", y_true, y_pred.shape, "as the predictions")
-    return y_true
-
-
-def _indices(y_true: Array, y_pred: Array, axis: int, ignore: int | None) -> Array:
-    """Return class indices without the class axis."""
-    positions = y_pred.shape[:axis] + y_pred.shape[axis + 1 :]
-    if y_true.ndim == y_pred.ndim and y_true.shape[axis] == 1:
-        y_true = jnp.squeeze(y_true, axis)
-    why = f"class indices; a distribution has the shape of the predictions, {y_pred.shape}"
-    arguments.check_shape("y_true", y_true, positions, why)
-    if jnp.issubdtype(y_true.dtype, jnp.bool_):
-        raise InputError("y_true: got dtype bool, wanted class indices of an integer dtype")
-    largest = y_pred.shape[axis] - 1
-    if jnp.issubdtype(y_true.dtype, jnp.integer) and largest > jnp.iinfo(y_true.dtype).max:
-        raise InputError(
-            f"y_true: got dtype {y_true.dtype}, wanted a dtype that holds the class {largest}"
-        )
-    return class_indices("y_true", y_true, y_pred.shape[axis], ignore)
+        """Check and store the options."""
+        options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__("softmax_focal_loss_with_integer_labels", **options)
 
 
 @_register
 class LinearHead(keras.layers.Dense):
-    """A dense layer whose focal loss never stores the logits.
+    """Compute logits as `keras.layers.Dense`, or a loss of the features without the logits.
 
-    Its call returns logits, for prediction. In training the model returns the features, and its
-    `compute_loss` returns `head.focal_loss(features, y)`. The arguments are those of
-    `keras.layers.Dense`; the loss is that of the logits, before an activation.
+    `head(features)` returns logits. `head.loss(loss, y_true, features)` applies
+    `Loss("linear_softmax_focal_loss_with_integer_labels")` or another loss of a linear head.
+    The products are those of the layer's compute dtype.
     """
 
-    def focal_loss(
-        self, features: Any, labels: Any, *, sample_weight: Any = None, **options: Any
-    ) -> Array:
-        """Return the mean focal loss over the valid positions.
-
-        Args:
-          features: `[..., D]`.
-          labels: `[...]`, class indices.
-          sample_weight: None, or the weight of each position.
-          **options: of `focal_jax.linear_softmax_focal_loss_with_integer_labels`.
-        """
-        features = arguments.floating_array("features", features).astype(self.compute_dtype)
-        if not self.built:
-            self.build(features.shape)
-        as_array: Any = keras.ops.convert_to_tensor
-        bias = as_array(self.bias) if self.use_bias else None
-        ignore, where = options.get("ignore_label"), options.get("where")
-        labels = class_indices("labels", labels, self.units, ignore)
-        losses = linear_softmax_focal_loss_with_integer_labels(
-            features, as_array(self.kernel), labels, bias=bias, **options
-        )
-        return reduction.reduce_loss(
-            losses, where=where, labels=labels, ignore_label=ignore, weights=sample_weight
-        )
+    def loss(self, loss: Loss, y_true: Any, features: Any, sample_weight: Any = None) -> Any:
+        """Return `loss` of the features, the kernel and the bias."""
+        if not isinstance(loss, Loss) or loss.loss.kind != "linear":
+            got = arguments.shown(loss)
+            raise InputError(f"loss: got {got}, wanted a Loss of a linear head")
+        arrays = [self.kernel, self.bias] if self.use_bias else [self.kernel]
+        cast = [keras.ops.cast(x, self.compute_dtype) for x in arrays]
+        return loss(y_true, (features, *cast), sample_weight)

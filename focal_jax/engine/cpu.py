@@ -67,11 +67,6 @@ def _(size, batched, *after):
     return _false_at_runtime(*after), False
 
 
-def _same_shape(arrays: list[Array]) -> bool:
-    """Return whether the arrays have one shape, so that flattening keeps them elementwise."""
-    return {x.shape for x in arrays if x.size != 1} == {arrays[0].shape}
-
-
 def compile_separately(
     function: Callable[..., Array], *args: Any, after: Array | None = None
 ) -> Array:
@@ -117,7 +112,8 @@ def compile_separately(
 
     arrays = jax.tree.leaves(args)
     waits = [] if after is None else [lax.stop_gradient(after)]
-    on_one_device = separate(flat if _same_shape(arrays) else function, *waits)
+    one_shape = {x.shape for x in arrays if x.size != 1} == {arrays[0].shape}
+    on_one_device = separate(flat if one_shape else function, *waits)
     on_many_devices = separate(function) if after is None else function
 
     on_cpu = partial(by_devices, on_one_device, on_many_devices)
