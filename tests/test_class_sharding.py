@@ -117,6 +117,7 @@ def test_gradient_inside_shard_map(head, options):
     assert_close(jit(mapped)(*arrays, labels), want, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [PAIR, PAIR | SMOOTH], ids=str)
 @pytest.mark.parametrize(
     "head", [softmax, linear, engine_linear], ids=["softmax", "linear", "engine linear"]

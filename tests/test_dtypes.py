@@ -74,6 +74,7 @@ def test_options_do_not_promote_the_losses(row, x64):
     assert row.compiled(**arguments, **row.scalars(np.float64)).dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in PROGRAMS if row.numbers], ids=str)
 def test_options_are_cast_to_the_dtype_of_the_loss_first(row):
     # 1 - 0.001 is 1 in bfloat16. The loss of a bfloat16 option is the loss of the same number in

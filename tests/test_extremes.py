@@ -120,6 +120,7 @@ def test_derivatives_are_finite_at_saturation(row):
             np.testing.assert_allclose(first[row.first][:2], want, rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ONE_CLASS, ids=str)
 def test_derivatives_to_third_order_are_finite_at_saturation(row):
     margins = [-1e4, -100, -60, 0, 45, 60, 100, 1e4]
@@ -142,6 +143,7 @@ def test_derivatives_to_third_order_are_finite_at_saturation(row):
         assert _all_finite(derivatives(inside, jnp.float32(exponent))), exponent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ELEMENTWISE, ids=str)
 def test_derivatives_to_third_order_are_finite_for_soft_labels(row):
     logits = [-1e4, -100, -60, -45, -8, -3, -1, -0.2, 0, 0.3, 2, 4, 20, 45, 70, 100, 1e4]

@@ -393,6 +393,7 @@ def _sharded(row, options, names, check_vma):
     return loss, specs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("row", INTEGER, ids=str)
 def test_sharded_classes(row, check_vma):

@@ -298,6 +298,7 @@ def test_gradients_of_smoothed_losses_do_not_drift(row):
     _assert_mean_does_not_drift(row, 50_000, jnp.bfloat16, label_smoothing=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_gradients_do_not_drift_at_four_million_positions(dtype):
     n = 2**22 + 3

@@ -264,6 +264,7 @@ def test_invalid_smoothing(value):
 # ---------------------------------------------------------------- accuracy of label smoothing
 
 
+@pytest.mark.slow
 @pytest.mark.quick(False)
 @pytest.mark.parametrize("gamma", [0, 0.5, 1, 1.3, 2.0, 3, 5])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
@@ -366,6 +367,7 @@ FORMS = [
 GAMMAS = [0, 0.5, 2, pytest.param(np.float32(1.3), id="array")]
 
 
+@pytest.mark.slow
 @pytest.mark.quick(False)
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("losses", FORMS)

@@ -206,6 +206,7 @@ _LAYOUTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "spec"), _LAYOUTS)
 def test_jit_over_a_mesh_does_not_gather(row, spec, x64):
     # float64, because the mesh changes the order in which the gradient of an option is summed.
