@@ -345,6 +345,46 @@ def test_class_loss_option(batch):
     np.testing.assert_allclose(loss.classification, wanted, rtol=1e-6)
 
 
+def losses_by_parts(logits, offsets, anchors, annotations, ignored, weights, min_side):
+    """Return the losses of one image with `force_match`, from the public parts and loops."""
+    real = annotations[~ignored & (annotations[:, 4] != -1)]
+    match = np.array(match_anchors(anchors, real, force_match=True))
+    for i, (x1, y1, x2, y2) in enumerate(anchors):
+        for a1, b1, a2, b2, _ in annotations[ignored]:
+            inside = max(min(x2, a2) - max(x1, a1), 0) * max(min(y2, b2) - max(y1, b1), 0)
+            if match[i] < 0 and inside >= 0.5 * (x2 - x1) * (y2 - y1):
+                match[i] = IGNORED
+    positive = match >= 0
+    labels = positive[:, None] & (real[match, 4:] == np.arange(logits.shape[1]))
+    losses = np.asarray(focal_jax.sigmoid_focal_loss(logits, labels, alpha=0.25))
+    targets = encode_boxes(real[match, :4], anchors, weights=weights, min_side=min_side)
+    error = np.abs(offsets - np.asarray(targets))[positive]
+    smooth_l1 = np.where(error <= 1 / 9, 4.5 * error**2, error - 0.5 / 9)
+    count = positive.sum()
+    return losses[match != IGNORED].sum() / max(count, 1), smooth_l1.sum() / max(4 * count, 1)
+
+
+@pytest.mark.parametrize("transformation", [lambda loss: loss, jit])
+def test_options_of_the_matching_equal_the_parts(transformation):
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 30, (60, 2))
+    anchors = np.concatenate([corners, corners + rng.uniform(3, 12, (60, 2))], 1).astype("f")
+    boxes = [[0, 0, 9, 9, 1], [20, 20, 20.2, 31, 0], [10, 10, 25, 25, 2], [28, 2, 39, 12, 0]]
+    annotations = np.array([*boxes, [-1] * 5], np.float32)
+    ignored = np.array([False, False, True, False, False])
+    logits, offsets = rng.normal(size=(60, 3)).astype("f"), rng.normal(size=(60, 4)).astype("f")
+    own = {"weights": (1.0, 2.0, 3.0, 4.0), "min_side": 0.5}
+    loss = transformation(partial(retinanet_loss, force_match=True, **own))
+    arrays = logits[None], offsets[None], anchors, annotations[None]
+    found = loss(*arrays, ignored=ignored[None])
+    close(
+        found, losses_by_parts(*(logits, offsets, anchors, annotations), ignored, **own), rtol=1e-5
+    )
+    without = losses_by_parts(logits, offsets, anchors, annotations, ignored & False, **own)
+    close(loss(*arrays), without, rtol=1e-5)
+    assert not np.allclose(found, without, rtol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_16_bit_inputs_are_computed_in_float32(batch, dtype):
     logits, offsets, anchors, annotations = batch
@@ -736,6 +776,11 @@ def shapes(logits=(2, 5, 3), regression=(2, 5, 4), anchors=(5, 4), annotations=(
         ("positive_iou", shapes(), {"positive_iou": -1}),
         ("positive_iou", shapes(), {"positive_iou": 1.5}),
         ("positive_iou", shapes(), {"positive_iou": np.nan}),
+        ("force_match", shapes(), {"force_match": 1}),
+        ("weights", shapes(), {"weights": (1.0, 1.0)}),
+        ("min_side", shapes(), {"min_side": 0}),
+        ("ignored", shapes(), {"ignored": jnp.zeros((2, 1))}),
+        ("ignored", shapes(), {"ignored": jnp.zeros((1, 1), bool)}),
         ("gamma", shapes(), {"gamma": -1.0}),
         ("alpha", shapes(), {"alpha": jnp.zeros(7)}),
         ("class_loss", shapes(), {"class_loss": "softmax_focal_loss"}),

@@ -1,6 +1,6 @@
 """Boxes `(x1, y1, x2, y2)`: intersection over union, and offsets from anchors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -58,18 +58,27 @@ def _area(width: Array, height: Array) -> Array:
     return jnp.minimum(width * height, float(jnp.finfo(width.dtype).max) / 4)
 
 
-def iou(a: Box, b: Box) -> Array:
-    """Return the intersection over union of boxes with clipped coordinates, broadcast together."""
+def _intersection(a: Box, b: Box) -> Array:
     width = jnp.maximum(jnp.minimum(a.x2, b.x2) - jnp.maximum(a.x1, b.x1), 0)
     height = jnp.maximum(jnp.minimum(a.y2, b.y2) - jnp.maximum(a.y1, b.y1), 0)
-    intersection = _area(width, height)
+    return _area(width, height)
+
+
+def share_inside(a: Box, b: Box) -> Array:
+    """Return the share of the area of `a` that is inside `b`, like `iou`."""
+    return _intersection(a, b) / jnp.maximum(_area(a.x2 - a.x1, a.y2 - a.y1), _EPSILON)
+
+
+def iou(a: Box, b: Box) -> Array:
+    """Return the intersection over union of boxes with clipped coordinates, broadcast together."""
+    intersection = _intersection(a, b)
     areas = _area(a.x2 - a.x1, a.y2 - a.y1) + _area(b.x2 - b.x1, b.y2 - b.y1)
     return intersection / jnp.maximum(areas - intersection, _EPSILON)
 
 
-def pairwise_iou(a: Box, b: Box) -> Array:
-    """Return the intersection over union `[N, M]` of every box of `a` with every box of `b`."""
-    return iou(Box(*(x[:, None] for x in a)), Box(*(x[None] for x in b)))
+def pairwise(overlap: Callable[[Box, Box], Array], a: Box, b: Box) -> Array:
+    """Return the overlap `[N, M]` of every box of `a` with every box of `b`."""
+    return overlap(Box(*(x[:, None] for x in a)), Box(*(x[None] for x in b)))
 
 
 def _centers_and_sides(box: Box) -> tuple[Array, Array, Array, Array]:
@@ -93,7 +102,8 @@ def box_offsets(
     )
 
 
-def _check_weights(weights: Sequence[float]) -> list[float]:
+def check_weights(weights: Sequence[float]) -> list[float]:
+    """Return the weights of the four offsets as floats."""
     if not isinstance(weights, (tuple, list)) or len(weights) != 4:
         raise InputError(
             f"weights: got {weights}, wanted a tuple of four numbers, for x, y, width and height"
@@ -127,7 +137,7 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
       IJCV 2010.
     """
     a, b = box_arrays(a=a, b=b)
-    return pairwise_iou(to_box(clip_coordinates(a)), to_box(clip_coordinates(b)))
+    return pairwise(iou, to_box(clip_coordinates(a)), to_box(clip_coordinates(b)))
 
 
 def encode_boxes(
@@ -165,7 +175,7 @@ def encode_boxes(
       [Rich feature hierarchies for accurate object detection](https://arxiv.org/abs/1311.2524),
       appendix C. 2014.
     """
-    weights = _check_weights(weights)
+    weights = check_weights(weights)
     min_side = _options.positive_number("min_side", min_side)
     boxes, anchors = box_arrays(boxes=boxes, anchors=anchors)
     arguments.check_shape("boxes", boxes, anchors.shape, "one box for each anchor")
@@ -192,7 +202,7 @@ def decode_boxes(
     Returns:
       `[N, 4]`: float32, or float64 if an input is. The boxes are not clipped to the image.
     """
-    weights = _check_weights(weights)
+    weights = check_weights(weights)
     offsets, anchors = box_arrays(offsets=offsets, anchors=anchors)
     arguments.check_shape("offsets", offsets, anchors.shape, "four offsets for each anchor")
     dx, dy, log_width, log_height = (offsets[:, k] / weights[k] for k in range(4))

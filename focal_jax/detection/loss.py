@@ -1,7 +1,7 @@
 """The classification and regression losses of RetinaNet."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,12 +13,22 @@ from jax.typing import ArrayLike
 
 from focal_jax.catalogue import function_of
 from focal_jax.detection import _options
-from focal_jax.detection.boxes import Box, box_arrays, box_offsets, to_box
+from focal_jax.detection.boxes import (
+    WEIGHTS,
+    Box,
+    box_arrays,
+    box_offsets,
+    check_weights,
+    pairwise,
+    share_inside,
+    to_box,
+)
 from focal_jax.detection.matching import (
     BACKGROUND,
     IGNORED,
     annotation_array,
     are_boxes,
+    are_forced,
     find_best,
     prepare,
 )
@@ -51,14 +61,30 @@ def carry_best(anchors: Array, annotations: Array) -> tuple[Array, Box, Array]:
     return iou, Box(*box), label
 
 
-def _targets(
-    annotations: Array, anchors: Array, positive_iou: float, negative_iou: float
-) -> tuple[Array, Array]:
-    """Return each anchor's class, `BACKGROUND` or `IGNORED`, and its offsets `[A, 4]`."""
-    iou, box, label = by_platform(gather_best, gather_best, anchors, annotations, on_tpu=carry_best)
-    unmatched = jnp.where(iou < negative_iou, BACKGROUND, IGNORED)
-    label = jnp.where(iou >= positive_iou, label.astype(jnp.int32), unmatched)
-    return label, jnp.stack(box_offsets(box, to_box(anchors)), -1)
+class _Matching(NamedTuple):
+    """The options of the matching."""
+
+    positive_iou: float
+    negative_iou: float
+    force_match: bool
+    weights: Sequence[float]
+    min_side: float
+
+    def targets(
+        self, annotations: Array, regions: Array | None, anchors: Array
+    ) -> tuple[Array, Array]:
+        """Return each anchor's class, `BACKGROUND` or `IGNORED`, and its offsets `[A, 4]`."""
+        args = anchors, annotations
+        iou, box, label = by_platform(gather_best, gather_best, *args, on_tpu=carry_best)
+        unmatched = jnp.where(iou < self.negative_iou, BACKGROUND, IGNORED)
+        if regions is not None:
+            inside = pairwise(share_inside, to_box(anchors), to_box(regions))
+            unmatched = jnp.where(jnp.any(inside >= 0.5, 1), IGNORED, unmatched)
+        positive = iou >= self.positive_iou
+        if self.force_match:
+            positive |= are_forced(anchors, annotations)
+        label = jnp.where(positive, label.astype(jnp.int32), unmatched)
+        return label, jnp.stack(box_offsets(box, to_box(anchors), self.weights, self.min_side), -1)
 
 
 def _are_valid(annotations: Array, num_classes: int) -> Array:
@@ -99,6 +125,10 @@ def retinanet_loss(
     class_loss: str | Callable[..., Array] | None = None,
     positive_iou: float = 0.5,
     negative_iou: float = 0.4,
+    force_match: bool = False,
+    ignored: ArrayLike | None = None,
+    weights: Sequence[float] = WEIGHTS,
+    min_side: float = 1.0,
     smooth_l1_beta: float = 1 / 9,
     empty_images: str = "background",
     normalization: str = "image",
@@ -140,6 +170,12 @@ def retinanet_loss(
         options are set by `functools.partial`; `alpha` and `gamma` do not apply to it.
       positive_iou: a threshold of `match_anchors`.
       negative_iou: a threshold of `match_anchors`.
+      force_match: whether every annotation makes its best anchors positive, see `match_anchors`.
+      ignored: None, or `[B, M]`, bool: True for annotations that are regions of many objects (COCO's
+        `iscrowd`). No anchor is matched with them. An anchor that has at least half of its area
+        inside one and is not positive counts in neither loss.
+      weights: the weights of `encode_boxes`; torchvision's RetinaNet uses `(1, 1, 1, 1)`.
+      min_side: the shortest side of `encode_boxes`; below 1 for boxes in another unit than pixels.
       smooth_l1_beta: the transition of smooth L1 from quadratic to linear.
       empty_images: `"background"` treats all anchors of an image without annotations as
         background; `"skip"` sets the losses of such an image to 0.
@@ -174,8 +210,18 @@ def retinanet_loss(
         if not isinstance(value, str) or value not in known:
             raise InputError(f"{name}: got {value!r}, wanted one of {known}")
     arguments.check_axis_name("axis_name", axis_name)
-    positive_iou, negative_iou = _options.iou_thresholds(positive_iou, negative_iou)
+    matching = _Matching(
+        *_options.iou_thresholds(positive_iou, negative_iou),
+        arguments.static_bool("force_match", force_match),
+        check_weights(weights),
+        _options.positive_number("min_side", min_side),
+    )
     beta = _options.positive_number("smooth_l1_beta", smooth_l1_beta)
+    if ignored is not None:
+        ignored = arguments.as_array("ignored", ignored, "bool, whether an annotation is a region")
+        if ignored.dtype != bool:
+            raise InputError(f"ignored: got dtype {ignored.dtype}, wanted bool")
+        check_shape("ignored", ignored, annotations.shape[:2], "one for each annotation")
     loss = _class_loss(class_loss, alpha, gamma)
     # Check the options of the loss before the matching.
     losses = jax.eval_shape(lambda z: loss(z, z > 0, where=z[..., :1] > 0), class_logits)
@@ -187,10 +233,17 @@ def retinanet_loss(
 
     valid = _are_valid(annotations, num_classes)[:, None]
     anchors, annotations = prepare(*lax.stop_gradient((anchors, annotations)))
+    regions = None
+    if ignored is not None:
+        ignored = ignored[..., None]
+        regions, annotations = (
+            jnp.where(ignored, annotations, 0),
+            jnp.where(ignored, BACKGROUND, annotations),
+        )
     # With one more row of padding there is always a row to gather.
     annotations = jnp.pad(annotations, ((0, 0), (0, 1), (0, 0)), constant_values=BACKGROUND)
-    targets = jax.vmap(_targets, in_axes=(0, None, None, None))
-    label, offsets = targets(annotations, anchors, positive_iou, negative_iou)
+    targets = jax.vmap(matching.targets, in_axes=(0, 0, None))
+    label, offsets = targets(annotations, regions, anchors)
     label = label[..., None]
     positive, counted = label > BACKGROUND, label != IGNORED
     if empty_images == "skip":

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax.detection import _options
-from focal_jax.detection.boxes import Box, box_arrays, clip_coordinates, iou, pairwise_iou, to_box
+from focal_jax.detection.boxes import Box, box_arrays, clip_coordinates, iou, pairwise, to_box
 from focal_jax.engine import arguments
 from focal_jax.engine.checks import check_holds_class
 from focal_jax.engine.options import known_numbers
@@ -35,7 +35,7 @@ def _better(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
 
 def _best_by_reduce(anchors: Box, boxes: Box, valid: Array, *columns: Array) -> tuple[Array, ...]:
     """Reduce over all pairs at once. XLA fuses the IoUs, so none is written to memory."""
-    ious = jnp.where(valid, pairwise_iou(anchors, boxes), _NO_MATCH)
+    ious = jnp.where(valid, pairwise(iou, anchors, boxes), _NO_MATCH)
     operands = (ious, *(jnp.broadcast_to(x, ious.shape) for x in columns))
     initial = tuple(jnp.asarray(_NO_MATCH, x.dtype) for x in operands)
     return lax.reduce(cast_to_common_varying(*operands), initial, _better, (1,))
@@ -103,6 +103,14 @@ def find_best(anchors: Array, annotations: Array, *columns: Array) -> tuple[Arra
     return by_platform(_best_by_scan, _best_by_reduce, *args)
 
 
+def are_forced(anchors: Array, annotations: Array) -> Array:
+    """Return which anchors are positive by `force_match`, for arrays as in `find_best`."""
+    ious = pairwise(iou, to_box(anchors), to_box(annotations))
+    largest_of_annotation = jnp.max(ious, 0, keepdims=True, initial=0)
+    valid = annotations[None, :, 4] != _NO_MATCH
+    return jnp.any((ious == largest_of_annotation) & (ious > 0) & valid, 1)
+
+
 def match_anchors(
     anchors: ArrayLike,
     annotations: ArrayLike,
@@ -146,8 +154,5 @@ def match_anchors(
     largest, index = find_best(anchors, annotations)
     positive = largest >= positive_iou
     if force_match:
-        ious = pairwise_iou(to_box(anchors), to_box(annotations))
-        largest_of_annotation = jnp.max(ious, 0, keepdims=True, initial=0)
-        valid = annotations[None, :, 4] != _NO_MATCH
-        positive |= jnp.any((ious == largest_of_annotation) & (ious > 0) & valid, 1)
+        positive |= are_forced(anchors, annotations)
     return jnp.where(positive, index, jnp.where(largest < negative_iou, BACKGROUND, IGNORED))
