@@ -171,7 +171,7 @@ def retinanet_loss(
       positive_iou: a threshold of `match_anchors`.
       negative_iou: a threshold of `match_anchors`.
       force_match: whether every annotation makes its best anchors positive, see `match_anchors`.
-      ignored: None, or `[B, M]`, bool: True for annotations that are regions of many objects (COCO's
+      ignored: None, or `[B, M]`, bool: True for annotations of whole regions of objects (COCO's
         `iscrowd`). No anchor is matched with them. An anchor that has at least half of its area
         inside one and is not positive counts in neither loss.
       weights: the weights of `encode_boxes`; torchvision's RetinaNet uses `(1, 1, 1, 1)`.
