@@ -22,6 +22,9 @@ from mkdocs.structure.files import File
 
 import focal_jax
 
+# The API reference imports `focal_jax.compat.keras`.
+os.environ["KERAS_BACKEND"] = "jax"
+
 ROOT = Path(__file__).parents[1]
 
 # ---------------------------------------------------------------- mathematics
