@@ -97,8 +97,10 @@ WORKLOADS = {
         Workload("vocabulary", SOFTMAX, (1024, 32_000)),
         Workload("segmentation", SOFTMAX, (4, 21, 256, 256), axis=1),
         Workload("segmentation-last", SOFTMAX, (4, 256, 256, 21)),
+        Workload("cityscapes", SOFTMAX, (2, 19, 512, 1024), axis=1),
         Workload("soft", SOFT, (400_000, 21)),
         Workload("soft-imagenet", SOFT, (4096, 1000)),
+        Workload("soft-cityscapes", SOFT, (2, 19, 512, 1024), axis=1),
         Workload(SMALL, SOFTMAX, (256, 10)),
     )
 }

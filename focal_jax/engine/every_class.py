@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from focal_jax.engine import arguments, scalar
+from focal_jax.engine.blocks import in_blocks
 from focal_jax.engine.class_sums import (
     cast_logits,
     class_index,
@@ -179,7 +180,11 @@ def _by_logits(function: Any) -> Any:
 def _losses_on_cpu(spec: _Spec, args: ClassArgs, row: RowSums) -> Array:
     others = args._replace(logits=None, row=None, invalid=None)
     summands = _by_logits(partial(_summands, spec))
-    return jnp.sum(compile_separately(summands, args.logits, others, row), spec.axis, keepdims=True)
+
+    def losses(*args):
+        return jnp.sum(compile_separately(summands, *args), spec.axis, keepdims=True)
+
+    return in_blocks(losses, spec.axis, args.logits, others, row)
 
 
 def _finish(losses: Array, args: ClassArgs) -> Array:
@@ -276,23 +281,29 @@ def _backward(spec: _Spec, residuals, ct: Array):
     args, row, slopes, losses = residuals
     args = _with_index(spec, args)
     on_cpu, elsewhere = (partial(form, spec) for form in (_gradient_on_cpu, _gradient_elsewhere))
-    dz, slopes = by_platform(on_cpu, elsewhere, args, row, slopes, losses)
-    found = _slopes(spec, args, row, for_backward=True)
 
-    def scaled(slope):
+    def scaled(slope, losses=losses, ct=ct, where=args.where):
         # One invalid label makes the slopes of its whole position NaN, like the loss.
-        slope = arguments.mask_and_invalidate(slope, jnp.isnan(losses), args.where)
+        slope = arguments.mask_and_invalidate(slope, jnp.isnan(losses), where)
         return arguments.scale_cotangent(ct, slope)
 
     def cotangent(slope, tree):
         return jax.tree.map(lambda x: arguments.cotangent_like(x, scaled(slope)), tree)
 
+    def of_logits(form, logits, others, row, slopes, losses, ct):
+        dz, slopes = form(others._replace(logits=logits), row, slopes, losses)
+        return arguments.cotangent_like(logits, scaled(dz, losses, ct, others.where)), slopes
+
+    in_passes = partial(in_blocks, partial(of_logits, on_cpu), spec.axis)
+    arrays = args.logits, args._replace(logits=None, invalid=None), row, slopes, losses, ct
+    dz, slopes = by_platform(in_passes, partial(of_logits, elsewhere), *arrays)
+    found = _slopes(spec, args, row, for_backward=True)
     of_row = None
     if args.row is not None:
         of_exps = jax.tree.map(scaled, row_cotangent(row.exps, slopes))
         of_row = RowSums(jnp.zeros_like(row.max_logit), of_exps)
     of_args = ClassArgs(
-        cotangent(dz, args.logits),
+        dz,
         None if spec.smoothing is not None else cotangent(found.labels, args.labels),
         cotangent(found.alpha, args.alpha),
         {name: cotangent(found.options[name], x) for name, x in args.options.items()},

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from focal_jax.engine import scalar
+from focal_jax.engine.blocks import in_blocks
 from focal_jax.engine.class_sums import (
     AxisName,
     cast_logits,
@@ -116,8 +117,8 @@ def normalize(exps: Split) -> Split:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def plain_row(axis: int, logits: Array, where: Array | None) -> RowSums:
     """Return the row sums for use in `custom_vjp` rules."""
-    on_cpu, elsewhere = (partial(form, axis) for form in (_row_in_passes, _row_in_one_pass))
-    return by_platform(on_cpu, elsewhere, logits, where)
+    in_passes = partial(in_blocks, partial(_row_in_passes, axis), axis)
+    return by_platform(in_passes, partial(_row_in_one_pass, axis), logits, where)
 
 
 @plain_row.defjvp
