@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-_CODE_BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_CODE_BLOCK = re.compile(r"^```(python|pycon|py)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def code_blocks(text: str) -> list[str]:
@@ -14,8 +14,10 @@ def code_blocks(text: str) -> list[str]:
     return [code for language, code in _CODE_BLOCK.findall(text) if language == "python"]
 
 
-def run(page: Path) -> dict:
+def run(page: Path, language: str = "python") -> dict:
     """Run the Python blocks and interactive sessions of a page as one program.
+
+    Blocks of another `language` than "python" are those that need packages of other projects.
 
     Raises if a session prints something else than the page shows. The test suite's strict type
     and rank promotion is off, because readers run the code with JAX's defaults.
@@ -27,12 +29,12 @@ def run(page: Path) -> dict:
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for found in _CODE_BLOCK.finditer(text):
-            language, code = found.groups()
+            kind, code = found.groups()
             line = text.count("\n", 0, found.start()) + 1
-            if language == "python":
+            if kind == language:
                 # The newlines give tracebacks the line numbers of the page.
                 exec(compile("\n" * line + code, str(page), "exec"), names)
-            else:
+            elif kind == "pycon":
                 session = doctest.DocTestParser().get_doctest(
                     code, names, f"{page.name}:{line}", str(page), line
                 )

@@ -163,6 +163,17 @@ sampled = (hidden[:, 1:-1] @ embedding.T / 0.8).reshape(6, -1)
 log_p = np.log(softmax(sampled))
 
 
+# Two bins of each edge and their weights, which need not add up to 1.
+left = np.array([0, 1, 1, 0])
+weight_left, weight_right = np.array([0.3, 0.9, 0.0, 0.5]), np.array([0.8, 0.1, 1.0, 0.4])
+image_weight = np.array([1.0, 0.0, 0.5, 2.0])
+
+
+def cross_entropy(index):
+    """Return the cross entropy of each row of the logits."""
+    return -np.log(softmax(logits)[np.arange(N), index])
+
+
 def gaussian(z, heat):
     """Return the Gaussian focal loss of CornerNet, CenterNet and mmdetection."""
     p = sigmoid(z)
@@ -209,6 +220,10 @@ INPUTS = {
     "heat": heat,
     "distance": distance,
     "num_boxes": num_boxes,
+    "left": left,
+    "weight_left": weight_left,
+    "weight_right": weight_right,
+    "image_weight": image_weight,
     "tokens": tokens,
     "counts": counts,
     "features": features,
@@ -381,6 +396,30 @@ EXPECTED = {
         ).mean()
     ),
     "levanter: the same with `return_argmax=True`, second result": (dense.argmax(1)),
+    # scenic, big_vision, Keras Hub and D-FINE
+    "scenic: `focal_softmax_cross_entropy(logits, y_true)`": categorical(logits, y_true).sum(1),
+    "scenic: the same with `label_smoothing=0.1`": (
+        (1 - (y_true * softmax(logits)).sum(1)) ** 2
+        * categorical(logits, 0.9 * y_true + 0.1 / C, 0).sum(1)
+    ),
+    "scenic: the same for images, with `weights=image_weight`": (
+        categorical(scores, one_hot).sum(1) * image_weight[:, None, None]
+    ),
+    "scenic: `focal_sigmoid_cross_entropy(logits, targets)`": 0.5 * binary(logits, targets),
+    "scenic: `CenterNetDetector.heatmap_focal_loss(logits, heat)`": (
+        (np.where(heat == 1, 0.25, 0.75) * gaussian(logits, heat)).sum() / (heat == 1).sum()
+    ),
+    "big_vision: `sigmoid_xent(logits=logits, labels=targets)`": (
+        entropy(logits, targets).sum(1).mean()
+    ),
+    "big_vision: `softmax_xent` with labels `1 - 0.1` at the class and `0.1 / (C - 1)` elsewhere": (
+        categorical(logits, 0.9 * y_true + 0.1 / (C - 1) * (1 - y_true), 0).sum(1).mean()
+    ),
+    "Keras Hub: `BinaryFocalCrossentropy(apply_class_balancing=True, from_logits=True, "
+    'reduction="sum")(targets, logits)`': binary(logits, targets, 0.25).mean(1).sum(),
+    "D-FINE: `unimodal_distribution_focal_loss(logits, left, weight_right, weight_left)`": (
+        weight_left @ cross_entropy(left) + weight_right @ cross_entropy(left + 1)
+    ),
     # related losses
     "mmdetection: `QualityFocalLoss()(pred, quality)`": (
         (np.abs(quality - sigmoid(logits)) ** 2 * entropy(logits, quality)).sum(1).mean()

@@ -1,4 +1,4 @@
-"""docs/recipes.md: each recipe returns the numbers of the original system or of its formula."""
+"""Each recipe of docs/recipes.md returns the numbers of the original system or of its formula."""
 
 import itertools
 import json
@@ -104,71 +104,6 @@ def test_torchvision_retinanet(recipes):
 
 
 # ---------------------------------------------------------------- published formulas
-
-
-def test_detr_cost_and_loss(recipes):
-    logits, classes = rng.normal(0, 2, (5, 3)), np.array([2, 0, 2])
-    boxes, objects = rng.uniform(0, 1, (5, 4)), rng.uniform(0, 1, (3, 4))
-    p = sigmoid(logits)
-    negative = 0.75 * p**2 * -np.log(1 - p + 1e-8)
-    positive = 0.25 * (1 - p) ** 2 * -np.log(p + 1e-8)
-    cost = (positive - negative)[:, classes]
-    np.testing.assert_allclose(recipes["matching_cost"](logits, classes), cost, rtol=1e-5)
-
-    total_cost = 2 * cost + 5 * np.abs(boxes[:, None] - objects).sum(-1)
-    best = min(
-        itertools.permutations(range(5), 3),
-        key=lambda queries: total_cost[list(queries), range(3)].sum(),
-    )
-    targets = np.zeros((5, 3))
-    targets[list(best), classes] = 1
-    p_t = np.where(targets == 1, p, 1 - p)
-    focal = np.where(targets == 1, 0.25, 0.75) * (1 - p_t) ** 2 * -np.log(p_t)
-    # The original code multiplies the mean over the queries by the number of queries.
-    expected = focal.mean(0).sum() / 3 * len(logits)
-    found = jax.jit(recipes["set_loss"])(logits, boxes, classes, objects, 3)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
-
-
-@pytest.mark.parametrize("loss", ["set_loss", "rt_detr_loss", "deim_loss"])
-def test_padding_rows_do_not_change_the_set_losses(recipes, loss):
-    logits, boxes = rng.normal(0, 2, (5, 3)), rng.uniform(0.2, 0.4, (5, 4))
-    classes, objects = np.array([2, 0]), rng.uniform(0.2, 0.4, (2, 4))
-    padded = np.array([2, -1, 0, -1]), np.insert(objects, [1, 2], -1, 0)
-    options = {"loss": recipes["matchability_aware_loss"]} if loss == "deim_loss" else {}
-    function = recipes[loss.replace("deim", "rt_detr")]
-    want, found = (
-        jax.value_and_grad(lambda z, args=args: function(z, boxes, *args, 2, **options))(logits)
-        for args in ((classes, objects), padded)
-    )
-    np.testing.assert_allclose(found[0], want[0], rtol=1e-12)
-    np.testing.assert_allclose(found[1], want[1], rtol=1e-9)
-
-
-def test_rt_detr_and_deim(recipes):
-    logits, classes = rng.normal(0, 2, (5, 3)), np.array([2, 0, 2])
-    boxes, objects = rng.uniform(0.3, 0.6, (5, 4)), rng.uniform(0.3, 0.6, (3, 4))
-    query, item, _ = recipes["match_queries"](logits, boxes, classes, objects)
-    p, y, positive = sigmoid(logits), np.zeros((5, 3)), np.zeros((5, 3), bool)
-    for q, i in zip(np.asarray(query), np.asarray(item)):
-        (ax, ay, aw, ah), (bx, by, bw, bh) = boxes[q], objects[i]
-        width = min(ax + aw / 2, bx + bw / 2) - max(ax - aw / 2, bx - bw / 2)
-        height = min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2)
-        both = max(width, 0) * max(height, 0)
-        y[q, classes[i]] = both / (aw * ah + bw * bh - both)
-        positive[q, classes[i]] = True
-    assert y.max() > 0.1
-
-    def weighted_entropy(weight, y):
-        return (weight * -(y * np.log(p) + (1 - y) * np.log(1 - p))).sum() / 3
-
-    args = logits, boxes, classes, objects, 3
-    # The weight of the published code is `alpha * p**gamma * (1 - label) + score`.
-    expected = weighted_entropy(np.where(positive, y, 0.75 * p**2), y)
-    np.testing.assert_allclose(recipes["rt_detr_loss"](*args), expected, rtol=1e-9)
-    expected = weighted_entropy(np.where(positive, 1, p**1.5), y**1.5)
-    found = recipes["rt_detr_loss"](*args, loss=recipes["matchability_aware_loss"])
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_centernet(recipes):

@@ -1,0 +1,138 @@
+"""The toy model of tunix with its trainers and with the losses of docs/llm-trainers.md."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from pages import run
+from steps import assert_equal_trainings
+
+pytest.importorskip("tunix")
+from tunix.sft import peft_trainer
+from tunix.sft.dpo import dpo_trainer
+from tunix.tests.test_common import ModelConfig
+
+PAGE = Path(__file__).parents[2] / "docs" / "llm-trainers.md"
+rng = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def page():
+    return run(PAGE, language="py")
+
+
+def _model(page, vocabulary=256):
+    config = ModelConfig(num_layers=2, vocab_size=vocabulary)
+    return page["Model"](config, rngs=nnx.Rngs(0))
+
+
+def _sft_inputs(examples=4, tokens=12, vocabulary=256):
+    ids = rng.integers(1, vocabulary, (examples, tokens)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(tokens), ids.shape)
+    return {
+        "input_tokens": jnp.asarray(ids),
+        "input_mask": jnp.asarray(positions < tokens - 3 * np.arange(examples)[:, None]),
+        "positions": jnp.asarray(positions),
+        "attention_mask": jnp.ones((examples, tokens, tokens), bool),
+    }
+
+
+def _trained(trainer, batches):
+    """Return the parameters after a training."""
+    trainer.train(batches)
+    assert trainer.train_steps == len(batches)
+    return nnx.to_pure_dict(nnx.state(trainer.model, nnx.Param))
+
+
+def test_sft_trains_as_with_the_loss_of_tunix(page):
+    arrays = [_sft_inputs() for _ in range(3)]
+    names = "input_tokens", "input_mask"
+    batches = [peft_trainer.TrainingInput(**{name: x[name] for name in names}) for x in arrays]
+
+    def inputs(batch):
+        x = _sft_inputs()
+        return x | {"input_tokens": batch.input_tokens, "input_mask": batch.input_mask}
+
+    def trainer(make):
+        config = peft_trainer.TrainingConfig(eval_every_n_steps=100, max_steps=3)
+        found = make(_model(page), optax.sgd(0.1), config)
+        return found.with_gen_model_input_fn(inputs)
+
+    trainings = [
+        _trained(trainer(make), batches) for make in (peft_trainer.PeftTrainer, page["sft_trainer"])
+    ]
+    untrained = nnx.to_pure_dict(nnx.state(_model(page), nnx.Param))
+    with pytest.raises(AssertionError):
+        assert_equal_trainings(untrained, trainings[0])
+    assert_equal_trainings(*trainings)
+
+
+def test_dpo_trains_as_with_the_loss_of_tunix(page):
+    def half(tokens):
+        ids = rng.integers(1, 256, (4, tokens)).astype(np.int32)
+        return jnp.asarray(ids), jnp.asarray(rng.random((4, tokens)) < 0.8).astype(jnp.int32)
+
+    batches = []
+    for _ in range(3):
+        (prompt, prompt_mask), (chosen, chosen_mask), (rejected, rejected_mask) = map(
+            half, (5, 6, 6)
+        )
+        batches.append(
+            dpo_trainer.TrainingInput(
+                prompt_ids=prompt,
+                prompt_mask=prompt_mask,
+                chosen_ids=chosen,
+                chosen_mask=chosen_mask,
+                rejected_ids=rejected,
+                rejected_mask=rejected_mask,
+            )
+        )
+
+    def trained(make):
+        config = dpo_trainer.DPOTrainingConfig(
+            eval_every_n_steps=100, max_steps=3, beta=0.2, label_smoothing=0.1
+        )
+        return _trained(make(_model(page), _model(page), optax.sgd(0.1), config), batches)
+
+    assert_equal_trainings(trained(dpo_trainer.DPOTrainer), trained(page["dpo"]))
+
+
+def test_sft_takes_an_eighth_of_the_memory(page):
+    model, inputs = _model(page, 32_000), _sft_inputs(4, 256, 32_000)
+    graph, state = nnx.split(model)
+
+    def temporaries(loss):
+        def total(state):
+            return loss(nnx.merge(graph, state), **inputs)
+
+        compiled = jax.jit(jax.grad(total)).lower(state).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    default = temporaries(peft_trainer._default_loss_fn)
+    assert temporaries(page["sft_loss"]) <= default / 8
+
+
+def test_maxtext_cross_entropy_with_z_loss():
+    max_utils = pytest.importorskip("maxtext.utils.max_utils")
+    loss = run(PAGE)["maxtext_loss"]
+    features = jnp.asarray(rng.normal(size=(2, 6, 16)), jnp.float32)
+    embedding = jnp.asarray(rng.normal(size=(40, 16)), jnp.float32)
+    segments = jnp.asarray([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    data = {"targets": jnp.asarray(rng.integers(40, size=(2, 6))), "targets_segmentation": segments}
+
+    def original(features, embedding):
+        logits = jnp.tanh(features @ embedding.T / jnp.sqrt(16) / 2) * 2
+        one_hot = jax.nn.one_hot(data["targets"], 40)
+        # The first result contains the second.
+        xent, _ = max_utils.cross_entropy_with_logits(logits, one_hot, z_loss=0.01)
+        return jnp.sum(xent * (segments != 0)) / jnp.sum(segments != 0)
+
+    def ours(features, embedding):
+        return loss(features, embedding, data, z_loss=0.01, softcap=2.0)
+
+    want, got = (jax.value_and_grad(f, (0, 1))(features, embedding) for f in (original, ours))
+    assert_equal_trainings(want, got)
