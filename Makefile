@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # XLA's GPU and TPU compilers are gigabytes of packages, so they have their own environment.
 COMPILERS := .venv-accelerators
+PROJECTS := .venv-projects
 WORKERS ?= 2
 
-.PHONY: demo ablation test test-all lint types docs figures bench accelerators test-accelerators clean
+.PHONY: demo ablation test test-all test-projects lint types docs \
+  figures bench accelerators test-accelerators clean
 
 # Less than five minutes on two cores, with the installation. ARGS are for the detector.
 demo: $(READY)
@@ -22,6 +24,10 @@ ablation: $(READY)
 test: MARKED = -m "not slow"
 test test-all: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(MARKED) $(ARGS) $(TESTS)
+
+# Trains with packages of other projects, in an environment of their own with Python 3.12 or newer.
+test-projects: $(PROJECTS)/.projects
+	$(PROJECTS)/bin/python -m pytest -rs --durations=5 tests/projects
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -46,6 +52,18 @@ accelerators: $(COMPILERS)/.compilers
 
 test-accelerators: $(COMPILERS)/.compilers
 	$(COMPILERS)/bin/python -m pytest -m accelerators tests/programs/test_accelerators.py
+
+# A package without a wheel for this platform is reported, and its tests are skipped. The packages
+# of the second list pin or require more than the tests use, so they come without dependencies.
+$(PROJECTS)/.projects: pyproject.toml $(wildcard tests/projects/*.txt)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is required: make test-projects PYTHON=...")'
+	$(PYTHON) -m venv $(PROJECTS)
+	$(PROJECTS)/bin/python -m pip install --quiet --upgrade pip
+	$(PROJECTS)/bin/python -m pip install --quiet --editable '.[benchmarks,compat]' pytest hypothesis
+	install() { $(PROJECTS)/bin/python -m pip install --quiet "$$@" || echo "not installed: $$*"; }; \
+	  grep -v '^#' tests/projects/requirements.txt | while read -r package; do install "$$package"; done; \
+	  while read -r package; do install --no-deps "$$package"; done < tests/projects/without-dependencies.txt
+	touch $@
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required: make PYTHON=...")'

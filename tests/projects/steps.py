@@ -5,9 +5,9 @@ import numpy as np
 import optax
 
 
-def three_steps(loss, params):
+def three_steps(loss, params, learning_rate=0.1):
     """Return the parameters and losses of three steps of gradient descent with momentum."""
-    optimizer = optax.sgd(0.1, momentum=0.9)
+    optimizer = optax.sgd(learning_rate, momentum=0.9)
 
     @jax.jit
     def step(params, state):

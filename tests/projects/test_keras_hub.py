@@ -1,0 +1,121 @@
+"""Detectors of Keras Hub with their own losses and with those of `focal_jax.compat.keras`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from steps import assert_equal_trainings, three_steps
+
+import focal_jax
+from focal_jax.compat.keras import SigmoidFocalLoss
+
+keras = pytest.importorskip("keras")
+keras_hub = pytest.importorskip("keras_hub")
+
+rng = np.random.default_rng(0)
+CLASSES = 3
+
+
+def _retinanet():
+    """Return a small RetinaNet with random weights, the same on every call."""
+    keras.utils.set_random_seed(0)
+    encoder = keras_hub.models.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 8, 8, 8],
+        stackwise_num_blocks=[1, 1, 1, 1],
+        stackwise_num_strides=[1, 2, 2, 2],
+        block_type="basic_block",
+        image_shape=(64, 64, 3),
+    )
+    backbone = keras_hub.models.RetinaNetBackbone(
+        image_encoder=encoder, min_level=3, max_level=4, use_p5=False, image_shape=(64, 64, 3)
+    )
+    model = keras_hub.models.RetinaNetObjectDetector(
+        backbone=backbone,
+        num_classes=CLASSES,
+        bounding_box_format="xyxy",
+        pre_logits_num_conv_layers=1,
+        activation="linear",  # the predictions are logits
+        preprocessor=None,
+    )
+    # Small logits, because Keras clips the probabilities of logits beyond 16.
+    for variable in model.get_layer("classification_head").trainable_variables:
+        variable.assign(variable / 2)
+    return model
+
+
+def test_retinanet_trains_as_with_the_loss_of_keras():
+    images = rng.normal(size=(2, 64, 64, 3)).astype(np.float32)
+    assert np.abs(_retinanet()(images, training=True)["cls_logits"]).max() < 10
+    boxes = np.array([[[4, 4, 40, 36], [20, 8, 60, 50]], [[8, 8, 40, 40], [-1, -1, -1, -1]]], float)
+    labels = {"boxes": boxes.astype(np.float32), "labels": np.array([[0, 2], [1, -1]], np.float32)}
+
+    # `fit` of Keras Hub needs TensorFlow, so the steps call its loss themselves.
+    def trained(classification_loss):
+        model = _retinanet()
+        box_loss = keras.losses.MeanAbsoluteError(reduction="sum")
+        model.compile(box_loss=box_loss, classification_loss=classification_loss)
+        variables = model.trainable_variables
+
+        def total(params):
+            with keras.StatelessScope(state_mapping=list(zip(variables, params))):
+                predictions = model(images, training=True)
+                return model.compute_loss(images, dict(labels), predictions, None)
+
+        return three_steps(total, [variable.value for variable in variables], 1e-3)
+
+    original = keras.losses.BinaryFocalCrossentropy(
+        apply_class_balancing=True, alpha=0.25, gamma=2.0, from_logits=True, reduction="sum"
+    )
+    ours = SigmoidFocalLoss(alpha=0.25, gamma=2.0, reduction="sum")
+    assert_equal_trainings(trained(original), trained(ours))
+
+
+def test_d_fine_edges():
+    d_fine = pytest.importorskip("keras_hub.src.models.d_fine.d_fine_loss")
+    edges = jnp.asarray(rng.normal(size=(6, 9)), jnp.float32)
+    label = jnp.asarray(rng.uniform(0, 7.9, 6), jnp.float32)
+    left, right = (jnp.asarray(rng.uniform(0, 1, 6), jnp.float32) for _ in range(2))
+
+    def original(edges):
+        return d_fine.unimodal_distribution_focal_loss(edges, label, right, left)
+
+    def ours(edges):
+        bins = jnp.floor(label).astype(jnp.int32)[:, None] + jnp.arange(2)
+        weights = jnp.stack([left, right], -1)
+        losses = focal_jax.softmax_focal_loss_with_sparse_labels(edges, bins, weights, gamma=0.0)
+        return jnp.sum(losses)
+
+    assert_equal_trainings(*(jax.value_and_grad(f)(edges) for f in (original, ours)))
+
+
+def test_d_fine_varifocal_loss():
+    d_fine = pytest.importorskip("keras_hub.src.models.d_fine.d_fine_loss")
+    queries = 7
+    logits = jnp.asarray(rng.normal(size=(1, queries, CLASSES)), jnp.float32)
+    boxes = jnp.asarray(rng.uniform(0.3, 0.6, (1, queries, 4)), jnp.float32)
+    classes = jnp.array([2, 0, 1])
+    objects = jnp.asarray(rng.uniform(0.3, 0.6, (3, 4)), jnp.float32)
+    query, item = jnp.array([[4, 1, 6]]), jnp.array([[0, 1, 2]])
+    targets = [{"labels": classes, "boxes": objects}]
+    pairs = query, item, jnp.ones((1, 3), bool)
+
+    def original(logits):
+        outputs = {"logits": logits, "pred_boxes": boxes}
+        return d_fine.compute_vfl_loss(outputs, targets, pairs, 3, CLASSES, 0.75, 2.0)["loss_vfl"]
+
+    def corners(boxes):
+        center, size = jnp.split(boxes, 2, -1)
+        return jnp.concatenate([center - size / 2, center + size / 2], -1)
+
+    def ours(logits):
+        iou = focal_jax.detection.box_iou(corners(boxes[0]), corners(objects))[query[0], item[0]]
+        quality = jnp.zeros((queries, CLASSES)).at[query[0], classes].set(iou)
+        positive = jnp.zeros((queries, CLASSES), bool).at[query[0], classes].set(True)
+        losses = focal_jax.varifocal_loss(
+            logits[0], quality, positive=positive, stop_weight_gradient=True
+        )
+        return focal_jax.reduce_loss(losses, normalization=3)
+
+    assert_equal_trainings(*(jax.value_and_grad(f)(logits) for f in (original, ours)))
