@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, row_statistics
-from focal_jax.engine.class_sums import cast_logits
+from focal_jax.engine.class_axis import cast_logits
 from focal_jax.engine.head import DenseSource, labels_and_mask
 from focal_jax.engine.linear import linear_source, prepare_temperature
 from focal_jax.engine.options import check_call

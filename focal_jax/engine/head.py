@@ -15,9 +15,9 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, class_sums
 from focal_jax.engine.arguments import InputError
-from focal_jax.engine.class_sums import AxisName, ClassSums
+from focal_jax.engine.class_axis import ClassSums
 from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options
-from focal_jax.engine.sharding import check_not_varying, class_range, place_like
+from focal_jax.engine.sharding import AxisName, check_not_varying, class_range, place_like
 
 _BLOCK = 256  # positions whose weights share a cotangent, see `_pick`
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from focal_jax.engine import arguments, checks, chunks, linear_sums, row_statistics
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.chunks import Linear
-from focal_jax.engine.class_sums import ClassSums
+from focal_jax.engine.class_axis import ClassSums
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.layout import layout_of, on_mesh
 from focal_jax.engine.options import TEMPERATURE

@@ -23,7 +23,7 @@ from focal_jax.engine.chunks import (
     gradients,
     recomputed,
 )
-from focal_jax.engine.class_sums import ClassSums, pick_class
+from focal_jax.engine.class_axis import ClassSums, pick_class
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.options import unwrap
 from focal_jax.engine.platform import by_platform

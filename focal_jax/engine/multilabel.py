@@ -11,11 +11,10 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, checks, chunks
 from focal_jax.engine.chunks import ChunkSpec, Linear
-from focal_jax.engine.class_sums import AxisName
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.linear import linear_source
 from focal_jax.engine.options import check_names, prepare_options, unwrap
-from focal_jax.engine.sharding import check_not_varying, class_range, place_like
+from focal_jax.engine.sharding import AxisName, check_not_varying, class_range, place_like
 
 
 class _Args(NamedTuple):

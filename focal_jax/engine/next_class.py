@@ -9,15 +9,9 @@ import numpy as np
 from jax import Array, lax
 
 from focal_jax.engine.arguments import INT32, mask_to_zero
-from focal_jax.engine.class_sums import (
-    AxisName,
-    cast_logits,
-    class_index,
-    pick_class,
-    reduce_classes,
-)
+from focal_jax.engine.class_axis import cast_logits, class_index, pick_class, reduce_classes
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.sharding import cast_to_common_varying
+from focal_jax.engine.sharding import AxisName, cast_to_common_varying
 
 
 class _Next(NamedTuple):

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, head, scalar
 from focal_jax.engine.arguments import InputError
-from focal_jax.engine.class_sums import AxisName, ClassSums
+from focal_jax.engine.class_axis import ClassSums
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.declaration import Loss
 from focal_jax.engine.elementwise import (
@@ -37,7 +37,7 @@ from focal_jax.engine.options import (
     unwrap,
 )
 from focal_jax.engine.scalar import Terms
-from focal_jax.engine.sharding import cast_to_common_varying, place_like
+from focal_jax.engine.sharding import AxisName, cast_to_common_varying, place_like
 
 # An option that is computed from the row of logits:
 # (axis, class_axis_name, logits, class sums, mask) -> array.

@@ -8,11 +8,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, checks, row_statistics
-from focal_jax.engine.class_sums import AxisName
 from focal_jax.engine.head import DenseSource, label_weight
 from focal_jax.engine.linear import linear_source
 from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options
-from focal_jax.engine.sharding import check_not_varying, class_range, place_like
+from focal_jax.engine.sharding import AxisName, check_not_varying, class_range, place_like
 
 
 def of_array(

@@ -9,9 +9,10 @@ from jax.typing import ArrayLike
 
 from focal_jax.catalogue import declare
 from focal_jax.engine import exponent, scalar
-from focal_jax.engine.class_sums import AxisName, ClassSums
+from focal_jax.engine.class_axis import ClassSums
 from focal_jax.engine.position import PositionLoss
 from focal_jax.engine.scalar import Terms
+from focal_jax.engine.sharding import AxisName
 
 
 def _share(
