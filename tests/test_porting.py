@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pages import code_blocks
+from pages import code_blocks, run
 
 import focal_jax
 
@@ -483,6 +483,28 @@ def test_call_returns_the_value_of_the_original(original, call):
         result = np.asarray(result).reshape(np.shape(EXPECTED[original]))
     tolerance = 1e-9 if x64 else 2e-6
     np.testing.assert_allclose(result, EXPECTED[original], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_page_of_scenic_and_big_vision():
+    page = run(DOCS / "scenic-big-vision.md")
+    with jax.enable_x64(True):
+        mask, labels = np.array([1.0, 1.0, 0.0, 1.0]), np.moveaxis(one_hot, 1, -1)
+        batch = {"label": labels, "batch_mask": mask}
+        got = [
+            page["loss_function"](np.moveaxis(scores, 1, -1), batch),
+            page["heatmap_loss"](logits, heat),
+            page["sigmoid_xent"](logits=logits, labels=targets),
+            page["softmax_xent"](logits=logits, labels=classes, smoothing=0.1),
+        ]
+    smoothed = 0.9 * y_true + 0.05 * (1 - y_true)
+    want = [
+        (categorical(scores, one_hot).sum(1) * mask[:, None, None]).sum() / 3,
+        (np.where(heat == 1, 0.25, 0.75) * gaussian(logits, heat)).sum(),
+        entropy(logits, targets).sum(1).mean(),
+        categorical(logits, smoothed, 0).sum(1).mean(),
+    ]
+    np.testing.assert_allclose(got, want, rtol=1e-9)
 
 
 def test_statements_about_optax():
