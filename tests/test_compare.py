@@ -114,6 +114,7 @@ def test_evaluate_multiplies_by_the_class_weight(name):
 # ---------------------------------------------------------------- the report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
 def test_focal_jax_is_accurate_and_plain_jax_is_not(name, gamma):
@@ -128,6 +129,7 @@ def test_focal_jax_is_accurate_and_plain_jax_is_not(name, gamma):
         assert count_not_finite(report.plain_jax) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "dtype", "limit"),
     [(function, "float64", 1e-12) for function in FUNCTIONS]

@@ -338,6 +338,7 @@ def test_losses_without_label_smoothing():
     assert without == ["dual_focal_loss_with_integer_labels"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", INTEGER, ids=str)
 def test_shared_options_equal_the_reference(row, x64):
     # Alpha as a scalar, and with one entry per class.
@@ -463,6 +464,7 @@ def test_every_position_loss_has_a_linear_head(loss, name, options):
     assert_close(_slopes(linear, features, kernel), _slopes(dense, features, kernel), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in INTEGER if row.linear], ids=str)
 def test_transposed_kernel(row):
     inside, fixed = row.split(row.all(0, (6, 5)))

@@ -56,6 +56,7 @@ def test_gradients_equal_autodiff_of_the_reference(row, x64):
             assert_close(one, other, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in PROGRAMS if row.exponents], ids=str)
 def test_python_exponents(row, x64):
     cotangent = np.random.default_rng(2).normal(size=row.losses_shape((5, 4)))
@@ -79,6 +80,7 @@ def test_python_exponents(row, x64):
         assert_close(got, want, 1e-10)
 
 
+@pytest.mark.slow
 # With a constant weight, the gradient is not the derivative of the value.
 @pytest.mark.parametrize(
     "row", [row for row in PROGRAMS if not row.loss.stop_gradient_weight], ids=str

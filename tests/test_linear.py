@@ -463,6 +463,7 @@ def test_vmap_over_positions(name, x64):
 VMAP_HEADS = ["linear_sigmoid_focal_loss", "statistics", "label smoothing and logsumexp"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VMAP_HEADS)
 def test_vmap_with_every_order_of_transformations(name, x64):
     head, (arrays, labels) = LINEAR_HEADS[name], inputs(14, (2, 2), 3, 7, dtype=np.float64)
@@ -489,6 +490,7 @@ def test_vmap_with_every_order_of_transformations(name, x64):
     assert_close(jit(each)(features[0], kernels, bias), want, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*VMAP_HEADS, "softmax_focal_loss_with_integer_labels"])
 def test_vmap_takes_the_memory_of_the_whole_batch(name):
     head, depth, classes = LINEAR_HEADS[name], 32, 2048

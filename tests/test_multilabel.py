@@ -109,6 +109,7 @@ def test_transposed_kernel(name):
     _assert_same(found, want)
 
 
+@pytest.mark.slow
 @every_head
 def test_second_derivatives(name, x64):
     head, loss, options = HEADS[name]
@@ -173,6 +174,7 @@ def test_masks_and_invalid_labels(name):
     assert not np.any(np.asarray(gradients[0])[~np.asarray(where)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @every_head
 def test_16_bits(name, dtype):

@@ -93,6 +93,7 @@ def _gradient_inside(mean, names, check_vma):
     return local
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -107,6 +108,7 @@ def test_gradient_inside_shard_map(row, check_vma):
     assert_close(jit(mapped)(*_arguments(row)), _on_one_device(row), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_pmap(row):

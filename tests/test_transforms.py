@@ -104,6 +104,7 @@ def test_forward_mode_alone_raises_and_the_reference_has_it(row):
     assert_close(tangent, sum(jnp.vdot(gradient[k], inside[k]) for k in inside), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in PROGRAMS if row.numbers], ids=str)
 def test_derivatives_in_a_closed_over_tracer(row):
     inside, fixed = row.split(row.arguments(5, (4, 3)))
