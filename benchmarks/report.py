@@ -122,7 +122,7 @@ def _losses_goals(rows: Rows) -> list[Goal]:
     share = gradient["temporary_share"]
     if share is not None and name != SMALL:
         found.append(Goal(f"{name}: temporaries / logits", share, AT_MOST, memory))
-    # A scatter is not counted: XLA:CPU is fast at one of one entry per position.
+    # Scatters are not counted: XLA:CPU runs a scatter of one entry per position fast.
     slow_ops = ("transpose", "power")
     count = sum(gradient["ops"][op] for op in slow_ops)
     return [*found, Goal(f"{name}: {', '.join(slow_ops)}", count, AT_MOST, 0)]

@@ -51,6 +51,14 @@ def _compilation(request):
         jax.clear_caches()
 
 
+@pytest.fixture(name="jax_defaults")
+def _jax_defaults():
+    import pages
+
+    with pages.jax_defaults():
+        yield
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

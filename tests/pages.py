@@ -1,5 +1,6 @@
 """Extract and run the Python code of Markdown pages."""
 
+import contextlib
 import doctest
 import re
 from pathlib import Path
@@ -14,20 +15,27 @@ def code_blocks(text: str) -> list[str]:
     return [code for language, code in _CODE_BLOCK.findall(text) if language == "python"]
 
 
+@contextlib.contextmanager
+def jax_defaults():
+    """Turn off the strict type and rank promotion of the tests, as readers do."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def run(page: Path, language: str = "python") -> dict:
     """Run the Python blocks and interactive sessions of a page as one program.
 
-    Blocks of another `language` than "python" are those that need packages of other projects.
+    With the language "py", run the blocks that need packages of other projects instead.
 
-    Raises if a session prints something else than the page shows. The test suite's strict type
-    and rank promotion is off, because readers run the code with JAX's defaults.
+    Raises if a session prints something else than the page shows. The code runs with
+    `jax_defaults`.
 
     Returns:
       The names that the page defines.
     """
     text, names = page.read_text(encoding="utf-8"), {}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax_defaults():
         for found in _CODE_BLOCK.finditer(text):
             kind, code = found.groups()
             line = text.count("\n", 0, found.start()) + 1

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pages import run
+from scipy.special import expit as sigmoid
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("jax_defaults", "x64")]
 
 CLASS_LOSSES = ["focal", "varifocal", "matchability_aware"]
 L, B, Q, C, M = 2, 2, 5, 3, 3
@@ -22,21 +23,6 @@ CLASSES = np.array([[2, 0, 2], [1, -1, -1]])  # the second image has one object
 @pytest.fixture(scope="module")
 def page():
     return run(Path(__file__).parents[1] / "docs" / "detection-transformers.md")
-
-
-@pytest.fixture(autouse=True)
-def jax_defaults():
-    """Use JAX's default promotion, as readers do, and float64."""
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        jax.enable_x64(True),
-    ):
-        yield
-
-
-def sigmoid(z):
-    return 1 / (1 + np.exp(-z))
 
 
 def ious(a, b):

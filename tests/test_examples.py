@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from figure_checks import saved_figures_are_checked
-from pages import code_blocks
+from pages import code_blocks, jax_defaults
 
 from examples import (
     calibration,
@@ -126,7 +126,7 @@ def test_negative_log_likelihood_and_calibration_error_of_known_predictions():
 
 
 def test_many_labels_trains_and_reports(tmp_path, capsys):
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax_defaults():
         curves, results = many_labels.main(["--quick", f"--out={tmp_path}"])
     assert list(curves) == list(many_labels.LOSSES)
     assert list(results) == ["frequency", *curves]
@@ -456,7 +456,7 @@ def test_code_and_links_of_the_choosing_page():
     page = EXAMPLES.parent / "docs" / "choosing.md"
     (block,) = code_blocks(page.read_text())
     namespace = {}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax_defaults():
         exec(compile(block, str(page), "exec"), namespace)
     for name in ("detector", "calibrated", "weighted"):
         assert (namespace[name] > 0).all()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+from pages import jax_defaults
 
 import focal_jax
 from focal_jax import InputError, training
@@ -24,7 +25,7 @@ ONE_HOT = np.eye(4, dtype=np.float32)[INDICES]
 @pytest.fixture
 def _promotion():
     """Use JAX's default promotion, which Keras needs."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax_defaults():
         yield
 
 

@@ -9,6 +9,7 @@ import jax
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+from pages import jax_defaults
 
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "quickstart.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
@@ -35,7 +36,7 @@ def test_cells_reproduce_the_saved_outputs(capsys, monkeypatch):
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     matplotlib.use("agg")
     names = {}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax_defaults():
         for cell in CODE:
             tree = ast.parse(re.sub(r"^%.*$", "", "".join(cell["source"]), flags=re.MULTILINE))
             # A notebook shows the value of the last expression of a cell.

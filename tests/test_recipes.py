@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pages import run
+from scipy.special import expit as sigmoid
 
 from focal_jax.detection import match_anchors, pyramid_anchors
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("jax_defaults", "x64")]
 
 ROOT = Path(__file__).parents[1]
 rng = np.random.default_rng(0)
@@ -21,21 +22,6 @@ rng = np.random.default_rng(0)
 @pytest.fixture(scope="module")
 def recipes():
     return run(ROOT / "docs" / "recipes.md")
-
-
-@pytest.fixture(autouse=True)
-def jax_defaults():
-    """Use JAX's default promotion, as readers do, and float64."""
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        jax.enable_x64(True),
-    ):
-        yield
-
-
-def sigmoid(z):
-    return 1 / (1 + np.exp(-z))
 
 
 def softmax(z, axis):

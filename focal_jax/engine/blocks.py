@@ -49,19 +49,21 @@ def in_blocks(function: Callable[..., Any], axis: int, logits: Array, *others: A
     column = float_bytes * math.prod(logits.shape[: axis + 1])
     size = min(positions, 128 * max(1, _BLOCK_BYTES // max(1, 128 * column)))
 
-    def pack(x):
-        x, leading = _as_bits(x), x.shape[: axis + 1]
-        trailing = (1,) * len(after) if set(x.shape[axis + 1 :]) == {1} else after
-        x = jnp.broadcast_to(x, leading + trailing).reshape(*leading, -1)
+    def pack_block(x):
         # XLA may copy an array with an axis of size 1 that a loop reads.
-        return jnp.squeeze(x, axis) if x.shape[axis] == 1 else x
+        return _as_bits(jnp.squeeze(x, axis) if x.shape[axis] == 1 else x)
+
+    def pack(x):
+        leading = x.shape[: axis + 1]
+        trailing = (1,) * len(after) if set(x.shape[axis + 1 :]) == {1} else after
+        return pack_block(jnp.broadcast_to(x, leading + trailing).reshape(*leading, -1))
 
     def unpack(x, dtype):
         x = _from_bits(x, dtype)
         return x if x.ndim == axis + 2 else jnp.expand_dims(x, axis)
 
     def blocked(*args):
-        packed, args = jax.tree.map(pack, args), cast_to_common_varying(*args)
+        packed = jax.tree.map(pack, args)
 
         def of_block(start):
             def take(x, given):
@@ -74,10 +76,6 @@ def in_blocks(function: Callable[..., Any], axis: int, logits: Array, *others: A
             start = jnp.minimum(i * size, positions - size)
             put = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=-1)
             return jax.tree.map(lambda x, block: put(x, pack_block(block)), found, of_block(start))
-
-        def pack_block(x):
-            x = _as_bits(x)
-            return jnp.squeeze(x, axis) if x.shape[axis] == 1 else x
 
         def zeros(x):
             return jnp.zeros((*jax.eval_shape(pack_block, x).shape[:-1], positions), _bits(x.dtype))

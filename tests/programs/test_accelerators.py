@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pages import jax_defaults
 
 import focal_jax
 from benchmarks import accelerators, compilers, pod
@@ -266,7 +267,7 @@ def compile_for_pod(name):
     except compilers.Unavailable as error:
         pytest.skip(str(error))
     # Flax's layers need implicit promotion.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with jax_defaults():
         return pod.row(name)
 
 

@@ -1,14 +1,11 @@
 """Settings for the tests with other projects, which run in an environment of their own."""
 
-import jax
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _defaults_of_jax():
-    """Turn off the strict promotion of the other tests: the projects rely on JAX's defaults."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+def _promotion_of_the_projects(jax_defaults):
+    """Use JAX's default promotion, which the projects rely on."""
 
 
 def pytest_collection_modifyitems(items):

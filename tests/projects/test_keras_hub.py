@@ -1,12 +1,14 @@
 """Detectors of Keras Hub with their own losses and with those of `focal_jax.compat.keras`."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pages import run
 from steps import assert_equal_trainings, three_steps
 
-import focal_jax
 from focal_jax.compat.keras import SigmoidFocalLoss
 
 keras = pytest.importorskip("keras")
@@ -14,6 +16,11 @@ keras_hub = pytest.importorskip("keras_hub")
 
 rng = np.random.default_rng(0)
 CLASSES = 3
+
+
+@pytest.fixture(scope="module")
+def page():
+    return run(Path(__file__).parents[2] / "docs" / "detection-transformers.md")
 
 
 def _retinanet():
@@ -68,29 +75,29 @@ def test_retinanet_trains_as_with_the_loss_of_keras():
     original = keras.losses.BinaryFocalCrossentropy(
         apply_class_balancing=True, alpha=0.25, gamma=2.0, from_logits=True, reduction="sum"
     )
-    ours = SigmoidFocalLoss(alpha=0.25, gamma=2.0, reduction="sum")
-    assert_equal_trainings(trained(original), trained(ours))
+    replacement = SigmoidFocalLoss(alpha=0.25, gamma=2.0, reduction="sum")
+    assert_equal_trainings(trained(original), trained(replacement))
 
 
-def test_d_fine_edges():
+def test_d_fine_edges(page):
     d_fine = pytest.importorskip("keras_hub.src.models.d_fine.d_fine_loss")
-    edges = jnp.asarray(rng.normal(size=(6, 9)), jnp.float32)
-    label = jnp.asarray(rng.uniform(0, 7.9, 6), jnp.float32)
-    left, right = (jnp.asarray(rng.uniform(0, 1, 6), jnp.float32) for _ in range(2))
+    edges = jnp.asarray(rng.normal(size=(8, 9)), jnp.float32)
+    label = jnp.asarray(rng.uniform(0, 7.9, 8), jnp.float32)
+    weight_left, weight_right = jnp.asarray(rng.uniform(0, 1, (2, 8)), jnp.float32)
 
     def original(edges):
-        return d_fine.unimodal_distribution_focal_loss(edges, label, right, left)
+        return d_fine.unimodal_distribution_focal_loss(edges, label, weight_right, weight_left)
 
-    def ours(edges):
-        bins = jnp.floor(label).astype(jnp.int32)[:, None] + jnp.arange(2)
-        weights = jnp.stack([left, right], -1)
-        losses = focal_jax.softmax_focal_loss_with_sparse_labels(edges, bins, weights, gamma=0.0)
-        return jnp.sum(losses)
+    def with_focal_jax(edges):
+        objects = (2, 4)  # two boxes with four edges each
+        left = jnp.floor(label).astype(jnp.int32).reshape(objects)
+        weights = weight_left.reshape(objects), weight_right.reshape(objects)
+        return page["edge_loss"](edges.reshape(*objects, -1), left, *weights, jnp.ones(2), 1)
 
-    assert_equal_trainings(*(jax.value_and_grad(f)(edges) for f in (original, ours)))
+    assert_equal_trainings(*(jax.value_and_grad(f)(edges) for f in (original, with_focal_jax)))
 
 
-def test_d_fine_varifocal_loss():
+def test_d_fine_varifocal_loss(page):
     d_fine = pytest.importorskip("keras_hub.src.models.d_fine.d_fine_loss")
     queries = 7
     logits = jnp.asarray(rng.normal(size=(1, queries, CLASSES)), jnp.float32)
@@ -105,17 +112,8 @@ def test_d_fine_varifocal_loss():
         outputs = {"logits": logits, "pred_boxes": boxes}
         return d_fine.compute_vfl_loss(outputs, targets, pairs, 3, CLASSES, 0.75, 2.0)["loss_vfl"]
 
-    def corners(boxes):
-        center, size = jnp.split(boxes, 2, -1)
-        return jnp.concatenate([center - size / 2, center + size / 2], -1)
+    def with_focal_jax(logits):
+        pairs = logits[0], boxes[0], query[0], classes, objects
+        return page["losses_of_pairs"](*pairs, page["varifocal"])[-1] / 3
 
-    def ours(logits):
-        iou = focal_jax.detection.box_iou(corners(boxes[0]), corners(objects))[query[0], item[0]]
-        quality = jnp.zeros((queries, CLASSES)).at[query[0], classes].set(iou)
-        positive = jnp.zeros((queries, CLASSES), bool).at[query[0], classes].set(True)
-        losses = focal_jax.varifocal_loss(
-            logits[0], quality, positive=positive, stop_weight_gradient=True
-        )
-        return focal_jax.reduce_loss(losses, normalization=3)
-
-    assert_equal_trainings(*(jax.value_and_grad(f)(logits) for f in (original, ours)))
+    assert_equal_trainings(*(jax.value_and_grad(f)(logits) for f in (original, with_focal_jax)))

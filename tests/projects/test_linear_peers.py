@@ -15,7 +15,7 @@ KERNEL = (rng.normal(size=(32, 500)) / 4).astype(np.float32)
 LABELS = rng.integers(500, size=48).astype(np.int32)
 
 
-def ours(features, kernel):
+def with_focal_jax(features, kernel):
     losses = linear_softmax_focal_loss_with_integer_labels(features, kernel, LABELS, gamma=0.0)
     return jnp.mean(losses)
 
@@ -42,7 +42,7 @@ PEERS = [plain, jax_cce, tokamax]
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_values_and_gradients(peer):
-    got, want = (jax.value_and_grad(f, (0, 1))(FEATURES, KERNEL) for f in (ours, peer))
+    got, want = (jax.value_and_grad(f, (0, 1))(FEATURES, KERNEL) for f in (with_focal_jax, peer))
     assert_equal_trainings(want, got)
 
 
@@ -57,5 +57,5 @@ def test_bfloat16_gradients_have_at_least_the_digits_of_the_peer(peer):
         found = [x.astype(jnp.bfloat16) for x in jax.jit(jax.grad(function, (0, 1)))(*args)]
         return [np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b) for a, b in zip(found, exact)]
 
-    for own, other in zip(errors(ours), errors(peer)):
+    for own, other in zip(errors(with_focal_jax), errors(peer)):
         assert own <= 1.02 * other  # both round each entry once in the best case

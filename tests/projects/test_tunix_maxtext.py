@@ -131,8 +131,10 @@ def test_maxtext_cross_entropy_with_z_loss():
         xent, _ = max_utils.cross_entropy_with_logits(logits, one_hot, z_loss=0.01)
         return jnp.sum(xent * (segments != 0)) / jnp.sum(segments != 0)
 
-    def ours(features, embedding):
+    def with_focal_jax(features, embedding):
         return loss(features, embedding, data, z_loss=0.01, softcap=2.0)
 
-    want, got = (jax.value_and_grad(f, (0, 1))(features, embedding) for f in (original, ours))
+    want, got = (
+        jax.value_and_grad(f, (0, 1))(features, embedding) for f in (original, with_focal_jax)
+    )
     assert_equal_trainings(want, got)
