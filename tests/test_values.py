@@ -49,6 +49,7 @@ def _logits(reach, shifts):
     """
     rng = np.random.default_rng(0)
     margins = reach * np.concatenate([np.linspace(-1, 1, 17), rng.uniform(-1, 1, 8)])
+    margins = np.concatenate([margins, [1e-2, 1e-4, -1e-4]])  # two classes that almost tie
     logits = rng.normal(size=(margins.size, 6)) * rng.choice([0.0, 1.0, 5.0], (margins.size, 1))
     logits[:, 0] = logits[:, 1:].max(1) + margins
     logits = np.concatenate([logits + shift for shift in shifts])
@@ -329,6 +330,21 @@ def test_class_weights_of_zero_to_60_digits(row, alpha):
             scale = np.abs(want).max(-1, keepdims=True)
         smallest = 87 * tiny if name == "kernel" else tiny
         assert truth.worst_error(got, want, smallest, scale) < 1e-5, name
+
+
+@pytest.mark.parametrize("margin", [0.0, 1e-4])
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 2.0, "different"])
+def test_asymmetric_loss_in_the_label_to_60_digits_close_to_logit_zero(gamma, margin):
+    # The loss of a positive and that of a negative are almost equal there.
+    z = np.float32([1e-30, 1e-6, -1e-6, -1e-3, 0.1, -0.3, 0.45, 0.7])
+    positive, negative = (0.5, 0.75) if gamma == "different" else (gamma, gamma)
+    options = {"gamma_positive": positive, "gamma_negative": negative, "margin": margin}
+    options = {name: np.full(z.shape, x, np.float32) for name, x in options.items()}
+    arrays = {"logits": z, "labels": np.full(z.shape, 0.25, np.float32)}
+    row = next(row for row in PROGRAMS if row.loss.function is focal_jax.asymmetric_loss)
+    exact = truth.evaluate(row.loss, arrays | options, formula=row.formula)
+    _, slopes = _value_and_slopes(row, arrays, options)
+    assert truth.worst_error(slopes["labels"], exact.slopes["labels"], 0) < 1e-5
 
 
 def test_class_indices_above_the_integers_of_float32():

@@ -74,6 +74,18 @@ def _n_over_q_slope(q: Array) -> Array:
     return 0.5 * (1 + u) * (1 + u) * (1 / (1 - u) - u * scalar.artanh_remainder(u * u))
 
 
+def _near_zero(z: Array, margin: Array, t: Terms) -> tuple[Array, Array, Array]:
+    """Return where the logit is near 0, and there `log(q / m.q)` and `t.n - m.n`.
+
+    `t` has the terms of a positive, q among them, and `m` those of a negative. For a small margin
+    they are almost equal near the logit 0, so that differences of the terms would cancel.
+    """
+    near = (jnp.abs(z) < 0.5) & (margin < 0.125)
+    z, margin = jnp.where(near, z, 0), jnp.where(near, margin, 0)
+    log_ratio = -z - scalar.log1p(-margin / jnp.where(near, t.p, 1))
+    return near, log_ratio, scalar.log1p(margin / jnp.where(near, t.q, 1)) - z
+
+
 def _value(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
     del stop_weight_gradient  # the value is the same
     t, m = scalar.sigmoid_terms(z), _shifted_terms(z, margin)
@@ -83,16 +95,20 @@ def _value(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
 
 def _slopes(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
     t, m, not_y = scalar.sigmoid_terms(z), _shifted_terms(z, margin), 1 - y
+    near, log_ratio, n_difference = _near_zero(z, margin, t)
 
     # The terms and exponents in the derivatives of the weights; constant weights have none.
-    of_weights = (t.q, t.log_q), (m.q, m.log_q)
+    of_weights = (t.q, t.log_q), (m.q, m.log_q, log_ratio)
     g_positive, g_negative = gamma_positive, gamma_negative
     if stop_weight_gradient:
         of_weights, g_positive, g_negative = lax.stop_gradient(of_weights), 0, 0
-    (t_q, t_log_q), (m_q, m_log_q) = of_weights
+    (t_q, t_log_q), (m_q, m_log_q, log_ratio) = of_weights
     w_positive = scalar.power(t_q, t_log_q, gamma_positive)
     w_negative = scalar.abs_power(m_q, m_log_q, gamma_negative)
     n_over_q, n_negative = scalar.clip_inf(m.n_over_q), scalar.clip_inf(m.n)
+    log_w_ratio = gamma_positive * log_ratio + (gamma_positive - gamma_negative) * m_log_q
+    near &= jnp.abs(log_w_ratio) < 1
+    difference = jnp.expm1(jnp.where(near, log_w_ratio, 0)) * t.n + n_difference
     falls = w_positive * (t.q + g_positive * (t.p * t.n))
     of_negative = jnp.where(m.q > 0, not_y * w_negative, 0)
     by_margin = of_negative * (_one_over_p(z, margin) + g_negative * n_over_q)
@@ -102,7 +118,7 @@ def _slopes(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
     rises = of_negative * (t.p * (_share(z, margin) + g_negative * (n_over_q * t.q)))
     return (
         rises - y * falls,
-        w_positive * t.n - w_negative * n_negative,
+        jnp.where(near, w_negative * difference, w_positive * t.n - w_negative * n_negative),
         # The products of large factors come first: the others may underflow.
         y * (w_positive * (t.n * t_log_q)),
         not_y * (w_negative * (n_negative * m_log_q)),

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -15,52 +14,46 @@ from focal_jax.engine.scalar import Terms
 from focal_jax.engine.sharding import AxisName
 
 
-def _share(
+def _gap(
     axis: int,
     class_axis_name: AxisName | None,
     logits: Array,
     sums: ClassSums,
     where: Array | None,
 ) -> Array:
-    """Return `p_j / (1 - p_t)`, the share of the next less probable class in `1 - p_t`."""
+    """Return `log(p_j / p_t)`, the largest logit below that of the label's class minus the latter.
+
+    It is -inf if no logit is below.
+    """
     from focal_jax.engine.next_class import largest_below  # most programs do not use it
 
     below = largest_below(axis, logits, sums.label_logit, where, class_axis_name)
-    return jnp.exp(below - sums.max_logit - _log(sums.rest))
+    return jnp.where(below == -jnp.inf, below, below - sums.label_logit)
 
 
-@jax.custom_jvp
-def _log(x: Array) -> Array:
-    return jnp.log(jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+def _shifted(t: Terms, gap: Array) -> tuple[Terms, Array]:
+    """Return the terms with `p_t - p_j` for p and `1 - p_t + p_j` for q, and `p_j`.
 
-
-@_log.defjvp
-def _log_jvp(primals, tangents):
-    # 1 / x**2 would be infinite where the derivatives that it is a factor of are finite.
-    return _log(*primals), scalar.divide(tangents[0], primals[0])
-
-
-def _enlarge(t: Terms, share: Array) -> Terms:
-    """Return the terms with `1 - p_t + p_j` for q, where `p_j = share * (1 - p_t)`.
-
-    The returned p is minus the derivative of the returned q in `log p_t`, for a constant share.
+    Minus the derivative of the returned q in `log p_t` is the returned p, for a constant gap.
     """
-    factor = 1 + share
-    log_q = t.log_q + scalar.log1p(share)
-    return Terms(t.p * factor, t.q * factor, t.n, log_q, t.n_over_q / factor)
+    next_p = t.p * jnp.exp(gap)
+    p, q = -t.p * jnp.expm1(gap), t.q + next_p
+    n_over_q = t.n_over_q * scalar.divide(t.q, q)
+    return Terms(p, q, t.n, scalar.log_abs(q, p), n_over_q), next_p
 
 
-def _value(terms, gamma, share):
-    return scalar.focal(_enlarge(terms, share), gamma)
+def _value(terms, gamma, gap):
+    return scalar.focal(_shifted(terms, gap)[0], gamma)
 
 
-def _slopes(terms, gamma, share):
-    t = _enlarge(terms, share)
+def _slopes(terms, gamma, gap):
+    t, next_p = _shifted(terms, gap)
     focal = scalar.focal(t, gamma)
-    return scalar.minus_dfocal_dlog_p(t, gamma), focal * t.log_q, gamma * focal / (1 + share)
+    by_gap = gamma * focal * scalar.divide(next_p, t.q)
+    return scalar.minus_dfocal_dlog_p(t, gamma), focal * t.log_q, by_gap
 
 
-_loss = PositionLoss(_value, _slopes, {"gamma": exponent(5.0)}, row_option=("share", _share))
+_loss = PositionLoss(_value, _slopes, {"gamma": exponent(5.0)}, row_option=("gap", _gap))
 
 
 @declare("position", ("integer",), _loss)
