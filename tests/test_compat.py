@@ -206,7 +206,8 @@ def test_caffe_errors_name_the_argument(message, layer, inputs):
     ("option", "value"),
     [("normalization", value) for value in ("VALID", "mean", None)]
     + [("gamma", -1.0), ("gamma", None), ("alpha", "0.25"), ("axis", 1.0), ("ignore_label", "x")]
-    + [("loss_weight", None), ("alpha", 0.0), ("alpha", -1), ("alpha", (0.5, 0.0)), ("axis", True)]
+    + [("loss_weight", None), ("loss_weight", float("nan")), ("loss_weight", -float("inf"))]
+    + [("alpha", 0.0), ("alpha", -1), ("alpha", (0.5, 0.0)), ("axis", True)]
     + [("axis", 10**9), ("axis", -33), ("gamma", (1.0, 2.0)), ("return_prob", 2), ("alpha", None)],
 )
 def test_caffe_rejects_invalid_options_at_construction(option, value):
@@ -603,6 +604,9 @@ def test_mindspore_rejects_invalid_options_at_construction():
     for gamma in (-1, "2"):
         with pytest.raises(ValueError, match=f"gamma: got '?{gamma}"):
             mindspore.FocalLoss(gamma=gamma)
+    for weight in ([-1.0, 1.0], "2", {}, [None, 1]):
+        with pytest.raises(ValueError, match="weight: got .*, wanted a finite number >= 0"):
+            mindspore.FocalLoss(weight=weight)
 
 
 # ---------------------------------------------------------------- pytorch-retinanet

@@ -133,6 +133,8 @@ INVALID = [
     MASKED,
     [np.ma.masked, 1.0],
     np.zeros(4, [("x", "f4")]),
+    np.timedelta64(1, "s"),
+    bytearray(b"ab"),
     2j,
 ]
 
@@ -281,10 +283,9 @@ def test_numbers_and_exponents(call, row, name, option):
 
 def _outside(option):
     """Return numbers that are outside the range of an option."""
-    values = []
+    values = [math.nan, math.inf, -math.inf]
     if math.isfinite(option.low):
         values += [option.low - 1, option.low - 0.01, *([option.low] * option.above_low)]
-        values += [math.nan, math.inf, -math.inf]
     if math.isfinite(option.high):
         values += [option.high + 0.01, option.high + 1, *([option.high] * option.below_high)]
     return values
@@ -411,8 +412,8 @@ def test_ignore_label(call, row):
     for ignored, message in (
         (1.0, "got 1.0, wanted None or an integer"),
         ("background", "got 'background', wanted None or an integer"),
-        (2**31, "got 2147483648, wanted an integer of 32 bits"),
-        (-(2**31) - 1, "got -2147483649, wanted an integer of 32 bits"),
+        (2**31, "got 2147483648, wanted an integer that fits int32"),
+        (-(2**31) - 1, "got -2147483649, wanted an integer that fits int32"),
         (np.zeros(2, int), "got .*, wanted None or an integer"),
     ):
         _raises(call, row, {"ignore_label": ignored}, f"ignore_label: {message}")
@@ -560,8 +561,16 @@ def test_axis_names_of_the_reduction(module):
 @pytest.mark.parametrize("module", [focal_jax, focal_jax.reference], ids=["losses", "reference"])
 def test_negative_weights(module):
     for weights in (-1, -1.0, [1, -1, 1], (1, -1.0, 1), np.array([1, -1, 1]), np.float32(-1)):
-        with pytest.raises(ValueError, match=r"^weights: got -1.*, wanted numbers >= 0"):
+        with pytest.raises(ValueError, match=r"^weights: got -1, wanted finite numbers >= 0"):
             module.reduce_loss(jnp.ones(3), weights=weights)
+
+
+@pytest.mark.parametrize("name", ["weights", "normalization"])
+@pytest.mark.parametrize("module", [focal_jax, focal_jax.reference], ids=["losses", "reference"])
+def test_numbers_of_the_reduction_that_are_not_finite(module, name):
+    for value in (math.nan, math.inf, -math.inf, -1, np.float32(np.nan), np.array(np.inf), 10**400):
+        with pytest.raises(ValueError, match=f"^{name}: got .*, wanted finite numbers >= 0"):
+            module.reduce_loss(jnp.ones(3), **{name: value})
 
 
 def test_axis_name_that_is_not_bound():

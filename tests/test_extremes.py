@@ -564,6 +564,16 @@ def test_ignored_labels_pass_the_index_checks_of_checkify(row):
     error.throw()
 
 
+def test_a_masked_position_passes_the_float_checks_of_checkify():
+    # The options of a masked position are 0, and the loss divides by gamma.
+    where = jnp.array([True, False])
+    loss = total(focal_jax.sigmoid_focal_loss_star, labels=jnp.array([1.0, 0.0]), where=where)
+    error, _ = jit(checkify.checkify(loss, errors=checkify.float_checks))(
+        {"logits": jnp.array([1.0, 2.0])}
+    )
+    error.throw()
+
+
 # ---------------------------------------------------------------- invalid labels
 
 

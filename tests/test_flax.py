@@ -256,6 +256,7 @@ def test_errors_of_the_call_name_the_argument(framework, options, labels, messag
         module(jnp.zeros((2, 3)), labels)
 
 
+LINEAR = "linear_softmax_focal_loss_with_integer_labels"
 INVALID = [
     ({"gamma": -1}, "gamma: got -1"),
     ({"gamma": jnp.array(-1.0)}, "gamma: got -1"),
@@ -268,6 +269,8 @@ INVALID = [
     ({"normalization": (1, 2)}, r"normalization: got shape \(2,\)"),
     ({"loss_weight": jnp.ones(2)}, r"loss_weight: got shape \(2,\)"),
     ({"loss_weight": "1"}, "loss_weight: got '1'"),
+    ({"loss_weight": float("nan")}, "loss_weight: got nan"),
+    ({"normalization": -1}, "normalization: got -1"),
 ]
 
 
@@ -310,13 +313,13 @@ def test_constructors_reject_invalid_options_of_softmax(framework, options, mess
         ("distribution_focal_loss", {"axis": "a"}, "axis: got 'a'"),
         ("softmax_focal_loss_with_integer_labels", {"label_smoothing": 1.0}, "label_smoothing: "),
         ("softmax_focal_loss_with_integer_labels", {"alpha": np.ones((2, 2))}, "alpha: got shape"),
-        ("linear_softmax_focal_loss_with_integer_labels", {"logit_softcap": -1}, "logit_softcap: "),
-        (
-            "linear_softmax_focal_loss_with_integer_labels",
-            {"return_logsumexp": True},
-            "return_logsumexp: got True",
-        ),
+        (LINEAR, {"logit_softcap": -1}, "logit_softcap: "),
+        (LINEAR, {"return_logsumexp": True}, "return_logsumexp: got True"),
+        (LINEAR, {"temperature": -1.0}, "temperature: got -1"),
+        (LINEAR, {"temperature": [jnp.ones(2), jnp.ones(3)]}, "temperature: got"),
+        (LINEAR, {"chunk_size": 0}, "chunk_size: got 0"),
         ("focal_loss", {}, "loss: got 'focal_loss', wanted a function or one of"),
+        (max, {}, "loss: got <built-in function max>, wanted a Python function"),
     ],
 )
 def test_reduced_rejects_invalid_options_of_its_loss(framework, loss, options, message):

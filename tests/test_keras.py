@@ -174,12 +174,32 @@ def test_errors_of_calls(loss, y_true, y_pred, match):
         {"label_smoothing": 2.0},
         {"from_logits": "yes"},
         {"gamma": "2"},
+        {"reduction": ["mean"]},
+        {"name": 5},
+        {"dtype": np.ones(3)},
     ],
 )
 @pytest.mark.parametrize("make", [compat.SigmoidFocalLoss, compat.SoftmaxFocalLoss])
 def test_errors_at_construction(make, options):
     with pytest.raises(InputError, match=next(iter(options))):
         make(**options)
+
+
+@pytest.mark.parametrize(
+    "weight", [np.ma.array([1.0, 2.0], mask=[0, 1]), np.ones(5), "a", object(), [[1], [1, 2]]]
+)
+def test_invalid_sample_weights(weight):
+    with pytest.raises(InputError, match="sample_weight: got"):
+        compat.SoftmaxFocalLoss()(INDICES[:2], LOGITS[:2], weight)
+
+
+@pytest.mark.parametrize("y_pred", [None, 3.0, (), (LOGITS,)])
+def test_a_linear_loss_names_its_predictions(y_pred):
+    loss = compat.Loss("linear_softmax_focal_loss_with_integer_labels")
+    with pytest.raises(InputError, match=r"y_pred: got .*, wanted \(features, kernel\)"):
+        loss(INDICES, y_pred)
+    with pytest.raises(InputError, match="features: got a head without weights"):
+        compat.LinearHead(4).loss(loss, INDICES, LOGITS)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras

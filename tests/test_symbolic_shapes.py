@@ -96,6 +96,32 @@ def test_batch_of_symbolic_size(name):
     _assert_exports(FUNCTIONS[name], shapes, make)
 
 
+DENSE = [
+    name for name in FUNCTIONS if not name.startswith(("linear", "mindspore", "class weights"))
+]
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_symbolic_number_of_classes(name):
+    def make(size):
+        rng = np.random.default_rng(0)
+        return (
+            rng.normal(size=(4, size)).astype(np.float32),
+            rng.dirichlet(np.ones(size), 4).astype(np.float32),
+            rng.integers(0, size, 4).astype(np.int32),
+        )
+
+    shapes = ((4, None), "float32"), ((4, None), "float32"), ((4,), "int32")
+    _assert_exports(FUNCTIONS[name], shapes, make)
+
+
+def test_linear_heads_name_a_symbolic_number_of_classes():
+    kernel = jax.ShapeDtypeStruct((5, *export.symbolic_shape("c")), "float32")
+    loss = focal_jax.linear_softmax_focal_loss_with_integer_labels
+    with pytest.raises(focal_jax.InputError, match="kernel: got c classes, wanted"):
+        jax.eval_shape(loss, np.ones((4, 5), np.float32), kernel, np.zeros(4, int))
+
+
 @pytest.mark.parametrize("normalization", ["image", "batch"])
 def test_detection_with_a_symbolic_number_of_images(normalization):
     anchors = np.array([[0, 0, 9, 9], [5, 5, 20, 20], [30, 30, 50, 60]], np.float32)

@@ -180,6 +180,33 @@ def test_masks_and_invalid_labels(head):
     assert not np.any(np.asarray(gradients[0])[masked])
 
 
+@HEADS
+def test_temperatures_of_masked_positions_may_be_anything(head):
+    arrays, indices = _inputs()
+    where = jnp.ones(POSITIONS, bool).at[0].set(False)
+    labels = indices[..., 0].at[0].set(255)
+
+    def total(temperature):
+        options = {"temperature": temperature, "where": where}
+        return sum(jnp.sum(x) for x in head(*arrays[:4], labels, **options)[:3])
+
+    gradient = jit(jax.grad(total))
+    valid = jnp.full(POSITIONS, 2.0)
+    want = gradient(valid)
+    assert not np.any(want[0])
+    for anything in (0.0, jnp.nan):
+        np.testing.assert_array_equal(gradient(valid.at[0].set(anything)), want)
+
+
+@HEADS
+def test_ignored_labels_do_not_trigger_debug_nans_in_eager_calls(head):
+    arrays, indices = _inputs()
+    labels = indices[..., 0].at[0].set(255)
+    with jax.debug_nans(True):
+        found = head(*arrays[:4], labels, ignore_label=255)
+    assert not np.any(found.log_probability[0])
+
+
 def test_minus_infinity_and_ties():
     logits = jnp.array([[-jnp.inf, 1.0, 1.0], [0.0, -jnp.inf, -jnp.inf], [-jnp.inf, 2.0, 0.0]])
     labels = jnp.array([1, 0, 0])

@@ -322,6 +322,21 @@ def test_positive_count_ema_errors(options, message):
         training.positive_count_ema(**options)
 
 
+@pytest.mark.parametrize(
+    ("count", "normalizer", "message"),
+    [
+        (float("nan"), 1.0, "count: got nan"),
+        (-3, 1.0, "count: got -3"),
+        (1, None, "state: got None"),
+        (1, np.ones(3), r"state: got shape \(3,\)"),
+    ],
+)
+def test_positive_count_ema_errors_of_update(count, normalizer, message):
+    state = training.PositiveCountEmaState(normalizer)
+    with pytest.raises(InputError, match=message):
+        training.positive_count_ema().update(count, state)
+
+
 @pytest.mark.parametrize("count", [2**33, np.int64(2**33), np.array(2**33)])
 def test_positive_count_ema_64_bit_counts_do_not_wrap(count):
     ema = training.positive_count_ema(decay=0.5, initial=1.0)

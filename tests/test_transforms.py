@@ -96,8 +96,9 @@ def test_scan_and_checkpoint(row):
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_forward_mode_alone_raises_and_the_reference_has_it(row):
     inside, fixed = row.split(row.all(4, (4, 3)))
-    with pytest.raises(TypeError, match="custom_vjp"):
+    with pytest.raises(TypeError, match="custom_vjp") as error:
         jax.jvp(total(row.eager, **fixed), (inside,), (inside,))
+    assert "focal_jax.reference" in error.value.__notes__[0]
     reference = total(row.reference, **fixed)
     tangent = jit(lambda x: jax.jvp(reference, (x,), (x,))[1])(inside)
     gradient = gradients(row.eager, **fixed)(inside)[1]

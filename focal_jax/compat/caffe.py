@@ -225,15 +225,13 @@ class FocalLossLayer:
         """Raise for options that are invalid for every input."""
         word = self.normalization
         if not isinstance(word, str) or word not in _NORMALIZATIONS:
-            raise InputError(
-                f"normalization: got {self.normalization!r}, wanted one of {tuple(_NORMALIZATIONS)}"
-            )
+            got = f"normalization: got {shown(word)}"
+            raise InputError(f"{got}, wanted one of {tuple(_NORMALIZATIONS)}")
         _ALPHA.check("alpha", self.alpha)
         check_options(softmax_focal_loss_with_integer_labels, alpha=self.alpha, gamma=self.gamma)
         for name in ("gamma", "loss_weight"):
             option = getattr(self, name)
-            if arguments.real_number(option) == math.inf:
-                raise InputError(f"{name}: got {shown(option)}, wanted a finite number")
+            arguments.check_known_numbers(name, option, -math.inf)
             if not isinstance(option, float):
                 option = arguments.number_array(name, option, jnp.dtype(jnp.float32))
                 arguments.check_shape(name, option, (), "one number")

@@ -178,14 +178,24 @@ class Loss(keras.losses.Loss):
             raise InputError(message) from None
         if ignore_class is not None and kind in ("elementwise", "interval"):
             raise InputError(f"ignore_class: got {ignore_class}, wanted None: {loss} has no class")
+        for key, value in (("reduction", reduction), ("name", name)):
+            valid = value is None or isinstance(value, str)
+            arguments.require(valid, f"{key}: got {arguments.shown(value)}, wanted a str or None")
         try:
-            super().__init__(name=name or loss, reduction=reduction, dtype=dtype)
+            super().__init__(name=name or loss, reduction=reduction)
         except ValueError as error:
             raise InputError(f"reduction: {error}") from error
+        try:
+            super().__init__(name=name or loss, reduction=reduction, dtype=dtype)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"dtype: got {arguments.shown(dtype)}: {error}") from error
 
     def call(self, y_true: Any, y_pred: Any) -> Array:
         """Return the losses before the reduction, with the mask of Keras if there is one."""
         kind, ignore = self.loss.kind, self.ignore_class
+        if kind == "linear" and not (isinstance(y_pred, list | tuple) and len(y_pred) in (2, 3)):
+            wanted = "(features, kernel) or (features, kernel, bias)"
+            raise InputError(f"y_pred: got {arguments.shown(y_pred)}, wanted {wanted}")
         first, *rest = y_pred if kind == "linear" else (y_pred,)
         mask = _masks.get_keras_mask(first)
         x = arguments.as_array("y_pred", first, "an array of floating numbers")
@@ -266,7 +276,15 @@ class Loss(keras.losses.Loss):
             raise InputError(f"{got}, wanted None: {self.loss.name} has no value per sample")
         losses = self.call(y_true, y_pred)
         reduction = _Reduction(name=self.name, reduction=self.reduction, dtype=self.dtype)
-        return reduction(losses, losses, sample_weight)
+        if sample_weight is None:
+            return reduction(losses, losses)
+        weights = arguments.number_array("sample_weight", sample_weight, losses.dtype)
+        try:
+            return reduction(losses, losses, weights)
+        except (TypeError, ValueError) as error:
+            wanted = f"a shape that Keras broadcasts to the losses {losses.shape}"
+            got = f"sample_weight: got shape {weights.shape}"
+            raise InputError(f"{got}, wanted {wanted}") from error
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments of the constructor, in types of JSON."""
@@ -354,6 +372,7 @@ class LinearHead(keras.layers.Dense):
         if not isinstance(loss, Loss) or loss.loss.kind != "linear":
             got = arguments.shown(loss)
             raise InputError(f"loss: got {got}, wanted a Loss of a linear head")
+        arguments.require(self.built, "features: got a head without weights, wanted a built layer")
         arrays = [self.kernel, self.bias] if self.use_bias else [self.kernel]
         cast = [keras.ops.cast(x, self.compute_dtype) for x in arrays]
         return loss(y_true, (features, *cast), sample_weight)

@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 
 from focal_jax.compat._arguments import check_options, class_indices
 from focal_jax.engine import arguments
-from focal_jax.engine.arguments import InputError
+from focal_jax.engine.arguments import InputError, shown
+from focal_jax.engine.options import CLASS_WEIGHTS
 from focal_jax.losses.softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
 
 __all__ = ["FocalLoss"]
@@ -62,8 +63,11 @@ class FocalLoss:
     def __post_init__(self):
         """Raise for options that are invalid for every input."""
         if not isinstance(self.reduction, str) or self.reduction not in _REDUCTIONS:
-            raise InputError(f"reduction: got {self.reduction!r}, wanted one of {_REDUCTIONS}")
+            raise InputError(f"reduction: got {shown(self.reduction)}, wanted one of {_REDUCTIONS}")
         check_options(softmax_focal_loss, gamma=self.gamma)
+        CLASS_WEIGHTS.check("weight", self.weight)
+        if self.weight is not None:
+            arguments.number_array("weight", self.weight, jnp.dtype(jnp.float32))
 
     def __call__(self, predict: ArrayLike, target: ArrayLike) -> Array:
         """Return the loss.

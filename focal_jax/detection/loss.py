@@ -208,7 +208,7 @@ def retinanet_loss(
         ("normalization", normalization, ("image", "batch")),
     ):
         if not isinstance(value, str) or value not in known:
-            raise InputError(f"{name}: got {value!r}, wanted one of {known}")
+            raise InputError(f"{name}: got {shown(value)}, wanted one of {known}")
     arguments.check_axis_name("axis_name", axis_name)
     matching = _Matching(
         *_options.iou_thresholds(positive_iou, negative_iou),

@@ -54,8 +54,8 @@ def numpy_array(name: str, x: Any, wanted: str) -> np.ndarray | None:
         )
     if array is None and not isinstance(x, list | tuple | Array):
         raise InputError(f"{name}: got {type(x).__name__}, wanted {wanted}")
-    if array is not None and array.dtype.kind in "OSUMm":
-        raise InputError(f"{name}: got {shown(array.tolist())}, wanted {wanted}")
+    if isinstance(x, bytearray | memoryview) or (array is not None and array.dtype.kind in "OSUMm"):
+        raise InputError(f"{name}: got {shown(x)}, wanted {wanted}")
     return array
 
 
@@ -121,6 +121,20 @@ def number_array(
     x = as_array(name, x, wanted, integers=dtype)
     check_real(name, x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+
+def check_known_numbers(name: str, x: Any, low: float = 0) -> None:
+    """Raise if a Python or NumPy number is not finite or is below `low`.
+
+    The values of a JAX array are not read: that would wait for the device.
+    """
+    wanted = "finite numbers" if low == -math.inf else f"finite numbers >= {low}"
+    number = real_number(x)
+    known = numpy_array(name, x if number is None else number, wanted)
+    if known is not None and known.dtype.kind in "iuf":
+        wrong = known[~((known >= low) & (np.abs(known) < math.inf))].ravel()
+        if wrong.size:
+            raise InputError(f"{name}: got {wrong[0]:g}, wanted {wanted}")
 
 
 def bool_array(name: str, x: ArrayLike) -> Array:
@@ -328,7 +342,7 @@ def static_ignore_label(value: Any) -> int | None:
         return None
     label = static_integer("ignore_label", value, "None or an integer")
     fits = INT32.min <= label <= INT32.max
-    require(fits, f"ignore_label: got {shown(label)}, wanted an integer of 32 bits")
+    require(fits, f"ignore_label: got {shown(label)}, wanted an integer that fits int32")
     return label
 
 
@@ -353,7 +367,7 @@ def check_axis_name(name: str, value: Any) -> None:
 def real_number(value: Any) -> float | None:
     """Return a Python or NumPy number as a float, infinite if it is too large; else None."""
     number: Any = value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool | np.timedelta64) or not isinstance(value, numbers.Real):
         return None
     try:
         return float(value)

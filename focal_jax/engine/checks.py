@@ -38,6 +38,16 @@ def check_mesh(mesh: Any) -> None:
     arguments.require(valid, f"mesh: got {shown(mesh)}, wanted {wanted}")
 
 
+def static_chunk_size(value: Any) -> int | None:
+    """Return `value` as a Python integer of at least 1, or None."""
+    if value is None:
+        return None
+    wanted = "None or an integer of at least 1"
+    size = arguments.static_integer("chunk_size", value, wanted)
+    arguments.require(size >= 1, f"chunk_size: got {shown(size)}, wanted {wanted}")
+    return size
+
+
 def static_logit_softcap(value: Any) -> float | None:
     """Return `value` as a finite positive Python number, or None."""
     if value is None:

@@ -214,6 +214,6 @@ def gradients(
     features, (kernel, bias, alpha), (totals, temperature) = fold(step, carry, spec, linear)
     features = arguments.mask_to_zero(features, where).astype(linear.features.dtype)
     if linear.temperature is not None:
-        of_temperature = temperature / linear.temperature
+        of_temperature = temperature / masked.temperature
         temperature = arguments.cotangent_like(linear.temperature, of_temperature)
     return Linear(features, kernel, bias, temperature, alpha), totals

@@ -18,6 +18,7 @@ from focal_jax.engine.class_axis import (
     cast_logits,
     class_index,
     exp_excluding,
+    is_at_most,
     max_logit,
     pick_class,
 )
@@ -55,7 +56,7 @@ def _put_at_label(v: Array, label: Array, entry: Array, axis: int) -> Array:
 def exponentials(axis: int, gradient: bool, logits: Array) -> Callable[..., Array]:
     """Return the function of the exponentials on CPUs."""
     num_classes = logits.shape[axis]
-    has_rows = axis == logits.ndim - 1 and num_classes <= MAX_FLOAT_INDEX
+    has_rows = axis == logits.ndim - 1 and is_at_most(num_classes, MAX_FLOAT_INDEX)
     if not gradient:
         # The sum is the only use of the exponentials.
         no_select = _exp_excluding_without_select

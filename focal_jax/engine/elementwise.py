@@ -82,9 +82,10 @@ def slopes_by_name(
 ) -> tuple[Slopes, dict[str, Any]]:
     """Return the slopes in the leading arrays, and the slopes in the options by name."""
     differentiable = [name for name in names if options[name].differentiable]
-    if len(found) != leading + len(differentiable):
+    count = len(found) if isinstance(found, tuple | list) else 0
+    if count != leading + len(differentiable):
         raise InputError(
-            f"slopes: got {len(found)} derivatives, wanted {leading + len(differentiable)}: "
+            f"slopes: got {count} derivatives, wanted {leading + len(differentiable)}: "
             f"{leading} and then those in {differentiable}"
         )
     of_options: dict[str, Any] = dict.fromkeys(options)
@@ -108,6 +109,8 @@ def signature_of(
 def check_value(result: Any, shape: tuple[int, ...]) -> None:
     """Raise unless `result`, which the value of a loss returned, is an array of this shape."""
     got = f"shape {result.shape}" if isinstance(result, Array) else type(result).__name__
+    if isinstance(result, Array) and not jnp.issubdtype(result.dtype, jnp.floating):
+        got = f"dtype {result.dtype}"
     arguments.require(
         got == f"shape {shape}", f"value: got {got}, wanted an array of shape {shape}"
     )
@@ -296,4 +299,8 @@ def elementwise_loss(
       InputError: if the parameters of `value` or `slopes` are not the declared options.
     """
     options = declared(options, ElementwiseLoss.__call__)
+    arguments.require(
+        label_is_invalid is None or callable(label_is_invalid),
+        f"label_is_invalid: got {arguments.shown(label_is_invalid)}, wanted None or a function",
+    )
     return ElementwiseLoss(value, slopes, options, label_is_invalid)

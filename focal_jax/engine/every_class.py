@@ -13,7 +13,13 @@ from jax import Array, lax
 
 from focal_jax.engine import arguments, scalar
 from focal_jax.engine.blocks import in_blocks
-from focal_jax.engine.class_axis import cast_logits, class_index, pick_class, reduce_classes
+from focal_jax.engine.class_axis import (
+    cast_logits,
+    class_index,
+    is_at_most,
+    pick_class,
+    reduce_classes,
+)
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.options import unwrap
 from focal_jax.engine.platform import by_platform
@@ -110,7 +116,7 @@ def _sum_in_one_pass(axis: int, at_max: Array, by_n: Array, *others: Array):
     operands = at_max, by_n, jnp.zeros_like(by_n), others
     *slopes, sums = reduce_classes(axis, operands, initial, combine)
     # A reduction of one class may not have combined anything.
-    own, rest = slopes[1:] if by_n.shape[axis] > 1 else select(*slopes)
+    own, rest = select(*slopes) if is_at_most(by_n.shape[axis], 1) else slopes[1:]
     return Split(own, rest), sums
 
 

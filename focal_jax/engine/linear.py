@@ -80,13 +80,12 @@ def linear_source(
             f"features, whose shape is {features.shape}"
         )
     num_classes = kernel.shape[class_axis]
+    if not isinstance(num_classes, int):
+        raise InputError(f"kernel: got {num_classes} classes, wanted a number that is not symbolic")
     if bias is not None:
         bias = arguments.floating_array("bias", bias)
         arguments.check_shape("bias", bias, (num_classes,), "one number per class")
-    if chunk_size is not None:
-        wanted = "None or an integer of at least 1"
-        chunk_size = arguments.static_integer("chunk_size", chunk_size, wanted)
-        arguments.require(chunk_size >= 1, f"chunk_size: got {chunk_size}, wanted {wanted}")
+    chunk_size = checks.static_chunk_size(chunk_size)
     softcap = checks.static_logit_softcap(logit_softcap)
     linear = Linear(features, kernel, bias)
     layout = layout_of(linear, class_axis, mesh, class_axis_name)

@@ -89,7 +89,7 @@ class Option:
             return f"a number in {left}{self.low:g}, {self.high:g}{right}"
         if math.isfinite(self.low):
             return f"a finite number {'>' if self.above_low else '>='} {self.low:g}"
-        return "a number"
+        return "a finite number"
 
     def check(self, name: str, value: Any) -> Any:
         """Return `value`; raise if it is invalid, as far as is known before the program runs.
@@ -106,7 +106,7 @@ class Option:
 
     def _check_range(self, name: str, value: Any) -> None:
         if isinstance(value, str | bytes | bool | np.bool_):
-            raise InputError(f"{name}: got {value!r}, wanted {self.wanted}")
+            raise InputError(f"{name}: got {arguments.shown(value)}, wanted {self.wanted}")
         known = known_numbers(value, name, self.wanted)
         if known is None:
             return
@@ -114,8 +114,7 @@ class Option:
         # would be infinite or 0.
         largest = float(jnp.finfo(jnp.float32).max)
         smallest = float(jnp.finfo(jnp.float32).tiny) if self.above_low and self.low == 0 else None
-        high = min(self.high, largest) if math.isfinite(self.low) else self.high
-        valid = (known >= self.low) & (known <= high)
+        valid = (known >= max(self.low, -largest)) & (known <= min(self.high, largest))
         if self.above_low:
             valid &= (known > self.low) if smallest is None else (known >= smallest)
         if self.below_high:
@@ -216,7 +215,7 @@ def declared(options: Mapping[str, Any], *functions: Callable[..., Any]) -> dict
     used = {name for function in functions for name in inspect.signature(function).parameters}
     for name, option in options.items():
         if name in used - {"options"}:
-            raise InputError(f"{name}: got an argument of every loss, wanted another name")
+            raise InputError(f"{name}: got the name of an argument of every loss, wanted another")
         out[name] = option if isinstance(option, Option) else number(option)
         out[name].check(name, out[name].default)
     return out
@@ -263,7 +262,12 @@ def check_call(function: F) -> F:
             check_names(name, named, keywords)
             wanted = f"{name}{inspect.Signature(names)}"
             raise InputError(f"{name}: got {error}, wanted {wanted}") from None
-        return function(*args, **keywords)
+        try:
+            return function(*args, **keywords)
+        except TypeError as error:
+            if "custom_vjp" in str(error) and not hasattr(error, "__notes__"):
+                error.add_note("focal_jax.reference has formulas for forward-mode derivatives.")
+            raise
 
     return cast(F, checked)
 

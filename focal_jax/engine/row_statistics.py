@@ -20,7 +20,7 @@ from jax import Array, lax
 
 from focal_jax.engine import arguments, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
-from focal_jax.engine.class_axis import cast_logits, class_index, pick_class
+from focal_jax.engine.class_axis import cast_logits, class_index, is_at_most, pick_class
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.cpu_sums import MAX_FLOAT_INDEX
 from focal_jax.engine.platform import by_platform
@@ -89,7 +89,7 @@ def of_classes(axis: int, z: Array, start: Array | int, indices: Array | None) -
     # XLA:CPU does not vectorize a sum that is fused with a select or a clamp, so a minimum excludes
     # the class. XLA:CPU writes a subexpression that both sums share to memory, and a distance
     # between integers; floats are exact for few classes.
-    exact = z.dtype if z.shape[axis] <= MAX_FLOAT_INDEX else jnp.int32
+    exact = z.dtype if is_at_most(z.shape[axis], MAX_FLOAT_INDEX) else jnp.int32
     again = by_platform(lax.optimization_barrier, lambda same: same, (own, top))
     is_last = axis == z.ndim - 1  # the sum along another axis is not fused
 

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from focal_jax.engine import scalar
 from focal_jax.engine.blocks import in_blocks
-from focal_jax.engine.class_axis import cast_logits, max_logit, reduce_classes
+from focal_jax.engine.class_axis import cast_logits, is_at_most, max_logit, reduce_classes
 from focal_jax.engine.cpu_sums import sums_in_passes
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.scalar import Terms
@@ -53,7 +53,8 @@ _FEW_CLASSES = 64
 def max_class_on_cpu(z: Array, axis: int) -> Array | None:
     """Return the first class with the largest logit, or None if an argmax would be slow."""
     num_classes = z.shape[axis]
-    if not num_classes or (axis == z.ndim - 1 and num_classes > _FEW_CLASSES):
+    few = is_at_most(num_classes, _FEW_CLASSES)
+    if is_at_most(num_classes, 0) or (axis == z.ndim - 1 and not few):
         return None
     return jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
 

@@ -1,4 +1,4 @@
-"""Asymmetric loss: one focusing exponent per label, and no loss for easy negatives."""
+"""Asymmetric loss: separate exponents for positives and negatives, no loss of easy negatives."""
 
 from functools import partial
 
@@ -155,7 +155,7 @@ def asymmetric_loss(
         loss = -y (1 - s)**gamma_positive * log s - (1 - y) m**gamma_negative * log(1 - m)
 
     A negative whose score is below the margin has loss 0. With `margin=0` this is a focal loss with
-    one exponent per label.
+    separate exponents for positives and negatives.
 
     Example:
       >>> import jax.numpy as jnp

@@ -20,7 +20,8 @@ def _losses(axis: int, logits: Array, labels: Array, where: Array | None) -> Arr
     last, dtype = logits.shape[axis] - 1, arguments.compute_dtype(logits)
     y = arguments.cast_and_mask(labels, dtype, where)
     y, invalid = arguments.clip_labels(labels, y, last)
-    left = lax.stop_gradient(jnp.clip(jnp.floor(y), 0, max(last - 1, 0)))
+    left = jnp.minimum(jnp.floor(y), jnp.asarray(last - 1, dtype))  # `last` may be symbolic
+    left = lax.stop_gradient(jnp.maximum(left, 0))
     index = jnp.where(invalid, -1, left).astype(jnp.int32)
     neighbors = index, jnp.where(invalid, -1, jnp.minimum(index + 1, last))
     sums = class_sums(axis, logits, neighbors, where)

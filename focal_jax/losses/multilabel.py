@@ -109,7 +109,7 @@ def linear_asymmetric_loss(
 
     Args:
       labels: `[..., L]`, integer: the indices of the positive classes, padded with -1.
-      gamma_positive: as in `asymmetric_loss`, and so are the next three.
+      gamma_positive: focusing exponent of the positives, at least 0; see `asymmetric_loss`.
       gamma_negative: focusing exponent of the negatives, at least 0.
       margin: number in [0, 1) that the score of a negative is reduced by.
       stop_weight_gradient: whether the weights are constant under differentiation.

@@ -107,9 +107,9 @@ def softmax_focal_loss_with_integer_labels(
       where: mask of the losses.
       class_axis_name: mapped axes (`shard_map`, `pmap`, `vmap`) over which the classes are
         sharded: the logits are this device's slice of the classes, all slices have one length and
-        are in the order of the devices. Labels and alpha refer to all classes. All arguments but
-        the logits have to be equal on all devices of these axes; so are the losses. The devices
-        exchange three numbers per position, four with label smoothing.
+        are in the order of the devices. Labels and alpha refer to all classes. All arguments
+        except the logits must be equal on all devices of these axes. The losses are then equal on
+        these devices. The devices exchange three numbers per position, four with label smoothing.
       return_logsumexp: whether to return `(losses, logsumexp)`. A z-loss is then
         `losses + 1e-4 * logsumexp**2`.
 
@@ -191,9 +191,9 @@ def linear_softmax_focal_loss_with_integer_labels(
       transpose_kernel: whether the kernel is `[C, D]`, such as a tied embedding. Neither the kernel
         nor its gradient is then transposed in memory.
       chunk_size: classes per chunk. By default a fortieth of the classes: the logits of a chunk and
-        their gradient take about a twentieth of the memory of all logits. Chunks of more than
-        1,024 classes are reduced to 2**23 logits, which fit into a TPU's on-chip memory, but not
-        below 1,024 classes. The default is a multiple of 128, or of 16 below 5,120 classes.
+        their gradient take about a twentieth of the memory of all logits. A chunk has at most
+        2**23 logits, which fit into a TPU's on-chip memory, unless it has 1,024 classes or fewer.
+        The default is a multiple of 128, or of 16 if there are fewer than 5,120 classes.
 
     Returns:
       The losses, `[...]`; or with `return_logsumexp` a pair with the log-sum-exp, as in

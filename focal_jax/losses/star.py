@@ -27,12 +27,12 @@ def _entropy_jvp(primals, tangents):
 
 
 def _value(z, y, gamma, beta):
-    return scalar.sigmoid_terms(_margin(z, y, gamma, beta)).n * (1 / gamma)
+    return scalar.divide(scalar.sigmoid_terms(_margin(z, y, gamma, beta)).n, gamma)
 
 
 def _slopes(z, y, gamma, beta):
     u = _margin(z, y, gamma, beta)
-    q, inverse = scalar.sigmoid_terms(u).q, 1 / gamma
+    q, inverse = scalar.sigmoid_terms(u).q, scalar.divide(jnp.ones_like(gamma), gamma)
     # The derivative in gamma is -(n + q * (u - beta)) / gamma**2. The sum n + q * u cancels; it is
     # the entropy, which is computed without cancellation.
     by_gamma = -(_entropy(u) - beta * q) * inverse * inverse

@@ -283,7 +283,7 @@ def compare_gradients(
     """
     found, function, plain = _find(loss, formula)
     dtype = _dtype(dtype)
-    if not isinstance(shape, Sequence | np.ndarray) or isinstance(shape, bytes):
+    if not isinstance(shape, Sequence | np.ndarray) or np.shape(shape) == ():
         raise InputError(f"shape: got {shown(shape)}, wanted a sequence of integers")
     shape = tuple(_integer("shape", n, 1) for n in shape)
     seed, repeats = _integer("seed", seed, 0), _integer("repeats", repeats, 1)
