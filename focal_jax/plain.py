@@ -100,8 +100,8 @@ def _options(
         elif option.kind == "exponent" and isinstance(x, numbers.Real):
             out[name] = float(x)
         else:
-            x = arguments.real_array(name, x)
-            arguments.check_unambiguous(name, x, where.shape, num_classes, "the classes")
+            x = arguments.number_array(name, x, dtype)
+            arguments.check_unambiguous(name, x, where.shape, (num_classes,), "the classes")
             out[name] = real_of(name, x, where, dtype)
     return out
 

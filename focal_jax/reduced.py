@@ -204,7 +204,8 @@ def softmax_focal_loss_by_label_dtype(
     logits: ArrayLike, labels: ArrayLike, *, ignore_label: int | None = None, **options: Any
 ) -> Array:
     """Call the loss for integer labels, or `softmax_focal_loss` if the labels are floating."""
-    labels = arguments.as_array("labels", labels)
+    ignore_label = arguments.static_ignore_label(ignore_label)
+    labels = arguments.as_array("labels", labels, ignore_label=ignore_label)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         loss = softmax_focal_loss_with_integer_labels
         return loss(logits, labels, ignore_label=ignore_label, **options)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -49,12 +50,19 @@ def check_normalization(normalization: Any, losses: Array) -> None:
 
 
 def weight_array(weights: ArrayLike, losses: Array) -> Array:
-    """Return weights that broadcast to the losses. Raise if a Python or NumPy weight is invalid."""
+    """Return weights that broadcast to the losses. Raise if a Python or NumPy weight is negative.
+
+    A weight may be NaN: its position may be masked.
+    """
+    is_mask = arguments.as_array("weights", weights).dtype == bool
+    weights = jnp.asarray(weights, losses.dtype) if is_mask else weights
     array = arguments.number_array("weights", weights, losses.dtype)
-    arguments.check_known_numbers("weights", weights)
+    known = arguments.numpy_array("weights", weights, "numbers >= 0")
+    if known is not None and np.any(known < 0):
+        raise InputError(f"weights: got {np.nanmin(known)}, wanted numbers >= 0")
     arguments.check_broadcastable("weights", array, losses.shape, "the losses")
-    batch_size = losses.shape[0] if losses.ndim else 1
-    arguments.check_unambiguous("weights", array, losses.shape, batch_size, "the batch")
+    batch = losses.shape[: array.ndim]
+    arguments.check_unambiguous("weights", array, losses.shape, batch, "the batch")
     return array
 
 
@@ -135,7 +143,7 @@ def reduce_loss(
       A scalar. It is 0 if all positions are masked. Counts above 2**31 do not wrap.
 
     Raises:
-      InputError: if an argument is invalid, or a Python or NumPy weight is negative or not finite.
+      InputError: if an argument is invalid, or a Python or NumPy weight is negative.
       NameError: if `axis_name` is not bound.
     """
     losses = arguments.floating_array("losses", losses)

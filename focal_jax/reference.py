@@ -214,6 +214,7 @@ def reduce_loss(
     else:
         denominator = arguments.number_array("normalization", normalization, losses.dtype)
         arguments.check_shape("normalization", denominator, (), "one denominator for all losses")
+        arguments.check_known_numbers("normalization", normalization)
     denominator = denominator.astype(losses.dtype)
     too_small = denominator < 1 if weights is None else denominator <= 0
     devices = 1 if axis_name is None else lax.axis_size(axis_name)

@@ -83,7 +83,7 @@ def token_statistics(
     axis = arguments.static_axis(axis, logits.ndim)
     positions = logits.shape[:axis] + logits.shape[axis + 1 :]
     dtype = arguments.compute_dtype(logits)
-    divisor = prepare_temperature(temperature, positions, dtype, axis)
+    divisor = prepare_temperature(temperature, positions, dtype, axis, logits.shape[axis])
     source = DenseSource(axis)
     return _statistics(source, logits, labels, ignore_label, where, class_axis_name, divisor)
 
@@ -170,5 +170,7 @@ def _of_row(row, x: Array, invalid: Array, mask: Array | None) -> list[Array]:
     max_logit, max_class, rest, spread = row
     log_sum = jnp.log1p(rest)
     log_probability = jnp.where(invalid, jnp.nan, x - log_sum)
-    found = log_probability, max_logit + log_sum, log_sum + spread / (1 + rest), max_class
+    is_finite = max_logit > jnp.finfo(max_logit.dtype).min  # else every logit is -inf
+    logsumexp = jnp.where(is_finite, max_logit + log_sum, -jnp.inf)
+    found = log_probability, logsumexp, log_sum + spread / (1 + rest), max_class
     return [arguments.mask_to_zero(y, mask) for y in found]

@@ -91,7 +91,10 @@ def prior_bias_init(prior: float = 0.01) -> Initializer:
             args = (None, *args)
         elif not args:
             options.setdefault("key", None)
-        return constant(*args, **options)
+        bias = constant(*args, **options)
+        is_floating = jnp.issubdtype(bias.dtype, jnp.floating)
+        arguments.require(is_floating, f"dtype: got {bias.dtype}, wanted a floating dtype")
+        return bias
 
     return init
 

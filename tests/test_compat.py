@@ -174,6 +174,12 @@ def test_caffe_labels_that_are_no_int32_are_not_ignored(scores, label, ignore_la
     assert jnp.isnan(layer(logits, labels))
 
 
+def test_caffe_wide_labels_are_not_the_smallest_ignore_label(scores):
+    logits, labels = scores
+    labels = np.where(labels == 255, 2**40, labels.astype(np.int64))
+    assert jnp.isnan(FocalLossLayer(ignore_label=-(2**31))(logits, labels))
+
+
 def test_caffe_alpha_per_class(scores):
     logits, labels = scores
     alpha, ignored = (0.5, 2.0, 1.0), {"ignore_label": 255}
@@ -487,7 +493,7 @@ any_layer = st.builds(
     axis=st.integers(-4, 4),
     ignore_label=st.none() | st.integers(-(2**31), 2**31 - 1),
     normalization=st.sampled_from(["full", "valid", "batch_size", "none"]),
-    loss_weight=st.floats(allow_nan=False),
+    loss_weight=st.floats(allow_nan=False, allow_infinity=False),
     return_prob=st.booleans(),
 )
 
@@ -605,7 +611,7 @@ def test_mindspore_rejects_invalid_options_at_construction():
         with pytest.raises(ValueError, match=f"gamma: got '?{gamma}"):
             mindspore.FocalLoss(gamma=gamma)
     for weight in ([-1.0, 1.0], "2", {}, [None, 1]):
-        with pytest.raises(ValueError, match="weight: got .*, wanted a finite number >= 0"):
+        with pytest.raises(ValueError, match=r"weight: got .*, wanted a finite number >= 0"):
             mindspore.FocalLoss(weight=weight)
 
 

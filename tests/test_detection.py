@@ -31,6 +31,18 @@ from focal_jax.detection.loss import carry_best, gather_best
 from focal_jax.detection.matching import prepare
 from focal_jax.engine.platform import forced_form
 
+
+def test_padding_rows_of_nan_do_not_trigger_debug_nans_in_eager_calls():
+    anchors = np.float32([[0, 0, 9, 9], [5, 5, 20, 20]])
+    annotations = np.float32([[0, 0, 10, 10, 1], [*[np.nan] * 4, -1]])
+    with jax.debug_nans(True):
+        for force_match in (False, True):
+            match_anchors(anchors, annotations, force_match=force_match)
+            logits, offsets = jnp.zeros((1, 2, 3)), jnp.zeros((1, 2, 4))
+            options = {"force_match": force_match, "ignored": np.array([[False, False]])}
+            retinanet_loss(logits, offsets, anchors, annotations[None], **options)
+
+
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "retinanet.json").read_text())
 IMAGES, ANCHORS, ROWS, CLASSES = 3, 16, 4, 3
 

@@ -59,6 +59,10 @@ LOSSES = {
         a["logits"], a["indices"], alpha=a["alpha"]
     ),
     "tversky": lambda a: focal_jax.focal_tversky_loss(a["logits"], a["labels"], gamma=2.0),
+    "interval": lambda a: focal_jax.distribution_focal_loss(a["logits"], 2 * a["gamma"]),
+    "of the log-probability": lambda a: focal_jax.engine.of_log_probability(
+        INTEGER, -a["gamma"], gamma=a["gamma"], where=a["indices"] > 0
+    ),
     "statistics": _statistics,
     "sparse": _sparse,
 }
@@ -100,7 +104,11 @@ def test_every_layout_has_the_values_of_one_device(name, layout):
         assert_close(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("features", [P("data", None), P()], ids=["batch", "replicated"])
+@pytest.mark.parametrize(
+    "features",
+    [P("data", None), P(), P("data", "model")],
+    ids=["batch", "replicated", "batch and features"],
+)
 @pytest.mark.parametrize("kernel", [P("data", None), P(None, "model"), P("data", "model"), P()])
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_kernels_of_every_layout(name, kernel, features):
@@ -125,6 +133,48 @@ def test_kernels_of_every_layout(name, kernel, features):
     want = jit(jax.value_and_grad(total, (0, 1)))(x, w)
     for a, b in zip((value, of_x, of_w), jax.tree.leaves(want)):
         assert_close(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- detection
+
+BOXES = np.float32([[0, 0, 9, 9], [5, 5, 20, 20], [30, 30, 50, 60], [0, 0, 4, 4]] * 4)
+
+
+@pytest.mark.parametrize("anchors", [P(), P("data", None), P("model", None)], ids=str)
+@pytest.mark.parametrize("logits", [P("data"), P("data", "model"), P(None, None, "model")], ids=str)
+def test_retinanet_loss_of_every_layout(logits, anchors):
+    rng, mesh = np.random.default_rng(2), make_mesh((4, 2), AxisType.Explicit)
+    z, offsets = (rng.normal(size=(4, len(BOXES), n)).astype(np.float32) for n in (2, 4))
+    annotations = np.tile(np.float32([0, 0, 10, 10, 1]), (4, 3, 1))
+    loss = focal_jax.detection.retinanet_loss
+
+    def total(z, offsets, boxes):
+        return sum(loss(z, offsets, boxes, annotations))
+
+    gradients = jit(jax.value_and_grad(total, (0, 1)))
+    want = gradients(z, offsets, BOXES)
+    with jax.sharding.set_mesh(mesh):
+        specs = logits, P(*logits[:2]), anchors
+        placed = (
+            jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip((z, offsets, BOXES), specs)
+        )
+        found = gradients(*placed)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+        assert_close(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
+
+
+def test_matching_and_iou_of_sharded_boxes():
+    mesh, boxes = make_mesh((4, 2), AxisType.Explicit), np.pad(BOXES, ((0, 0), (0, 1)))
+    want = (
+        focal_jax.detection.match_anchors(BOXES, boxes),
+        focal_jax.detection.box_iou(BOXES, BOXES),
+    )
+    with jax.sharding.set_mesh(mesh):
+        sharded = jax.device_put(BOXES, NamedSharding(mesh, P("data", None)))
+        matches = focal_jax.detection.match_anchors(sharded, boxes)
+        found = matches, focal_jax.detection.box_iou(sharded, sharded)
+    for a, b in zip(found, want):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 # ---------------------------------------------------------------- sharded classes

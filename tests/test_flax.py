@@ -302,6 +302,11 @@ def test_constructors_reject_invalid_options_of_softmax(framework, options, mess
             make(**options)
 
 
+def test_wide_labels_are_not_the_smallest_ignore_label(framework):
+    loss = framework.SoftmaxFocalLoss(ignore_label=-(2**31))
+    assert jnp.isnan(loss(jnp.zeros((2, 3)), np.array([2**40, 1])))
+
+
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [

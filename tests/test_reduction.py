@@ -112,7 +112,7 @@ def test_ignore_label_agrees_with_the_loss():
 
 
 WEIGHTS = np.array([[0.5, 0, 0.25], [0, 0, 0], [0.125, 0.5, 1], [0.25, 0, 0]], np.float32)
-WEIGHTED = {"valid": None, "mean": 12, "sum": 1, "batch_size": 4, 0.25: 0.25, 0: 1, -2: 1}
+WEIGHTED = {"valid": None, "mean": 12, "sum": 1, "batch_size": 4, 0.25: 0.25, 0: 1}
 
 
 @pytest.mark.parametrize("normalization", WEIGHTED)

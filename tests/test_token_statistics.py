@@ -187,8 +187,8 @@ def test_temperatures_of_masked_positions_may_be_anything(head):
     labels = indices[..., 0].at[0].set(255)
 
     def total(temperature):
-        options = {"temperature": temperature, "where": where}
-        return sum(jnp.sum(x) for x in head(*arrays[:4], labels, **options)[:3])
+        found = head(*arrays[:3], temperature, labels, where=where)
+        return sum(jnp.sum(x) for x in found[:3])
 
     gradient = jit(jax.grad(total))
     valid = jnp.full(POSITIONS, 2.0)
@@ -205,6 +205,14 @@ def test_ignored_labels_do_not_trigger_debug_nans_in_eager_calls(head):
     with jax.debug_nans(True):
         found = head(*arrays[:4], labels, ignore_label=255)
     assert not np.any(found.log_probability[0])
+
+
+@HEADS
+def test_logsumexp_of_classes_that_are_all_switched_off(head):
+    arrays, indices = _inputs()
+    arrays[2] = jnp.full(CLASSES, -jnp.inf)  # the bias
+    found = head(*arrays[:4], indices[..., 0])
+    assert np.all(found.logsumexp == -np.inf)
 
 
 def test_minus_infinity_and_ties():

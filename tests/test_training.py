@@ -322,6 +322,11 @@ def test_positive_count_ema_errors(options, message):
         training.positive_count_ema(**options)
 
 
+def test_prior_bias_init_of_integers():
+    with pytest.raises(InputError, match="dtype: got int32, wanted a floating dtype"):
+        training.prior_bias_init(0.1)(jax.random.key(0), (2,), jnp.int32)
+
+
 @pytest.mark.parametrize(
     ("count", "normalizer", "message"),
     [

@@ -19,10 +19,10 @@ def class_indices(
 
     NaN and floating labels that do not fit int32 become an invalid class, not `ignore_label`.
     """
-    labels = arguments.as_array(name, labels, "class indices")
+    labels = arguments.as_array(name, labels, "class indices", ignore_label=ignore_label)
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         arguments.check_integer(name, labels)
-        return arguments.as_int32(labels)
+        return arguments.as_int32(labels, ignore_label)
     check_holds_class(name, labels, num_classes - 1)
     labels = labels.astype(arguments.compute_dtype(labels))
     fits = (labels >= arguments.INT32.min) & (labels < arguments.INT32.max)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from focal_jax.detection import _options
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError
+from focal_jax.engine.sharding import on_explicit_mesh, replicate_on_mesh
 
 __all__ = ["box_iou", "decode_boxes", "encode_boxes"]
 
@@ -102,13 +103,13 @@ def box_offsets(
     )
 
 
-def check_weights(weights: Sequence[float]) -> list[float]:
+def check_weights(weights: Sequence[float]) -> tuple[float, ...]:
     """Return the weights of the four offsets as floats."""
     if not isinstance(weights, (tuple, list)) or len(weights) != 4:
         raise InputError(
             f"weights: got {weights}, wanted a tuple of four numbers, for x, y, width and height"
         )
-    return [_options.positive_number("weights", weight) for weight in weights]
+    return tuple(_options.positive_number("weights", weight) for weight in weights)
 
 
 def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
@@ -137,6 +138,7 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
       IJCV 2010.
     """
     a, b = box_arrays(a=a, b=b)
+    b = replicate_on_mesh(b, a) if on_explicit_mesh([a]) else b  # one axis cannot shard both
     return pairwise(iou, to_box(clip_coordinates(a)), to_box(clip_coordinates(b)))
 
 

@@ -35,6 +35,7 @@ from focal_jax.detection.matching import (
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, check_shape, shown
 from focal_jax.engine.platform import by_platform
+from focal_jax.engine.sharding import replicate_on_mesh
 from focal_jax.losses.sigmoid import sigmoid_focal_loss
 
 __all__ = ["RetinaNetLoss", "retinanet_loss"]
@@ -93,6 +94,28 @@ def _are_valid(annotations: Array, num_classes: int) -> Array:
     is_class = (label >= 0) & (label < num_classes) & (label == jnp.floor(label))
     valid = is_class & jnp.all(jnp.isfinite(annotations), -1) & are_boxes(annotations)
     return jnp.all(valid | (label == BACKGROUND), 1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # `jax_debug_nans` would report a NaN of a padding row
+def _targets(
+    matching: _Matching, num_classes: int, boxes: tuple[Array, Array], ignored: Array | None
+) -> tuple[Array, Array, Array, Array]:
+    """Return which images are valid, and which have objects; and the classes and the offsets."""
+    valid = _are_valid(boxes[1], num_classes)[:, None]
+    anchors, annotations = prepare(*boxes)
+    regions = None
+    if ignored is not None:
+        ignored = ignored[..., None]
+        regions, annotations = (
+            jnp.where(ignored, annotations, 0),
+            jnp.where(ignored, BACKGROUND, annotations),
+        )
+    # With one more row of padding there is always a row to gather.
+    annotations = jnp.pad(annotations, ((0, 0), (0, 1), (0, 0)), constant_values=BACKGROUND)
+    targets = jax.vmap(matching.targets, in_axes=(0, 0, None))
+    label, offsets = targets(annotations, regions, anchors)
+    has_objects = jnp.any(annotations[..., 4:] != BACKGROUND, 1, keepdims=True)
+    return valid, has_objects, label[..., None], offsets
 
 
 def _class_loss(class_loss: Any, alpha: Any, gamma: Any) -> Callable[..., Array]:
@@ -224,31 +247,20 @@ def retinanet_loss(
         check_shape("ignored", ignored, annotations.shape[:2], "one for each annotation")
     loss = _class_loss(class_loss, alpha, gamma)
     # Check the options of the loss before the matching.
-    losses = jax.eval_shape(lambda z: loss(z, z > 0, where=z[..., :1] > 0), class_logits)
+    any_of = partial(jnp.any, axis=2, keepdims=True)
+    losses = jax.eval_shape(lambda z: loss(z, z > 0, where=any_of(z > 0)), class_logits)
     if getattr(losses, "shape", None) != class_logits.shape:
         raise InputError(
             f"class_loss: got a function that returns {losses}, wanted one loss per logit, of "
             f"shape {class_logits.shape}"
         )
 
-    valid = _are_valid(annotations, num_classes)[:, None]
-    anchors, annotations = prepare(*lax.stop_gradient((anchors, annotations)))
-    regions = None
-    if ignored is not None:
-        ignored = ignored[..., None]
-        regions, annotations = (
-            jnp.where(ignored, annotations, 0),
-            jnp.where(ignored, BACKGROUND, annotations),
-        )
-    # With one more row of padding there is always a row to gather.
-    annotations = jnp.pad(annotations, ((0, 0), (0, 1), (0, 0)), constant_values=BACKGROUND)
-    targets = jax.vmap(matching.targets, in_axes=(0, 0, None))
-    label, offsets = targets(annotations, regions, anchors)
-    label = label[..., None]
+    anchors = replicate_on_mesh(anchors, class_logits)
+    args = lax.stop_gradient((anchors, annotations)), ignored
+    valid, has_objects, label, offsets = _targets(matching, num_classes, *args)
     positive, counted = label > BACKGROUND, label != IGNORED
     if empty_images == "skip":
-        counted &= jnp.any(annotations[..., 4:] != BACKGROUND, 1, keepdims=True)
-
+        counted &= has_objects
     index = lax.broadcasted_iota(jnp.int32, (1, 1, num_classes), 2)
     losses = loss(class_logits, label == index, where=counted)
     dtype = arguments.compute_dtype(box_regression)

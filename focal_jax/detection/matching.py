@@ -16,7 +16,7 @@ from focal_jax.engine import arguments
 from focal_jax.engine.checks import check_holds_class
 from focal_jax.engine.options import known_numbers
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.sharding import cast_to_common_varying
+from focal_jax.engine.sharding import cast_to_common_varying, replicate_on_mesh
 
 __all__ = ["BACKGROUND", "IGNORED", "match_anchors"]
 
@@ -150,6 +150,14 @@ def match_anchors(
     force_match = arguments.static_bool("force_match", force_match)
     annotations = annotation_array(annotations, anchors)
     (anchors,) = box_arrays(anchors=anchors)
+    anchors = replicate_on_mesh(anchors, annotations)
+    return _match(positive_iou, negative_iou, force_match, anchors, annotations)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))  # `jax_debug_nans` would report a NaN of a padding row
+def _match(
+    positive_iou: float, negative_iou: float, force_match: bool, anchors: Array, annotations: Array
+) -> Array:
     anchors, annotations = prepare(anchors, annotations)
     largest, index = find_best(anchors, annotations)
     positive = largest >= positive_iou

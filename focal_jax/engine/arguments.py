@@ -120,6 +120,7 @@ def number_array(
     require(not isinstance(x, bool | np.bool_), f"{name}: got {shown(x)}, wanted {wanted}")
     x = as_array(name, x, wanted, integers=dtype)
     check_real(name, x)
+    require(x.dtype != bool, f"{name}: got dtype bool, wanted {wanted}")
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
 
 
@@ -281,13 +282,18 @@ def check_broadcastable(name: str, x: Array, to: Sequence[int], what: str) -> No
     )
 
 
-def check_unambiguous(name: str, x: Array, losses: Sequence[int], size: int, what: str) -> None:
-    """Raise for a vector that fits the last axis of the losses, and `what` of this size as well."""
-    if x.ndim == 1 < len(losses) and x.shape[0] == losses[-1] == size != 1:
-        wanted = (1,) * (len(losses) - 1) + x.shape
+def check_unambiguous(
+    name: str, x: Array, losses: Sequence[int], other: Sequence[int], what: str
+) -> None:
+    """Raise if `x` fits the last axes of the losses, and as well `what`, of the shape `other`."""
+    added = len(losses) - x.ndim
+    if added > 0 and x.shape == tuple(other) and math.prod(x.shape) != 1:
+        last, first = (1,) * added + x.shape, x.shape + (1,) * added
+        hint = f", {name}.reshape{first} for the first axes" if what == "the batch" else ""
         raise InputError(
-            f"{name}: got shape {x.shape}, which fits {what} and the last axis of the losses "
-            f"{tuple(losses)}, wanted {len(losses)} axes: {name}.reshape{wanted} for the last axis"
+            f"{name}: got shape {x.shape}, which fits {what} and the last axes of the losses "
+            f"{tuple(losses)}, wanted {len(losses)} axes: {name}.reshape{last} for the last "
+            f"axes{hint}"
         )
 
 
@@ -360,7 +366,8 @@ def check_axis_name(name: str, value: Any) -> None:
     """
     names = value if isinstance(value, tuple) else (value,)
     is_valid = value is None or all(isinstance(each, str) for each in names)
-    wanted = "the name of a mapped axis, a tuple of names, or None"
+    is_valid = is_valid and 0 < len(names) == len(set(names))
+    wanted = "the name of a mapped axis, a tuple of different names, or None"
     require(is_valid, f"{name}: got {shown(value)}, wanted {wanted}")
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, checks, chunks, linear_sums, row_statistics
@@ -15,7 +14,12 @@ from focal_jax.engine.class_axis import ClassSums
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.layout import layout_of, on_mesh
 from focal_jax.engine.options import TEMPERATURE
-from focal_jax.engine.sharding import AxisName, check_not_varying
+from focal_jax.engine.sharding import (
+    AxisName,
+    check_not_varying,
+    replicate_on_mesh,
+    whole_on_mesh,
+)
 
 
 class LinearSource(chunks.ChunkSpec):
@@ -91,12 +95,14 @@ def linear_source(
     layout = layout_of(linear, class_axis, mesh, class_axis_name)
     if layout is None:
         linear = linear._replace(
-            kernel=_replicate_on_mesh(kernel, features),
-            bias=None if bias is None else _replicate_on_mesh(bias, features),
+            features=whole_on_mesh(features, -1),
+            kernel=replicate_on_mesh(kernel, features),
+            bias=None if bias is None else replicate_on_mesh(bias, features),
         )
     source = LinearSource(chunk_size, softcap, 0 if class_axis == 0 else -1, layout)
     positions = features.shape[:-1]
-    divisor = prepare_temperature(temperature, positions, source.dtype(linear), len(positions))
+    dtype, axis = source.dtype(linear), len(positions)
+    divisor = prepare_temperature(temperature, positions, dtype, axis, num_classes)
     linear = linear._replace(temperature=divisor)
     same = {"features": features} | ({} if divisor is None else {"temperature": divisor})
     check_not_varying(same, class_axis_name)
@@ -105,23 +111,9 @@ def linear_source(
 
 
 def prepare_temperature(
-    temperature: ArrayLike, losses: tuple[int, ...], dtype: jnp.dtype, axis: int
+    temperature: ArrayLike, losses: tuple[int, ...], dtype: jnp.dtype, axis: int, num_classes: int
 ) -> Array | None:
     """Return the divisor of the logits, aligned with the logits; None for the number 1."""
-    divisor = TEMPERATURE.prepare("temperature", temperature, losses, dtype, axis)
+    divisor = TEMPERATURE.prepare("temperature", temperature, losses, dtype, axis, num_classes)
     is_one = arguments.real_number(temperature) == 1
     return None if is_one else divisor.astype(dtype)
-
-
-def _replicate_on_mesh(x: Array, like: Array) -> Array:
-    """Return `x` replicated over its explicit mesh, or over that of `like`.
-
-    On an explicit mesh the carry of a scan must not mix arrays of different shardings. FSDP shards
-    the features of a kernel and gathers them at every use. The transpose of the gathering gives the
-    gradient the sharding of the kernel.
-    """
-    own, mesh = jax.typeof(x).sharding, jax.typeof(like).sharding.mesh
-    mesh = own.mesh if mesh.empty else mesh
-    if mesh.empty or (own.mesh == mesh and not any(own.spec)):
-        return x
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))

@@ -11,6 +11,7 @@ from focal_jax.engine import arguments
 from focal_jax.engine.arguments import shown
 from focal_jax.engine.options import check_call, check_names, prepare_options
 from focal_jax.engine.position import PositionLoss
+from focal_jax.engine.sharding import place_like
 
 
 @check_call
@@ -59,6 +60,7 @@ def of_log_probability(
     dtype = arguments.compute_dtype(log_p)
     prepared = prepare_options(position.options, options, log_p.shape, dtype)
     mask = arguments.mask_array(where, log_p.shape)
+    prepared, mask = place_like(log_p, (prepared, mask))
     log_p = log_p.astype(dtype)
     one = jnp.ones((1,) * log_p.ndim, dtype)
     return position.of_sums(log_p, -jnp.expm1(log_p), one, prepared, mask, ~(log_p <= 0))

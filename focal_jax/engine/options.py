@@ -151,14 +151,16 @@ class Option:
             return MaybeStatic(int(number) if is_integer else number)
         array = arguments.number_array(name, value, dtype)
         arguments.check_broadcastable(name, array, losses, "the losses")
-        arguments.check_unambiguous(name, array, losses, num_classes, "the classes")
+        arguments.check_unambiguous(name, array, losses, (num_classes,), "the classes")
         array = arguments.align(array, losses, axis)
         return MaybeStatic(array) if self.kind == "exponent" else array
 
 
 def known_numbers(value: Any, name: str, wanted: str) -> np.ndarray | None:
     """Return the numbers of a Python, NumPy or concrete JAX value; None if they are not known."""
-    if isinstance(value, jax.core.Tracer) or hasattr(value, "__jax_array__"):
+    if not isinstance(value, Array) and hasattr(value, "__jax_array__"):  # such as an nnx.Param
+        value = value.__jax_array__()
+    if isinstance(value, jax.core.Tracer):
         return None
     number = arguments.real_number(value)
     if isinstance(value, Array):

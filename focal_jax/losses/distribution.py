@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from focal_jax.catalogue import declare
 from focal_jax.engine import arguments, position_loss
 from focal_jax.engine.class_sums import class_sums
+from focal_jax.engine.sharding import place_like
 
 _cross_entropy = position_loss(lambda terms: terms.n, lambda terms: (jnp.ones_like(terms.n),))
 
@@ -77,5 +78,5 @@ def distribution_focal_loss(
     arguments.check_label_shape(labels, logits.shape, axis)
     mask = arguments.mask_array(where, labels.shape, axis)
     with jax.debug_nans(False):  # the mask is applied in `_losses`
-        labels = jnp.expand_dims(labels, axis)
+        labels, mask = place_like(logits, (jnp.expand_dims(labels, axis), mask))
     return jnp.squeeze(_losses(axis, logits, labels, mask), axis)
