@@ -105,7 +105,11 @@ def _check_number(name: str, value: Any, option: Option) -> tuple[int, ...]:
 
 def check_option_names(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raise for unknown options and for `return_logsumexp`, which a module does not return."""
-    parameters = inspect.signature(loss).parameters
+    try:
+        parameters = inspect.signature(loss).parameters
+    except (TypeError, ValueError):  # a builtin
+        got = arguments.shown(loss)
+        raise InputError(f"loss: got {got}, wanted a Python function") from None
     known: dict[str, Any] = {
         name: None
         for name, x in parameters.items()
@@ -165,7 +169,7 @@ class Reduced:
             number = arguments.number_array(name, value, jnp.dtype(jnp.float32))
             arguments.check_shape(name, number, (), "one number for all losses")
             low = 0 if name == "normalization" else -math.inf
-            arguments.check_known_numbers(name, value, low)
+            checks.check_known_numbers(name, value, low)
         elif name == "axis_name":
             arguments.check_axis_name(name, value)
         elif name in self.option_names:

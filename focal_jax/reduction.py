@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments
+from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError, mask_to_zero
 from focal_jax.engine.options import check_call
 
@@ -77,7 +77,7 @@ def _denominator(
     if not (normalization is None or isinstance(normalization, str)):
         number = arguments.number_array("normalization", normalization, losses.dtype)
         arguments.check_shape("normalization", number, (), "one denominator for all losses")
-        arguments.check_known_numbers("normalization", normalization)
+        checks.check_known_numbers("normalization", normalization)
         return number.astype(losses.dtype)
     check_normalization(normalization, losses)
     if normalization == "sum":

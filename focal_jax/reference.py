@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax import catalogue
-from focal_jax.engine import arguments
+from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.options import check_call
 from focal_jax.plain import Operations as Operations, from_formula, mask_of, not_ignored, real_of
@@ -214,7 +214,7 @@ def reduce_loss(
     else:
         denominator = arguments.number_array("normalization", normalization, losses.dtype)
         arguments.check_shape("normalization", denominator, (), "one denominator for all losses")
-        arguments.check_known_numbers("normalization", normalization)
+        checks.check_known_numbers("normalization", normalization)
     denominator = denominator.astype(losses.dtype)
     too_small = denominator < 1 if weights is None else denominator <= 0
     devices = 1 if axis_name is None else lax.axis_size(axis_name)

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments
+from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError
 
 __all__ = [
@@ -317,7 +317,7 @@ def positive_count_ema(decay: float = 0.9, initial: float = 100.0) -> PositiveCo
         )
         old = arguments.floating_array("state", state.normalizer)
         arguments.check_shape("state", old, (), "one normalizer")
-        arguments.check_known_numbers("count", count)
+        checks.check_known_numbers("count", count)
         count = arguments.number_array("count", count, old.dtype).astype(old.dtype)
         arguments.check_shape("count", count, (), "the number of positives")
         arguments.check_axis_name("axis_name", axis_name)

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax.compat._arguments import check_options, class_indices
-from focal_jax.engine import arguments
+from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError, shown
 from focal_jax.engine.options import Option
 from focal_jax.losses.softmax import softmax_focal_loss_with_integer_labels
@@ -231,7 +231,7 @@ class FocalLossLayer:
         check_options(softmax_focal_loss_with_integer_labels, alpha=self.alpha, gamma=self.gamma)
         for name in ("gamma", "loss_weight"):
             option = getattr(self, name)
-            arguments.check_known_numbers(name, option, -math.inf)
+            checks.check_known_numbers(name, option, -math.inf)
             if not isinstance(option, float):
                 option = arguments.number_array(name, option, jnp.dtype(jnp.float32))
                 arguments.check_shape(name, option, (), "one number")

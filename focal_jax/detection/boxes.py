@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 from focal_jax.detection import _options
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError
-from focal_jax.engine.sharding import on_explicit_mesh, replicate_on_mesh
+from focal_jax.engine.layout import replicate_on_mesh
+from focal_jax.engine.sharding import on_explicit_mesh
 
 __all__ = ["box_iou", "decode_boxes", "encode_boxes"]
 

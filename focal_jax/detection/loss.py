@@ -34,8 +34,8 @@ from focal_jax.detection.matching import (
 )
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, check_shape, shown
+from focal_jax.engine.layout import replicate_on_mesh
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.sharding import replicate_on_mesh
 from focal_jax.losses.sigmoid import sigmoid_focal_loss
 
 __all__ = ["RetinaNetLoss", "retinanet_loss"]

@@ -14,9 +14,10 @@ from focal_jax.detection import _options
 from focal_jax.detection.boxes import Box, box_arrays, clip_coordinates, iou, pairwise, to_box
 from focal_jax.engine import arguments
 from focal_jax.engine.checks import check_holds_class
+from focal_jax.engine.layout import replicate_on_mesh
 from focal_jax.engine.options import known_numbers
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.sharding import cast_to_common_varying, replicate_on_mesh
+from focal_jax.engine.sharding import cast_to_common_varying
 
 __all__ = ["BACKGROUND", "IGNORED", "match_anchors"]
 

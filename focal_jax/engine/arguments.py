@@ -124,20 +124,6 @@ def number_array(
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
 
 
-def check_known_numbers(name: str, x: Any, low: float = 0) -> None:
-    """Raise if a Python or NumPy number is not finite or is below `low`.
-
-    The values of a JAX array are not read: that would wait for the device.
-    """
-    wanted = "finite numbers" if low == -math.inf else f"finite numbers >= {low}"
-    number = real_number(x)
-    known = numpy_array(name, x if number is None else number, wanted)
-    if known is not None and known.dtype.kind in "iuf":
-        wrong = known[~((known >= low) & (np.abs(known) < math.inf))].ravel()
-        if wrong.size:
-            raise InputError(f"{name}: got {wrong[0]:g}, wanted {wanted}")
-
-
 def bool_array(name: str, x: ArrayLike) -> Array:
     """Return `x` as an array of bool."""
     x = as_array(name, x, "an array of bool")
@@ -282,18 +268,15 @@ def check_broadcastable(name: str, x: Array, to: Sequence[int], what: str) -> No
     )
 
 
-def check_unambiguous(
-    name: str, x: Array, losses: Sequence[int], other: Sequence[int], what: str
-) -> None:
+def check_unambiguous(name: str, x: Array, losses: Any, other: Any, what: str) -> None:
     """Raise if `x` fits the last axes of the losses, and as well `what`, of the shape `other`."""
     added = len(losses) - x.ndim
     if added > 0 and x.shape == tuple(other) and math.prod(x.shape) != 1:
         last, first = (1,) * added + x.shape, x.shape + (1,) * added
-        hint = f", {name}.reshape{first} for the first axes" if what == "the batch" else ""
+        hint = f", {name}.reshape{first} for the first" if what == "the batch" else ""
         raise InputError(
             f"{name}: got shape {x.shape}, which fits {what} and the last axes of the losses "
-            f"{tuple(losses)}, wanted {len(losses)} axes: {name}.reshape{last} for the last "
-            f"axes{hint}"
+            f"{tuple(losses)}, wanted {len(losses)} axes: {name}.reshape{last} for the last{hint}"
         )
 
 

@@ -1,14 +1,30 @@
-"""Checks that only the linear heads, the layers of other systems and detection need."""
+"""Checks that the losses of an array of logits do not need."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, real_number, shown
+
+
+def check_known_numbers(name: str, x: Any, low: float = 0) -> None:
+    """Raise if a Python or NumPy number is not finite or is below `low`.
+
+    The values of a JAX array are not read: that would wait for the device.
+    """
+    wanted = "finite numbers" if low == -math.inf else f"finite numbers >= {low}"
+    number = real_number(x)
+    known = arguments.numpy_array(name, x if number is None else number, wanted)
+    if known is not None and known.dtype.kind in "iuf":
+        wrong = known[~((known >= low) & (np.abs(known) < math.inf))].ravel()
+        if wrong.size:
+            raise InputError(f"{name}: got {wrong[0]:g}, wanted {wanted}")
 
 
 def class_index_lists(name: str, indices: ArrayLike, positions: tuple[int, ...]) -> Array:

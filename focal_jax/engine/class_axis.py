@@ -26,11 +26,6 @@ class ClassSums(NamedTuple):
     rest: Array
 
 
-def is_at_most(num_classes: Any, limit: int) -> bool:
-    """Return whether the number of classes is known and small. A symbolic number is not known."""
-    return isinstance(num_classes, int) and num_classes <= limit
-
-
 def class_index(logits: Array, axis: int) -> Array:
     """Return 0, 1, ... along the class axis, with size 1 along the other axes."""
     shape = [1] * logits.ndim

@@ -18,7 +18,6 @@ from focal_jax.engine.class_axis import (
     cast_logits,
     class_index,
     exp_excluding,
-    is_at_most,
     max_logit,
     pick_class,
 )
@@ -28,6 +27,11 @@ from focal_jax.engine.cpu import by_devices, compile_separately
 _MIN_SCATTERED_CLASSES = 40
 # Class indices below this number are exact in float32.
 MAX_FLOAT_INDEX = 2**24
+
+
+def is_at_most(num_classes: Any, limit: int) -> bool:
+    """Return whether the number of classes is known and small. A symbolic number is not known."""
+    return isinstance(num_classes, int) and num_classes <= limit
 
 
 def _exp_excluding_without_select(logits, index, labels, top, where):

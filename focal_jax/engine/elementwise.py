@@ -109,8 +109,6 @@ def signature_of(
 def check_value(result: Any, shape: tuple[int, ...]) -> None:
     """Raise unless `result`, which the value of a loss returned, is an array of this shape."""
     got = f"shape {result.shape}" if isinstance(result, Array) else type(result).__name__
-    if isinstance(result, Array) and not jnp.issubdtype(result.dtype, jnp.floating):
-        got = f"dtype {result.dtype}"
     arguments.require(
         got == f"shape {shape}", f"value: got {got}, wanted an array of shape {shape}"
     )
@@ -299,8 +297,7 @@ def elementwise_loss(
       InputError: if the parameters of `value` or `slopes` are not the declared options.
     """
     options = declared(options, ElementwiseLoss.__call__)
-    arguments.require(
-        label_is_invalid is None or callable(label_is_invalid),
-        f"label_is_invalid: got {arguments.shown(label_is_invalid)}, wanted None or a function",
-    )
+    if not (label_is_invalid is None or callable(label_is_invalid)):
+        got = arguments.shown(label_is_invalid)
+        raise InputError(f"label_is_invalid: got {got}, wanted None or a function")
     return ElementwiseLoss(value, slopes, options, label_is_invalid)

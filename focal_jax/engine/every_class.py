@@ -16,11 +16,11 @@ from focal_jax.engine.blocks import in_blocks
 from focal_jax.engine.class_axis import (
     cast_logits,
     class_index,
-    is_at_most,
     pick_class,
     reduce_classes,
 )
 from focal_jax.engine.cpu import compile_separately
+from focal_jax.engine.cpu_sums import is_at_most
 from focal_jax.engine.options import unwrap
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.rows import (

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from focal_jax.engine import checks
@@ -114,3 +115,26 @@ def on_mesh(
         local, mesh=mesh, in_specs=tuple(specs), out_specs=spec, axis_names=manual
     )
     return mapped(*leaves)
+
+
+def replicate_on_mesh(x: Array, like: Array) -> Array:
+    """Return `x` replicated over its explicit mesh, or over that of `like`.
+
+    On an explicit mesh the carry of a scan must not mix arrays of different shardings. FSDP shards
+    the features of a kernel and gathers them at every use. The transpose of the gathering gives the
+    gradient the sharding of the kernel.
+    """
+    own, mesh = jax.typeof(x).sharding, jax.typeof(like).sharding.mesh
+    mesh = own.mesh if mesh.empty else mesh
+    if mesh.empty or (own.mesh == mesh and not any(own.spec)):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def whole_on_mesh(x: Array, axis: int) -> Array:
+    """Return `x` with one axis whole on every device of its explicit mesh."""
+    mesh, spec = jax.typeof(x).sharding.mesh, list(jax.typeof(x).sharding.spec)
+    if mesh.empty or spec[axis] is None:
+        return x
+    spec[axis] = None
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))

@@ -12,14 +12,9 @@ from focal_jax.engine.arguments import InputError
 from focal_jax.engine.chunks import Linear
 from focal_jax.engine.class_axis import ClassSums
 from focal_jax.engine.every_class import ClassArgs, Smoothing
-from focal_jax.engine.layout import layout_of, on_mesh
+from focal_jax.engine.layout import layout_of, on_mesh, replicate_on_mesh, whole_on_mesh
 from focal_jax.engine.options import TEMPERATURE
-from focal_jax.engine.sharding import (
-    AxisName,
-    check_not_varying,
-    replicate_on_mesh,
-    whole_on_mesh,
-)
+from focal_jax.engine.sharding import AxisName, check_not_varying
 
 
 class LinearSource(chunks.ChunkSpec):

@@ -20,9 +20,9 @@ from jax import Array, lax
 
 from focal_jax.engine import arguments, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
-from focal_jax.engine.class_axis import cast_logits, class_index, is_at_most, pick_class
+from focal_jax.engine.class_axis import cast_logits, class_index, pick_class
 from focal_jax.engine.cpu import compile_separately
-from focal_jax.engine.cpu_sums import MAX_FLOAT_INDEX
+from focal_jax.engine.cpu_sums import MAX_FLOAT_INDEX, is_at_most
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.rows import RowSums, Split
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying, class_range, place_like

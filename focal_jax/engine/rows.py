@@ -17,8 +17,8 @@ from jax import Array, lax
 
 from focal_jax.engine import scalar
 from focal_jax.engine.blocks import in_blocks
-from focal_jax.engine.class_axis import cast_logits, is_at_most, max_logit, reduce_classes
-from focal_jax.engine.cpu_sums import sums_in_passes
+from focal_jax.engine.class_axis import cast_logits, max_logit, reduce_classes
+from focal_jax.engine.cpu_sums import is_at_most, sums_in_passes
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.scalar import Terms
 from focal_jax.engine.sharding import AxisName

@@ -87,29 +87,6 @@ def place_like(like: Array, tree: Any) -> Any:
     return jax.tree.map(place, tree, specs_like(sharding.spec, like, tree))
 
 
-def replicate_on_mesh(x: Array, like: Array) -> Array:
-    """Return `x` replicated over its explicit mesh, or over that of `like`.
-
-    On an explicit mesh the carry of a scan must not mix arrays of different shardings. FSDP shards
-    the features of a kernel and gathers them at every use. The transpose of the gathering gives the
-    gradient the sharding of the kernel.
-    """
-    own, mesh = jax.typeof(x).sharding, jax.typeof(like).sharding.mesh
-    mesh = own.mesh if mesh.empty else mesh
-    if mesh.empty or (own.mesh == mesh and not any(own.spec)):
-        return x
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
-
-
-def whole_on_mesh(x: Array, axis: int) -> Array:
-    """Return `x` with one axis whole on every device of its explicit mesh."""
-    mesh, spec = jax.typeof(x).sharding.mesh, list(jax.typeof(x).sharding.spec)
-    if mesh.empty or spec[axis] is None:
-        return x
-    spec[axis] = None
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
-
-
 def specs_like(spec: PartitionSpec, like: Array, tree: Any) -> Any:
     """Return the specs of arrays that broadcast to `like`, or have another rank: replicated."""
 
