@@ -224,6 +224,20 @@ def test_fit_save_and_load(policy, tmp_path):
     np.testing.assert_allclose(again.evaluate(x, y, verbose=0), model.evaluate(x, y, verbose=0))
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_class_weight_of_fit(jit_compile):
+    x, y = RNG.normal(size=(64, 8)).astype(np.float32), np.arange(64) % 3
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+    losses = focal_jax.softmax_focal_loss_with_integer_labels(model(x), y)
+    weight = np.array([1.0, 2.0, 0.5])
+    want = focal_jax.reduce_loss(losses, weights=weight[y], normalization=64)
+    optimizer = keras.optimizers.SGD(0.0)
+    model.compile(optimizer, compat.SoftmaxFocalLoss(), jit_compile=jit_compile)
+    history = model.fit(x, y, batch_size=64, class_weight=dict(enumerate(weight)), verbose=0)
+    np.testing.assert_allclose(history.history["loss"][0], want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_linear_head(use_bias):
     head = compat.LinearHead(4, use_bias=use_bias)

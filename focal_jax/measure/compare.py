@@ -283,7 +283,8 @@ def compare_gradients(
     """
     found, function, plain = _find(loss, formula)
     dtype = _dtype(dtype)
-    if not isinstance(shape, Sequence | np.ndarray) or np.shape(shape) == ():
+    is_scalar = isinstance(shape, str | bytes) or getattr(shape, "ndim", 1) == 0
+    if is_scalar or not isinstance(shape, Sequence | np.ndarray):
         raise InputError(f"shape: got {shown(shape)}, wanted a sequence of integers")
     shape = tuple(_integer("shape", n, 1) for n in shape)
     seed, repeats = _integer("seed", seed, 0), _integer("repeats", repeats, 1)

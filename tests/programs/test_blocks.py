@@ -60,7 +60,7 @@ def _random(row, dtype=np.float32, masked=True, **options):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_values_and_gradients(row, dtype):
     inside, fixed = _random(row, dtype)
 
@@ -74,7 +74,7 @@ def test_values_and_gradients(row, dtype):
 
 @pytest.mark.parametrize("row", INTEGER, ids=str)
 @pytest.mark.parametrize(
-    "options", [{"label_smoothing": 0.1}, {"return_logsumexp": True}, {"ignore_label": 1}], ids=str
+    "options", [{"label_smoothing": 0.1, "ignore_label": 1}, {"return_logsumexp": True}], ids=str
 )
 def test_options_of_integer_labels(row, options):
     if options.keys() - inspect.signature(row.loss.function).parameters.keys():
@@ -103,8 +103,7 @@ def test_second_derivatives(row):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_vmap_and_shard_map(row, check_vma):
+def test_vmap_and_shard_map(row):
     mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,))
     rng = np.random.default_rng(4)
     images = row.all(4, (4, *SHAPE), AXIS + 1)
@@ -119,10 +118,13 @@ def test_vmap_and_shard_map(row, check_vma):
         return jax.grad(total)(logits)
 
     names, spec = ("logits", "labels", "where"), P("a")
-    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
     want = assert_blocks_equal_the_whole(gradient, logits, labels, where, tolerance=1e-5)
-    with sizes(0):
-        assert_close(jax.jit(mapped)(logits, labels, where), want, 1e-5)
+    # A loss of softmax and class indices is enough for the other mode of `shard_map`.
+    for check_vma in (True, False) if row is INTEGER[0] else (True,):
+        mapped = partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
+        with sizes(0):
+            found = jax.jit(mapped(gradient, check_vma=check_vma))(logits, labels, where)
+        assert_close(found, want, 1e-5)
 
 
 def test_sharded_arrays_are_not_sliced():
