@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError
+from focal_jax.engine.options import check_call
 
 __all__ = [
     "PositiveCountEma",
@@ -58,6 +59,7 @@ def _class_counts(counts: ArrayLike | Sequence[float]) -> Array:
     return jnp.where(counts >= 0, counts, jnp.nan)
 
 
+@check_call
 def prior_bias_init(prior: float = 0.01) -> Initializer:
     r"""Make an initializer for the last bias so that every sigmoid starts at a given probability.
 
@@ -99,6 +101,7 @@ def prior_bias_init(prior: float = 0.01) -> Initializer:
     return init
 
 
+@check_call
 def class_balanced_alpha(
     counts: ArrayLike | Sequence[float],
     *,
@@ -160,6 +163,7 @@ def class_balanced_alpha(
     return weights * (counts.size / jnp.sum(weights))
 
 
+@check_call
 def logit_adjustment(counts: ArrayLike | Sequence[float], *, tau: float = 1.0) -> Array:
     r"""Compute the logit adjustment for long-tailed class distributions.
 
@@ -202,6 +206,7 @@ class PositiveWeight(NamedTuple):
     factor: ArrayLike
 
 
+@check_call
 def positive_weight(w: ArrayLike | Sequence[float]) -> PositiveWeight:
     r"""Convert PyTorch's `pos_weight` to `alpha` and a factor on the loss.
 
@@ -236,6 +241,7 @@ def positive_weight(w: ArrayLike | Sequence[float]) -> PositiveWeight:
     return PositiveWeight(w / (1 + w), 1 + w)
 
 
+@check_call
 def sample_dependent_gamma(p_t: ArrayLike) -> Array:
     """Return gamma by the FLSD-53 schedule: 5 where the probability is below 0.2, else 3.
 
@@ -274,6 +280,7 @@ class PositiveCountEma(NamedTuple):
     update: Callable[..., tuple[Array, PositiveCountEmaState]]
 
 
+@check_call
 def positive_count_ema(decay: float = 0.9, initial: float = 100.0) -> PositiveCountEma:
     r"""Keep an exponential moving average of the number of positives, as a loss normalizer.
 

@@ -170,6 +170,17 @@ def _helpers():
     yield ema.update, {"count": 1, "state": ema.init()}
 
 
+@pytest.mark.parametrize(
+    "module", [focal_jax.training, focal_jax.detection], ids=["training", "detection"]
+)
+def test_helpers_name_an_unknown_keyword(module):
+    functions = [x for name in module.__all__ if inspect.isfunction(x := getattr(module, name))]
+    assert len(functions) >= 6
+    for function in functions:
+        with pytest.raises(focal_jax.InputError, match=f"^reduction: got .*{function.__name__}"):
+            function(reduction="mean")
+
+
 @pytest.mark.parametrize(("function", "arguments"), list(_helpers()), ids=_id)
 def test_every_argument_of_every_helper(function, arguments):
     for name in inspect.signature(function).parameters:

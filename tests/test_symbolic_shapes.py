@@ -110,6 +110,7 @@ DENSE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DENSE)
 def test_symbolic_number_of_classes(name):
     def make(size):

@@ -164,6 +164,11 @@ def _find_layer(text: str, name: str | None, phase: str | None) -> Any:
             f"text: layer {layer.name!r} has the bottoms {list(layer.bottom)} and the tops "
             f"{list(layer.top)}, wanted two bottoms and at most two tops"
         )
+    if len(layer.loss_weight) not in (0, max(1, len(layer.top))):
+        raise InputError(
+            f"text: layer {layer.name!r} has {len(layer.loss_weight)} values of loss_weight, "
+            "wanted one for each top"
+        )
     if any(x.type == "Softmax" and set(x.top) & set(layer.bottom[:1]) for x in net.layer):
         warnings.warn(
             f"text: layer {layer.name!r} gets {layer.bottom[0]!r} from a Softmax layer, wanted "

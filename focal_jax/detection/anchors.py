@@ -10,6 +10,7 @@ from jax import Array
 from focal_jax.detection import _options
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, shown
+from focal_jax.engine.options import check_call
 
 __all__ = ["pyramid_anchors"]
 
@@ -23,6 +24,7 @@ def _integers(name: str, values: Any, wanted: str, low: float, high: float) -> l
     return [int(number) for number in numbers]
 
 
+@check_call
 def pyramid_anchors(
     image_shape: tuple[int, int],
     levels: Sequence[int] = (3, 4, 5, 6, 7),

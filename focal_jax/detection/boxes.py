@@ -12,6 +12,7 @@ from focal_jax.detection import _options
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.layout import replicate_on_mesh
+from focal_jax.engine.options import check_call
 from focal_jax.engine.sharding import on_explicit_mesh
 
 __all__ = ["box_iou", "decode_boxes", "encode_boxes"]
@@ -113,6 +114,7 @@ def check_weights(weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(_options.positive_number("weights", weight) for weight in weights)
 
 
+@check_call
 def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
     r"""Compute the intersection over union of every box in `a` with every box in `b`.
 
@@ -143,6 +145,7 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
     return pairwise(iou, to_box(clip_coordinates(a)), to_box(clip_coordinates(b)))
 
 
+@check_call
 def encode_boxes(
     boxes: ArrayLike,
     anchors: ArrayLike,
@@ -185,6 +188,7 @@ def encode_boxes(
     return jnp.stack(box_offsets(to_box(boxes), to_box(anchors), weights, min_side), -1)
 
 
+@check_call
 def decode_boxes(
     offsets: ArrayLike, anchors: ArrayLike, *, weights: Sequence[float] = WEIGHTS
 ) -> Array:

@@ -35,6 +35,7 @@ from focal_jax.detection.matching import (
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, check_shape, shown
 from focal_jax.engine.layout import replicate_on_mesh
+from focal_jax.engine.options import check_call
 from focal_jax.engine.platform import by_platform
 from focal_jax.losses.sigmoid import sigmoid_focal_loss
 
@@ -137,6 +138,7 @@ def _class_loss(class_loss: Any, alpha: Any, gamma: Any) -> Callable[..., Array]
     return loss
 
 
+@check_call
 def retinanet_loss(
     class_logits: ArrayLike,
     box_regression: ArrayLike,

@@ -15,7 +15,7 @@ from focal_jax.detection.boxes import Box, box_arrays, clip_coordinates, iou, pa
 from focal_jax.engine import arguments
 from focal_jax.engine.checks import check_holds_class
 from focal_jax.engine.layout import replicate_on_mesh
-from focal_jax.engine.options import known_numbers
+from focal_jax.engine.options import check_call, known_numbers
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.sharding import cast_to_common_varying
 
@@ -71,7 +71,7 @@ def annotation_array(
         pixels = known_numbers(anchors, "anchors", "numbers")
         if pixels is not None and np.any(np.abs(pixels) >= 100):
             text = "annotations: got coordinates of at most 1, wanted pixels as for the anchors"
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(text, stacklevel=4)  # the caller of a checked function
     return array
 
 
@@ -112,6 +112,7 @@ def are_forced(anchors: Array, annotations: Array) -> Array:
     return jnp.any((ious == largest_of_annotation) & (ious > 0) & valid, 1)
 
 
+@check_call
 def match_anchors(
     anchors: ArrayLike,
     annotations: ArrayLike,
