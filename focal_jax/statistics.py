@@ -12,7 +12,7 @@ from focal_jax.engine.class_axis import cast_logits
 from focal_jax.engine.head import DenseSource, labels_and_mask
 from focal_jax.engine.linear import linear_source, prepare_temperature
 from focal_jax.engine.options import check_call
-from focal_jax.engine.sharding import check_not_varying
+from focal_jax.engine.sharding import check_not_varying, place_like
 
 __all__ = ["TokenStatistics", "linear_token_statistics", "token_statistics"]
 
@@ -156,8 +156,9 @@ def _statistics(
     )
     check_not_varying({} if divisor is None else {"temperature": divisor}, class_axis_name)
     if divisor is not None:  # XLA fuses the division into the reductions
-        divisor = divisor if mask is None else jnp.where(mask, divisor, 1)
-        logits = cast_logits(logits, mask) / divisor
+        divisor, placed = place_like(logits, (divisor, mask))
+        divisor = divisor if placed is None else jnp.where(placed, divisor, 1)
+        logits = cast_logits(logits, placed) / divisor
     row = row_statistics.of_source(source, logits, class_axis_name, labels, mask)
     x, _ = row_statistics.of_picked(row, labels)
     invalid = (labels < 0) | (labels >= num_classes)

@@ -35,7 +35,8 @@ def _integer(a, **options):
 
 
 def _statistics(a):
-    log_p, lse, entropy, _ = focal_jax.token_statistics(a["logits"], a["indices"])
+    options = {"temperature": a["gamma"], "where": np.arange(POSITIONS) > 0}
+    log_p, lse, entropy, _ = focal_jax.token_statistics(a["logits"], a["indices"], **options)
     return log_p + 2 * lse + 3 * entropy
 
 

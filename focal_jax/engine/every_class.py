@@ -13,12 +13,7 @@ from jax import Array, lax
 
 from focal_jax.engine import arguments, scalar
 from focal_jax.engine.blocks import in_blocks
-from focal_jax.engine.class_axis import (
-    cast_logits,
-    class_index,
-    pick_class,
-    reduce_classes,
-)
+from focal_jax.engine.class_axis import cast_logits, class_index, pick_class, reduce_classes
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.cpu_sums import is_at_most
 from focal_jax.engine.options import unwrap
