@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from focal_jax import catalogue
 from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError
-from focal_jax.engine.options import TEMPERATURE, Option, check_call, check_names
+from focal_jax.engine.options import TEMPERATURE, check_call, check_names
 from focal_jax.losses.sigmoid import sigmoid_focal_loss
 from focal_jax.losses.softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
 from focal_jax.reduction import check_normalization, reduce_loss
@@ -73,7 +73,7 @@ _STATIC: dict[str, Callable[[Any], Any]] = {
     "class_axis_name": lambda value: arguments.check_axis_name("class_axis_name", value),
     "mesh": checks.check_mesh,
     "transpose_kernel": lambda value: arguments.static_bool("transpose_kernel", value),
-    "temperature": lambda value: _check_number("temperature", value, TEMPERATURE),
+    "temperature": lambda value: checks.check_number("temperature", value, TEMPERATURE),
     "chunk_size": checks.static_chunk_size,
     "where": lambda value: value is None or arguments.bool_array("where", value),
     "bias": lambda value: value is None or arguments.floating_array("bias", value),
@@ -92,15 +92,10 @@ def checked_option(loss: Callable[..., Any], name: str, value: Any) -> Any:
         if option.kind == "mask" and value is not None:
             arguments.bool_array(name, value)
         if option.differentiable and value is not None:
-            shape = _check_number(name, value, option)
+            shape = checks.check_number(name, value, option)
             if option.per_class and len(shape) > 1:
                 raise InputError(f"{name}: got shape {shape}, wanted one number per class")
     return value
-
-
-def _check_number(name: str, value: Any, option: Option) -> tuple[int, ...]:
-    """Return the shape of a number or an array of numbers; raise if it is invalid."""
-    return arguments.number_array(name, option.check(name, value), jnp.dtype(jnp.float32)).shape
 
 
 def check_option_names(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -54,9 +54,7 @@ def weight_array(weights: ArrayLike, losses: Array) -> Array:
 
     A weight may be NaN: its position may be masked.
     """
-    is_mask = arguments.as_array("weights", weights).dtype == bool
-    weights = jnp.asarray(weights, losses.dtype) if is_mask else weights
-    array = arguments.number_array("weights", weights, losses.dtype)
+    array = arguments.number_array("weights", weights, losses.dtype, allow_bool=True)
     known = arguments.numpy_array("weights", weights, "numbers >= 0")
     if known is not None and np.any(known < 0):
         raise InputError(f"weights: got {np.nanmin(known)}, wanted numbers >= 0")

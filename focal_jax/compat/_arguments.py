@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from focal_jax import catalogue
 from focal_jax.engine import arguments
-from focal_jax.engine.checks import check_holds_class
+from focal_jax.engine.checks import check_holds_class, check_number
 
 
 def class_indices(
@@ -34,6 +34,6 @@ def check_options(loss: Callable[..., Any], **options: Any) -> None:
     declaration = catalogue.declaration_of(loss)
     assert declaration is not None
     for name, value in options.items():
-        declaration.options[name].check(name, value)
-        if value is not None:
-            arguments.number_array(name, value, jnp.dtype(jnp.float32))
+        option = declaration.options[name]
+        if option.check(name, value) is not None:
+            check_number(name, value, option)

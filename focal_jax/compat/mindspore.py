@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from focal_jax.compat._arguments import check_options, class_indices
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, shown
+from focal_jax.engine.checks import check_number
 from focal_jax.engine.options import CLASS_WEIGHTS
 from focal_jax.losses.softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
 
@@ -65,9 +66,8 @@ class FocalLoss:
         if not isinstance(self.reduction, str) or self.reduction not in _REDUCTIONS:
             raise InputError(f"reduction: got {shown(self.reduction)}, wanted one of {_REDUCTIONS}")
         check_options(softmax_focal_loss, gamma=self.gamma)
-        CLASS_WEIGHTS.check("weight", self.weight)
         if self.weight is not None:
-            arguments.number_array("weight", self.weight, jnp.dtype(jnp.float32))
+            check_number("weight", self.weight, CLASS_WEIGHTS)
 
     def __call__(self, predict: ArrayLike, target: ArrayLike) -> Array:
         """Return the loss.

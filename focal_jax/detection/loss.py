@@ -101,7 +101,7 @@ def _are_valid(annotations: Array, num_classes: int) -> Array:
 def _targets(
     matching: _Matching, num_classes: int, boxes: tuple[Array, Array], ignored: Array | None
 ) -> tuple[Array, Array, Array, Array]:
-    """Return which images are valid, and which have objects; and the classes and the offsets."""
+    """Return masks of valid images and of images with objects, the classes and the offsets."""
     valid = _are_valid(boxes[1], num_classes)[:, None]
     anchors, annotations = prepare(*boxes)
     regions = None

@@ -19,6 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 INT32 = jnp.iinfo(jnp.int32)
+_NUMBERS = "a number or an array of numbers"
 
 
 class InputError(AssertionError, ValueError, TypeError):
@@ -108,7 +109,7 @@ def real_array(name: str, x: ArrayLike) -> Array:
 
 
 def number_array(
-    name: str, x: Any, dtype: jnp.dtype, wanted: str = "a number or an array of numbers"
+    name: str, x: Any, dtype: jnp.dtype, wanted: str = _NUMBERS, allow_bool: bool = False
 ) -> Array:
     """Return a number or an array of numbers as a floating array.
 
@@ -120,7 +121,7 @@ def number_array(
     require(not isinstance(x, bool | np.bool_), f"{name}: got {shown(x)}, wanted {wanted}")
     x = as_array(name, x, wanted, integers=dtype)
     check_real(name, x)
-    require(x.dtype != bool, f"{name}: got dtype bool, wanted {wanted}")
+    require(allow_bool or x.dtype != bool, f"{name}: got dtype bool, wanted {wanted}")
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
 
 
@@ -214,8 +215,7 @@ def class_weights(alpha: ArrayLike | None, num_classes: int, dtype: jnp.dtype) -
     """Return alpha as an array: a scalar (1 for None), or one weight per class."""
     alpha = number_array("alpha", 1.0 if alpha is None else alpha, dtype)
     wanted = f"a scalar or ({num_classes},), one weight per class"
-    fits = alpha.shape in ((), (num_classes,))
-    require(fits, f"alpha: got shape {alpha.shape}, wanted {wanted}")
+    require(alpha.shape in ((), (num_classes,)), f"alpha: got shape {alpha.shape}, wanted {wanted}")
     return alpha
 
 
@@ -348,9 +348,9 @@ def check_axis_name(name: str, value: Any) -> None:
     JAX would take a number for a positional axis.
     """
     names = value if isinstance(value, tuple) else (value,)
-    is_valid = value is None or all(isinstance(each, str) for each in names)
-    is_valid = is_valid and 0 < len(names) == len(set(names))
+    are_names = value is None or all(isinstance(each, str) for each in names)
     wanted = "the name of a mapped axis, a tuple of different names, or None"
+    is_valid = are_names and 0 < len(names) == len(set(names))
     require(is_valid, f"{name}: got {shown(value)}, wanted {wanted}")
 
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, real_number, shown
+from focal_jax.engine.options import Option
 
 
 def check_known_numbers(name: str, x: Any, low: float = 0) -> None:
@@ -25,6 +26,11 @@ def check_known_numbers(name: str, x: Any, low: float = 0) -> None:
         wrong = known[~((known >= low) & (np.abs(known) < math.inf))].ravel()
         if wrong.size:
             raise InputError(f"{name}: got {wrong[0]:g}, wanted {wanted}")
+
+
+def check_number(name: str, value: Any, option: Option) -> tuple[int, ...]:
+    """Return the shape of a number or an array of numbers; raise if it is invalid."""
+    return arguments.number_array(name, option.check(name, value), jnp.dtype(jnp.float32)).shape
 
 
 def class_index_lists(name: str, indices: ArrayLike, positions: tuple[int, ...]) -> Array:

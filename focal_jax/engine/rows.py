@@ -53,8 +53,7 @@ _FEW_CLASSES = 64
 def max_class_on_cpu(z: Array, axis: int) -> Array | None:
     """Return the first class with the largest logit, or None if an argmax would be slow."""
     num_classes = z.shape[axis]
-    few = is_at_most(num_classes, _FEW_CLASSES)
-    if is_at_most(num_classes, 0) or (axis == z.ndim - 1 and not few):
+    if not num_classes or (axis == z.ndim - 1 and not is_at_most(num_classes, _FEW_CLASSES)):
         return None
     return jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
 

@@ -75,10 +75,10 @@ def _n_over_q_slope(q: Array) -> Array:
 
 
 def _near_zero(z: Array, margin: Array, t: Terms) -> tuple[Array, Array, Array]:
-    """Return where the logit is near 0, and there `log(q / m.q)` and `t.n - m.n`.
+    """Return where the logit is near 0, and there `log(t.q / m.q)` and `t.n - m.n`.
 
-    `t` has the terms of a positive, q among them, and `m` those of a negative. For a small margin
-    they are almost equal near the logit 0, so that differences of the terms would cancel.
+    `t` has the terms of a positive and `m` the terms of a negative. With a small margin both are
+    almost equal near the logit 0, so that differences of the terms would cancel.
     """
     near = (jnp.abs(z) < 0.5) & (margin < 0.125)
     z, margin = jnp.where(near, z, 0), jnp.where(near, margin, 0)
