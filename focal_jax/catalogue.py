@@ -1,4 +1,4 @@
-"""The catalogue of losses: every loss of the package by name, with its declared options.
+"""The catalogue of losses: every loss that has a plain formula, by name, with its declared options.
 
 The comparison with plain JAX, the reference implementation, the Flax modules, the tests, the
 benchmarks and the documentation read the catalogue, so none of them has its own list of losses.

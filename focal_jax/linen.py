@@ -1,10 +1,4 @@
-"""Losses followed by `focal_jax.reduce_loss`, as Flax linen modules without parameters.
-
-`normalization` and `axis_name` are arguments of `reduce_loss`; `loss_weight` multiplies the result.
-The other arguments are options of the loss. They are static fields, unless they are traced. A
-mask and an `ignore_label` apply to the losses and to the denominator. A constructor raises
-`InputError` if an argument is invalid for every input.
-"""
+"""The modules of `focal_jax.nnx` for Flax linen: without parameters, with options as fields."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,16 +22,7 @@ class _Fields(reduced.Reduced, nn.Module):
 
 
 class Reduced(_Fields):
-    """Reduce any loss, given by its name or as a function.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from focal_jax.linen import Reduced
-      >>> loss = Reduced("softmax_focal_loss_with_integer_labels", gamma=1.0, ignore_label=-1)
-      >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [5.0, 1.0, 0.0]])
-      >>> f"{loss(logits, jnp.array([0, 1, -1])):.4f}"
-      '0.3917'
-    """
+    """Reduce any loss, given by its name or as a function. See `focal_jax.nnx.Reduced`."""
 
     def __init__(
         self,
@@ -53,6 +38,7 @@ class Reduced(_Fields):
         fields = {name: options.pop(name) for name in ("parent", "name") if name in options}
         options = {**dict(options.pop("options", ())), **options}
         loss = catalogue.function_of(loss)
+        reduced.check_reserved(loss)
         reduced.check_option_names(loss, options)
         super().__init__(
             loss=loss,
@@ -67,28 +53,8 @@ class Reduced(_Fields):
 
 
 class SigmoidFocalLoss(reduced.SigmoidFocalLoss, nn.Module, kw_only=True):
-    """Reduce `focal_jax.sigmoid_focal_loss`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from focal_jax.linen import SigmoidFocalLoss
-      >>> loss = SigmoidFocalLoss(alpha=0.25, normalization="mean")
-      >>> f"{loss(jnp.array([0.0, 20.0]), jnp.array([1, 1])):.4f}"
-      '0.0217'
-    """
+    """Reduce `focal_jax.sigmoid_focal_loss`. See `focal_jax.nnx.SigmoidFocalLoss`."""
 
 
 class SoftmaxFocalLoss(reduced.SoftmaxFocalLoss, nn.Module, kw_only=True):
-    """Reduce a softmax focal loss.
-
-    Integer labels are class indices, for `focal_jax.softmax_focal_loss_with_integer_labels`.
-    Floating labels are distributions, for `focal_jax.softmax_focal_loss`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from focal_jax.linen import SoftmaxFocalLoss
-      >>> loss = SoftmaxFocalLoss(ignore_label=-1)
-      >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [5.0, 1.0, 0.0]])
-      >>> f"{loss(logits, jnp.array([0, 1, -1])):.4f}"
-      '0.2496'
-    """
+    """Reduce a softmax focal loss. See `focal_jax.nnx.SoftmaxFocalLoss`."""

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, checks
 from focal_jax.engine.declaration import Loss
-from focal_jax.engine.options import CLASS_WEIGHTS, TEMPERATURE, Option, check_call
+from focal_jax.engine.options import CLASS_WEIGHTS, LABEL_SMOOTHING, TEMPERATURE, Option, check_call
 
 
 class Operations(NamedTuple):
@@ -67,19 +67,13 @@ def _float(name: str, x: ArrayLike) -> Array:
     return x.astype(arguments.compute_dtype(x))
 
 
-def mask_of(where: ArrayLike | None, losses: tuple[int, ...], name: str = "where") -> Array:
+def _mask(where: ArrayLike | None, losses: tuple[int, ...], name: str = "where") -> Array:
     """Return a mask of the losses' shape; True everywhere for None."""
     mask: Any = arguments.mask_array(True if where is None else where, losses, name=name)
     return jnp.broadcast_to(mask, losses)
 
 
-def not_ignored(labels: Array, ignore_label: int | None, where: Array) -> Array:
-    """Return the mask `where`, False also where the label is `ignore_label`."""
-    mask: Any = arguments.not_ignored(labels, ignore_label, where)
-    return mask
-
-
-def real_of(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> Array:
+def _real(name: str, x: ArrayLike, where: Array, dtype: jnp.dtype) -> Array:
     """Return `x` broadcast to the shape of the mask, with 1 where the mask is False."""
     x = arguments.real_array(name, x)
     arguments.check_broadcastable(name, x, where.shape, "the losses")
@@ -96,13 +90,13 @@ def _options(
         if x is None or option.kind == "flag":
             out[name] = x
         elif option.kind == "mask":
-            out[name] = mask_of(x, where.shape, name)
+            out[name] = _mask(x, where.shape, name)
         elif option.kind == "exponent" and isinstance(x, numbers.Real):
             out[name] = float(x)
         else:
             x = arguments.number_array(name, x, dtype)
             arguments.check_unambiguous(name, x, where.shape, (num_classes,), "the classes")
-            out[name] = real_of(name, x, where, dtype)
+            out[name] = _real(name, x, where, dtype)
     return out
 
 
@@ -126,9 +120,9 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 def _elementwise(formula, declared, a) -> Array:
     z = _float("logits", a.logits)
-    where = mask_of(a.where, z.shape)
+    where = _mask(a.where, z.shape)
     labels = arguments.real_array("labels", a.labels)
-    y, invalid = arguments.clip_labels(labels, real_of("labels", labels, where, z.dtype), 1)
+    y, invalid = arguments.clip_labels(labels, _real("labels", labels, where, z.dtype), 1)
     z = jnp.where(where, z, 0)
     channels = z.shape[1] if z.ndim > 3 else 1  # axis 1 of images may be the classes
     losses = formula(_JAX, z, y, **_options(declared, a, where, z.dtype, channels))
@@ -141,7 +135,7 @@ def _distribution(formula, declared, a) -> Array:
     axis = arguments.static_axis(a.axis, z.ndim)
     arguments.check_shape("labels", y, z.shape, "a distribution over the classes, as the logits")
     arguments.warn_of_one_class(z.shape[axis])
-    where = mask_of(a.where, _without(z.shape, axis))
+    where = _mask(a.where, _without(z.shape, axis))
     inside = jnp.broadcast_to(jnp.expand_dims(where, axis), z.shape)
     y, invalid = arguments.clip_labels(y, jnp.where(inside, y.astype(z.dtype), 0), jnp.inf)
     z = jnp.where(inside, z, 0)
@@ -172,30 +166,28 @@ def _integer(formula, declared, a) -> Any:
     z, name = _float("logits", a.logits), a.class_axis_name
     arguments.check_axis_name("class_axis_name", name)
     axis = arguments.static_axis(a.axis, z.ndim)
-    smoothing = arguments.static_label_smoothing(getattr(a, "label_smoothing", 0.0))
-    local, losses = z.shape[axis], _without(z.shape, axis)
-    num_classes = local if name is None else local * lax.axis_size(name)
-    shape = (*losses[:axis], num_classes, *losses[axis:])
-    labels = arguments.integer_labels(a.labels, shape, axis, a.ignore_label)
-    where = not_ignored(labels, a.ignore_label, mask_of(a.where, losses))
+    smoothing = LABEL_SMOOTHING.static("label_smoothing", getattr(a, "label_smoothing", 0.0))
+    z = z if name is None else _gather_shards(z, axis, name)
+    num_classes, losses = z.shape[axis], _without(z.shape, axis)
+    labels = arguments.integer_labels(a.labels, z.shape, axis, a.ignore_label)
+    where: Any = arguments.not_ignored(labels, a.ignore_label, _mask(a.where, losses))
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
     options = _options(declared, a, where, z.dtype, num_classes)
     valid = (labels >= 0) & (labels < num_classes)
     index = jnp.expand_dims(jnp.where(valid & where, labels, 0), axis)
     alpha = _class_weights(a.alpha, z.dtype, num_classes)
 
-    total = _logsumexp(z, axis, name)
-    log_p = _pick(z, index, axis, name) - total
+    total = jax.nn.logsumexp(z, axis, keepdims=True)
+    log_p = jnp.take_along_axis(z, index, axis) - total
     weight = alpha
     if alpha is not None:
         weight = jnp.where(where, alpha[index.squeeze(axis)] if alpha.ndim else alpha, 1)
     row = {}
     if "log_probabilities" in inspect.signature(formula).parameters:
-        whole = z if name is None else _gather_shards(z, axis, name)
-        row = {"log_probabilities": jnp.moveaxis(whole - total, axis, -1)}
+        row = {"log_probabilities": jnp.moveaxis(z - total, axis, -1)}
     result = _weighted(weight, formula(_JAX, log_p.squeeze(axis), **options, **row))
     if smoothing:
-        of_all = _sum_over_classes(formula, z - total, alpha, options, axis, name)
+        of_all = _sum_over_classes(formula, z - total, alpha, options, axis)
         share = 0 if num_classes == 0 else smoothing / num_classes
         result = (1 - smoothing) * result + share * of_all
     result = jnp.where(where, jnp.where(valid, result, jnp.nan), 0)
@@ -203,19 +195,13 @@ def _integer(formula, declared, a) -> Any:
     return (result, jnp.where(where, total.squeeze(axis), 0)) if pair else result
 
 
-def _sum_over_classes(
-    formula, log_p: Array, alpha: Array | None, options, axis: int, name
-) -> Array:
+def _sum_over_classes(formula, log_p: Array, alpha: Array | None, options, axis: int) -> Array:
     """Return the sum over the classes of the loss with that class as the label."""
     if alpha is not None:
-        if alpha.ndim and name is not None:
-            local = log_p.shape[axis]
-            alpha = lax.dynamic_slice_in_dim(alpha, local * lax.axis_index(name), local)
         alpha = lax.broadcast_in_dim(alpha, log_p.shape, (axis,) if alpha.ndim else ())
         log_p = jnp.where((alpha == 0) & (log_p == -jnp.inf), 0, log_p)
     losses = formula(_JAX, log_p, **_over_classes(options, log_p, axis))
-    total = jnp.sum(_weighted(alpha, losses), axis)
-    return total if name is None else lax.psum(total, name)
+    return jnp.sum(_weighted(alpha, losses), axis)
 
 
 def _gather_shards(z: Array, axis: int, name: str | tuple[str, ...]) -> Array:
@@ -224,22 +210,6 @@ def _gather_shards(z: Array, axis: int, name: str | tuple[str, ...]) -> Array:
     is_own = lax.broadcast_in_dim(is_own, (is_own.size, *z.shape), (0,))
     shards = lax.psum(jnp.where(is_own, jnp.broadcast_to(z, is_own.shape), 0), name)
     return jnp.concatenate(list(shards), axis)
-
-
-def _logsumexp(z: Array, axis: int, name: str | tuple[str, ...] | None) -> Array:
-    """Return the log-sum-exp over all classes."""
-    if name is None:
-        return jax.nn.logsumexp(z, axis, keepdims=True)
-    top = lax.pmax(lax.stop_gradient(jnp.max(z, axis, keepdims=True)), name)
-    return top + jnp.log(lax.psum(jnp.sum(jnp.exp(z - top), axis, keepdims=True), name))
-
-
-def _pick(z: Array, index: Array, axis: int, name: str | tuple[str, ...] | None) -> Array:
-    """Return the logit of the class `index`, an index into the classes of all shards."""
-    if name is None:
-        return jnp.take_along_axis(z, index, axis)
-    own = lax.broadcasted_iota(jnp.int32, z.shape, axis) + z.shape[axis] * lax.axis_index(name)
-    return lax.psum(jnp.sum(jnp.where(own == index, z, 0), axis, keepdims=True), name)
 
 
 def _linear(formula, declared, a) -> Any:
@@ -258,7 +228,7 @@ def _linear(formula, declared, a) -> Any:
     positions = features.shape[:-1]
     shape = (*positions, shards * kernel.shape[1])
     labels = arguments.integer_labels(a.labels, shape, len(positions), a.ignore_label)
-    where = not_ignored(labels, a.ignore_label, mask_of(a.where, positions))
+    where: Any = arguments.not_ignored(labels, a.ignore_label, _mask(a.where, positions))
     logits = jnp.where(where[..., None], features, 0) @ kernel
     if a.bias is not None:
         bias = _float("bias", a.bias)
@@ -270,7 +240,7 @@ def _linear(formula, declared, a) -> Any:
         capped = cap * jnp.tanh(logits / cap)
         logits = jnp.where(small | (logits == -jnp.inf), logits, capped)
     divisor = TEMPERATURE.check("temperature", a.temperature)
-    logits = logits / real_of("temperature", divisor, where, logits.dtype)[..., None]
+    logits = logits / _real("temperature", divisor, where, logits.dtype)[..., None]
     given = {"logits": logits, "labels": labels, "where": where, "axis": -1, "ignore_label": None}
     return _integer(formula, declared, SimpleNamespace(**vars(a) | given))
 
@@ -280,9 +250,9 @@ def _interval(formula, declared, a) -> Array:
     z, labels = _float("logits", a.logits), arguments.real_array("labels", a.labels)
     axis = arguments.static_axis(a.axis, z.ndim)
     arguments.check_label_shape(labels, z.shape, axis)
-    where = mask_of(a.where, labels.shape)
+    where = _mask(a.where, labels.shape)
     z, last = jnp.where(jnp.expand_dims(where, axis), z, 0), z.shape[axis] - 1
-    y = jnp.where(where, real_of("labels", labels, where, z.dtype), 0)
+    y = jnp.where(where, _real("labels", labels, where, z.dtype), 0)
     y, invalid = arguments.clip_labels(labels, y, last)
     left = jnp.clip(jnp.floor(y), 0, max(last - 1, 0))
     index = left.astype(jnp.int32)
@@ -302,7 +272,7 @@ def _region(formula, declared, a) -> Array:
     arguments.check_shape("labels", y, z.shape, "one-hot, or a distribution over the classes")
     arguments.warn_of_one_class(z.shape[axis])
     arguments.check_axis_name("axis_name", a.axis_name)
-    where = jnp.expand_dims(mask_of(a.where, _without(z.shape, axis)), axis)
+    where = jnp.expand_dims(_mask(a.where, _without(z.shape, axis)), axis)
     where = jnp.broadcast_to(where, z.shape)
     y, invalid = arguments.clip_labels(y, jnp.where(where, y.astype(z.dtype), 0), 1)
     z = jnp.where(where, z, 0)

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from focal_jax import catalogue
 from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError
-from focal_jax.engine.options import TEMPERATURE, check_call, check_names
+from focal_jax.engine.options import LABEL_SMOOTHING, TEMPERATURE, check_call, check_names
 from focal_jax.losses.sigmoid import sigmoid_focal_loss
 from focal_jax.losses.softmax import softmax_focal_loss, softmax_focal_loss_with_integer_labels
 from focal_jax.reduction import check_normalization, reduce_loss
@@ -68,7 +68,7 @@ def constant(value: Any) -> Any:
 _STATIC: dict[str, Callable[[Any], Any]] = {
     "axis": lambda value: arguments.static_axis(value, 64),  # the rank of the logits is unknown
     "ignore_label": arguments.static_ignore_label,
-    "label_smoothing": arguments.static_label_smoothing,
+    "label_smoothing": functools.partial(LABEL_SMOOTHING.static, "label_smoothing"),
     "logit_softcap": checks.static_logit_softcap,
     "class_axis_name": lambda value: arguments.check_axis_name("class_axis_name", value),
     "mesh": checks.check_mesh,
@@ -120,6 +120,14 @@ def check_option_names(loss: Callable[..., Any], options: Mapping[str, Any]) -> 
         raise InputError(f"return_logsumexp: got {got}, wanted False: a module returns one number")
 
 
+def check_reserved(loss: Callable[..., Any]) -> None:
+    """Raise if an option of a loss has the name of an argument of the modules."""
+    declaration = catalogue.declaration_of(loss)
+    names = {"loss", "normalization", "loss_weight", "option_names", "options", "parent", "name"}
+    if same := names & set(declaration.options if declaration else ()):
+        raise InputError(f"loss: got a loss with the options {sorted(same)}, wanted other names")
+
+
 class _ConstructorSignature:
     """The constructor's signature. nnx's metaclass would show `(*args, **kwargs)` instead."""
 
@@ -142,7 +150,7 @@ class Reduced:
     __signature__ = _ConstructorSignature()
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Check calls. The call is defined here, because linen does not wrap inherited methods."""
+        """Check calls. linen wraps only methods that the class itself defines."""
         cls.__call__ = check_call(cls.__call__)
         super().__init_subclass__(**options)
         if cls.__module__ != __name__:  # `dataclass` has not yet defined the constructors here
@@ -155,8 +163,11 @@ class Reduced:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check an attribute, and make arrays constant before Flax sees them."""
+        own_loss: Any = getattr(self, "loss", None)
+        declaration = catalogue.declaration_of(own_loss)
         if name == "loss":
             value = catalogue.function_of(value)
+            check_reserved(value)
         elif name == "normalization" and (value is None or isinstance(value, str)):
             check_normalization(value, jnp.zeros(1))
         elif name in ("normalization", "loss_weight"):
@@ -169,6 +180,8 @@ class Reduced:
             arguments.check_axis_name(name, value)
         elif name in self.option_names:
             value = checked_option(self.loss, name, value)
+        elif declaration and name in declaration.options:
+            raise InputError(f"{name}: got an option after the construction, wanted it there")
         super().__setattr__(name, value)
 
     def __call__(
@@ -226,7 +239,11 @@ class SigmoidFocalLoss(Reduced):
     loss_weight: ArrayLike = 1.0
     axis_name: str | tuple[str, ...] | None = None
 
-    loss = staticmethod(sigmoid_focal_loss)
+    @property
+    def loss(self) -> Callable[..., Array]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The loss."""
+        return sigmoid_focal_loss
+
     option_names = ("alpha", "gamma")
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -255,5 +272,9 @@ class SoftmaxFocalLoss(SigmoidFocalLoss):
     axis: int = -1
     ignore_label: int | None = None
 
-    loss = staticmethod(softmax_focal_loss_by_label_dtype)
+    @property
+    def loss(self) -> Callable[..., Array]:
+        """The loss."""
+        return softmax_focal_loss_by_label_dtype
+
     option_names = ("alpha", "gamma", "axis", "ignore_label")

@@ -7,35 +7,30 @@ the argument checks, so the same bug is unlikely in both. The formulas are not n
 gamma < 1. Autodiff stores intermediates for the backward pass.
 
 A formula takes its functions from `ops`, so that the tests can evaluate it to 60 digits.
+`reduce_loss` is that of `focal_jax`, which JAX differentiates.
 """
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-from jax import Array, lax
-from jax.typing import ArrayLike
-
 from focal_jax import catalogue
-from focal_jax.engine import arguments, checks
-from focal_jax.engine.arguments import InputError
-from focal_jax.engine.options import check_call
-from focal_jax.plain import Operations as Operations, from_formula, mask_of, not_ignored, real_of
-from focal_jax.reduction import check_normalization, weight_array
+from focal_jax.plain import Operations as Operations, from_formula
+from focal_jax.reduction import reduce_loss as reduce_loss
 
 FORMULAS: dict[str, Callable[..., Any]] = {}
 
 
-def plain(formula: Callable[..., Any]) -> Callable[..., Any]:
+def plain(formula: Callable[..., Any], name: str = "") -> Callable[..., Any]:
     """Make a public function from the formula of the loss with the same name (decorator).
 
     The formula of a loss of one logit is `formula(ops, logit, label, **options)`. The formula of a
     softmax loss is `formula(ops, log_p, **options)`, where `log_p` is the log-probability of one
     class. The class weight alpha multiplies the result.
     """
-    FORMULAS[formula.__name__] = formula
-    return from_formula(catalogue.LOSSES[formula.__name__], formula)
+    name = name or formula.__name__
+    FORMULAS[name] = formula
+    return from_formula(catalogue.LOSSES[name], formula)
 
 
 def _cross_entropy(ops, z, y):
@@ -123,19 +118,13 @@ def _softmax_focal(ops, log_p, gamma):
     return (1 - ops.exp(log_p)) ** gamma * -log_p
 
 
-@plain
-def softmax_focal_loss(ops, log_p, gamma):
-    return _softmax_focal(ops, log_p, gamma)
-
-
-@plain
-def softmax_focal_loss_with_integer_labels(ops, log_p, gamma):
-    return _softmax_focal(ops, log_p, gamma)
-
-
-@plain
-def linear_softmax_focal_loss_with_integer_labels(ops, log_p, gamma):
-    return _softmax_focal(ops, log_p, gamma)
+softmax_focal_loss = plain(_softmax_focal, "softmax_focal_loss")
+softmax_focal_loss_with_integer_labels = plain(
+    _softmax_focal, "softmax_focal_loss_with_integer_labels"
+)
+linear_softmax_focal_loss_with_integer_labels = plain(
+    _softmax_focal, "linear_softmax_focal_loss_with_integer_labels"
+)
 
 
 @plain
@@ -169,54 +158,3 @@ def focal_tversky_loss(ops, tp, fn, fp, alpha, beta, gamma, smooth):
 
 
 __all__ = [*FORMULAS, "reduce_loss"]  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-# ---------------------------------------------------------------- the reduction
-
-
-@check_call
-def reduce_loss(
-    losses: ArrayLike,
-    *,
-    normalization: str | ArrayLike = "valid",
-    where: ArrayLike | None = None,
-    labels: ArrayLike | None = None,
-    ignore_label: int | None = None,
-    weights: ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
-) -> Array:
-    """Compute `focal_jax.reduce_loss` from its formula.
-
-    Arguments, results and errors are the same.
-    """
-    losses = arguments.floating_array("losses", losses)
-    losses = losses.astype(arguments.compute_dtype(losses))
-    valid = mask_of(where, losses.shape)
-    if labels is not None:
-        labels = arguments.integer_labels(labels, losses.shape, None, ignore_label)
-        valid = not_ignored(labels, ignore_label, valid)
-    elif ignore_label is not None:
-        raise InputError(f"ignore_label: got {ignore_label} without labels, wanted labels too")
-    arguments.check_axis_name("axis_name", axis_name)
-    weight = weight_array(1.0 if weights is None else weights, losses)
-    weight = real_of("weights", weight, valid, losses.dtype)
-    weight = jnp.where(valid, jnp.where(weight < 0, jnp.nan, weight), 0)
-    if normalization is None or isinstance(normalization, str):
-        check_normalization(normalization, losses)
-        denominator = {
-            "valid": jnp.sum(weight),
-            "mean": jnp.float32(losses.size),
-            "sum": jnp.float32(1),
-            "batch_size": jnp.float32(losses.shape[0] if losses.ndim else 1),
-        }[normalization]
-        if axis_name is not None and normalization != "sum":
-            denominator = lax.psum(denominator, axis_name)
-    else:
-        denominator = arguments.number_array("normalization", normalization, losses.dtype)
-        arguments.check_shape("normalization", denominator, (), "one denominator for all losses")
-        checks.check_known_numbers("normalization", normalization)
-    denominator = denominator.astype(losses.dtype)
-    too_small = denominator < 1 if weights is None else denominator <= 0
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    total = jnp.sum(weight * jnp.where(valid, losses, 0))
-    return devices * total / jnp.where(too_small, 1, denominator)

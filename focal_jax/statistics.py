@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments, row_statistics
+from focal_jax.engine import arguments, row_statistics, scalar
+from focal_jax.engine.chunks import scale_logits
 from focal_jax.engine.class_axis import cast_logits
 from focal_jax.engine.head import DenseSource, labels_and_mask
 from focal_jax.engine.linear import linear_source, prepare_temperature
@@ -158,20 +159,19 @@ def _statistics(
     if divisor is not None:  # XLA fuses the division into the reductions
         divisor, placed = place_like(logits, (divisor, mask))
         divisor = divisor if placed is None else jnp.where(placed, divisor, 1)
-        logits = cast_logits(logits, placed) / divisor
+        logits = scale_logits(cast_logits(logits, placed), 1 / divisor)
     row = row_statistics.of_source(source, logits, class_axis_name, labels, mask)
-    x, _ = row_statistics.of_picked(row, labels)
     invalid = (labels < 0) | (labels >= num_classes)
-    return TokenStatistics(*(y.squeeze(axis) for y in _of_row(row[:4], x, invalid, mask)))
+    return TokenStatistics(*(y.squeeze(axis) for y in _of_row(row, labels, invalid, mask)))
 
 
 @jax.jit  # so that `jax_debug_nans` sees no NaN of a masked position
-def _of_row(row, x: Array, invalid: Array, mask: Array | None) -> list[Array]:
-    """Return the statistics with a class axis of size 1; `x` is the label's logit less the max."""
-    max_logit, max_class, rest, spread = row
-    log_sum = jnp.log1p(rest)
-    log_probability = jnp.where(invalid, jnp.nan, x - log_sum)
-    is_finite = max_logit > jnp.finfo(max_logit.dtype).min  # else every logit is -inf
-    logsumexp = jnp.where(is_finite, max_logit + log_sum, -jnp.inf)
-    found = log_probability, logsumexp, log_sum + spread / (1 + rest), max_class
+def _of_row(row: Any, labels: Array, invalid: Array, mask: Array | None) -> list[Array]:
+    """Return the statistics with a class axis of size 1."""
+    log_probability = -scalar.softmax_terms(*row_statistics.of_picked(row, labels)).n
+    log_probability = jnp.where(invalid, jnp.nan, log_probability)
+    is_finite = row.top > jnp.finfo(row.top.dtype).min  # else every logit is -inf
+    logsumexp = row.top + jnp.log1p((row.at_max - 1) + row.rest)
+    logsumexp = jnp.where(is_finite, logsumexp, -jnp.inf)
+    found = log_probability, logsumexp, row_statistics.entropy(row), row.max_class
     return [arguments.mask_to_zero(y, mask) for y in found]

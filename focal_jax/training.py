@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError
-from focal_jax.engine.options import check_call
+from focal_jax.engine.options import Option, check_call, known_numbers, number
 
 __all__ = [
     "PositiveCountEma",
@@ -32,18 +31,16 @@ __all__ = [
 ]
 
 
-_LARGEST = float(jnp.finfo(jnp.float32).max)  # a larger number would be infinite
+_UNIT = number(0.5, low=0, high=1)
+_BELOW_1 = number(0.5, low=0, high=1, below_high=True)
+_INSIDE = number(0.5, low=0, high=1, above_low=True, below_high=True)
+_AT_LEAST_0, _ABOVE_0 = number(1.0, low=0), number(1.0, low=0, above_low=True)
 
 
-def _static_number(name: str, x: Any, is_valid: Callable[[float], bool], wanted: str) -> float:
+def _static(option: Option, name: str, x: Any) -> float:
     """Return a Python, NumPy or concrete JAX number as a float; raise if it is not valid."""
-    try:
-        invalid = isinstance(x, str | bytes | bool | np.bool_ | list | tuple | np.ma.MaskedArray)
-        if not invalid and np.ndim(x) == 0 and is_valid(value := float(x)):
-            return value
-    except (TypeError, ValueError, OverflowError):  # not a number, or a traced number
-        pass
-    raise InputError(f"{name}: got {arguments.shown(x)}, wanted {wanted}")
+    known = known_numbers(x, name, option.wanted) if isinstance(x, Array) else None
+    return option.static(name, x if known is None or known.ndim else known.item())
 
 
 def _class_counts(counts: ArrayLike | Sequence[float]) -> Array:
@@ -85,10 +82,11 @@ def prior_bias_init(prior: float = 0.01) -> Initializer:
       Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
       Detection](https://arxiv.org/abs/1708.02002), section 3.3. ICCV 2017.
     """
-    prior = _static_number("prior", prior, lambda p: 0 < p < 1, "a probability inside (0, 1)")
+    prior = _static(_INSIDE, "prior", prior)
     constant: Any = jax.nn.initializers.constant(math.log(prior) - math.log1p(-prior))
 
     def init(*args, **options):
+        arguments.require(bool(args or options), "shape: got no shape, wanted a tuple of integers")
         if args and isinstance(args[0], tuple | list):  # a shape, not a key
             args = (None, *args)
         elif not args:
@@ -144,7 +142,7 @@ def class_balanced_alpha(
       Cui, Jia, Lin, Song, Belongie. [Class-Balanced Loss Based on Effective Number of
       Samples](https://arxiv.org/abs/1901.05555). CVPR 2019.
     """
-    beta = _static_number("beta", beta, lambda beta: 0 <= beta < 1, "a number in [0, 1)")
+    beta = _static(_BELOW_1, "beta", beta)
     counts = _class_counts(counts)
     ignore_label = arguments.static_ignore_label(ignore_label)
     if ignore_label is not None:
@@ -191,9 +189,9 @@ def logit_adjustment(counts: ArrayLike | Sequence[float], *, tau: float = 1.0) -
       Menon, Jayasumana, Rawat, Jain, Veit, Kumar. [Long-tail Learning via Logit
       Adjustment](https://arxiv.org/abs/2007.07314). ICLR 2021.
     """
-    tau = _static_number("tau", tau, lambda tau: 0 <= tau <= _LARGEST, "a finite number >= 0")
+    tau = _static(_AT_LEAST_0, "tau", tau)
     counts = _class_counts(counts)
-    # The sum of large counts, and its reciprocal, would be infinite and 0.
+    # Scaled down, because the sum of large counts could overflow.
     size = counts.size if isinstance(counts.size, int) else arguments.INT32.max  # or symbolic
     counts *= 0.5 ** (3 + size.bit_length())
     return jax.scipy.special.xlogy(jnp.asarray(tau, counts.dtype), counts / jnp.sum(counts))
@@ -234,11 +232,13 @@ def positive_weight(w: ArrayLike | Sequence[float]) -> PositiveWeight:
       https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html).
     """
     if isinstance(w, numbers.Real | str | bytes):
-        w = _static_number("w", w, lambda w: 0 <= w < math.inf, "a finite number >= 0")
+        w = _static(_AT_LEAST_0, "w", w)
     else:
         w = arguments.number_array("w", w, jnp.dtype(jnp.result_type(float)))
         w = jnp.where(w < 0, jnp.nan, w.astype(arguments.compute_dtype(w)))
-    return PositiveWeight(w / (1 + w), 1 + w)
+    # Two forms, because JAX's derivative of the first cancels for a large w.
+    alpha = w / (1 + w) if isinstance(w, float) else jnp.where(w < 1, w / (1 + w), 1 - 1 / (1 + w))
+    return PositiveWeight(alpha, 1 + w)
 
 
 @check_call
@@ -311,12 +311,13 @@ def positive_count_ema(decay: float = 0.9, initial: float = 100.0) -> PositiveCo
       [Detectron2](https://github.com/facebookresearch/detectron2),
       `modeling/meta_arch/retinanet.py` and `dense_detector.py`.
     """
-    decay = _static_number("decay", decay, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-    initial = _static_number("initial", initial, lambda x: 0 < x <= _LARGEST, "a finite number > 0")
+    decay = _static(_UNIT, "decay", decay)
+    initial = _static(_ABOVE_0, "initial", initial)
 
     def init():
         return PositiveCountEmaState(jnp.asarray(initial, float))
 
+    @check_call
     def update(count, state, *, axis_name=None):
         arguments.require(
             isinstance(state, PositiveCountEmaState),

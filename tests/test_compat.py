@@ -428,6 +428,7 @@ def test_prototxt_warns_about_a_softmax_before_the_layer(bottom):
 @pytest.mark.parametrize(
     ("message", "text", "name"),
     [
+        ("no FocalLoss layer", "\ufeff" + focal("").replace("FocalLoss", "Loss"), None),
         ("nested too deeply", focal("a { " * 5000 + "}" * 5000), None),
         (r"but \['MultiBoxFocalLoss'\], wanted", 'layer { type: "MultiBoxFocalLoss" }', None),
         (r"but \['SoftmaxFocalLoss'\], wanted", 'layer { type: "SoftmaxFocalLoss" }', None),

@@ -4,6 +4,7 @@ An option of each kind is tested once for each kind of loss, because losses of o
 engine that checks the arguments.
 """
 
+import copy
 import inspect
 import math
 import re
@@ -528,16 +529,49 @@ def test_losses_of_the_engine():
         ):
             with pytest.raises(focal_jax.InputError, match=message):
                 make(value, **options)
-        for invalid in (3, "value", lambda x, y, *, gamma: x, lambda x: x):
+        for invalid in (3, "value", lambda x, y, *, beta: x, lambda x: x):
             with pytest.raises(focal_jax.InputError, match=r"^value: got .*, wanted"):
                 make(invalid, gamma=1.0)
-        for result in (1.0, (jnp.ones(4),), jnp.ones(2), None):
+        for result in (1.0, (jnp.ones(4),), jnp.ones(2), None, jnp.ones((4, 2), jnp.float16)):
             loss = make(lambda *args: result)  # noqa: B023
             with pytest.raises(focal_jax.InputError, match=r"^value: got .*, wanted an array"):
                 loss(jnp.ones((4, 2)), jnp.zeros((4, 2)[:arrays], int))
+        assert copy.deepcopy(loss) is loss
+        # A parameter with a default that is not declared keeps its default.
+        twice = lambda *args, gamma, scale=2.0: scale * value(*args)  # noqa: E731, B023
+        default = make(twice, gamma=1.0)
+        arrays_of = jnp.ones((4, 2)), jnp.zeros((4, 2)[:arrays], int)
+        np.testing.assert_allclose(default(*arrays_of), 2 * make(value)(*arrays_of), rtol=1e-6)
     for name in ("alpha", "axis", "label_smoothing", "kernel"):
         with pytest.raises(focal_jax.InputError, match=f"{name}: got the name of an argument"):
             engine.position_loss(lambda *args: args[0].n, **{name: 1.0})
+
+
+@pytest.mark.parametrize("slope", [np.ones(4), np.ones((4, 1, 1)), np.ones(7), "a", 1j])
+@pytest.mark.parametrize("place", [0, 1])
+def test_slopes_of_a_wrong_shape(slope, place):
+    """A slope that broadcasts would change the gradient without an error."""
+
+    def slopes_of(right):
+        def slopes(*args, scale):
+            return tuple(slope if i == place else x for i, x in enumerate(right(*args, scale)))
+
+        return slopes
+
+    position = engine.position_loss(
+        lambda t, scale: scale * t.q,
+        slopes_of(lambda t, scale: (scale * t.p, t.q)),
+        scale=1.0,
+    )
+    elementwise = engine.elementwise_loss(
+        lambda z, y, scale: scale * z * y,
+        slopes_of(lambda z, y, scale: (scale * y, scale * z, z * y)),
+        scale=1.0,
+    )
+    logits = jnp.ones((4, 3))
+    for loss, labels in ((position, jnp.zeros(4, int)), (elementwise, jnp.ones((4, 3)))):
+        with pytest.raises(focal_jax.InputError, match=r"^slopes: got"):
+            jax.grad(lambda z: jnp.sum(loss(z, labels)))(logits)  # noqa: B023
 
 
 @BOTH

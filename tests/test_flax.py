@@ -557,6 +557,29 @@ def test_linen_module_trains_as_a_submodule(data):
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_options_of_a_loss_with_names_of_the_arguments_are_errors(framework):
+    def value(logit, label, loss_weight):
+        return loss_weight * engine.cross_entropy(logit, label)
+
+    loss = engine.elementwise_loss(value, loss_weight=1.0)
+    with pytest.raises(InputError, match=r"options \['loss_weight'\], wanted other names"):
+        framework.Reduced(loss)
+
+
+def test_nnx_option_after_construction_is_used_or_an_error(data):
+    module = focal_jax.nnx.Reduced("softmax_focal_loss_with_integer_labels", gamma=1.0)
+    module.gamma = 0.0
+    want = focal_jax.softmax_focal_loss_with_integer_labels(*data, gamma=0.0)
+    np.testing.assert_allclose(module(*data), want.mean(), rtol=1e-6)
+    with pytest.raises(InputError, match="alpha: got an option after the construction"):
+        module.alpha = ALPHA
+
+
+def test_nnx_tabulate_lists_the_modules(data):
+    table = nnx.tabulate(Trainee(nnx.Rngs(0)), *data, console_kwargs={"width": 200})
+    assert "SoftmaxFocalLoss" in table
+
+
 def test_linen_tabulate_lists_the_modules(data):
     model = Classifier(focal_jax.linen.SoftmaxFocalLoss(alpha=ALPHA))
     table = nn.tabulate(model, jax.random.key(0), console_kwargs={"width": 200})(*data)

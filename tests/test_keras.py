@@ -177,6 +177,8 @@ def test_errors_of_calls(loss, y_true, y_pred, match):
         {"reduction": ["mean"]},
         {"name": 5},
         {"dtype": np.ones(3)},
+        {"ignore_index": 0},
+        {"apply_class_balancing": True},
     ],
 )
 @pytest.mark.parametrize("make", [compat.SigmoidFocalLoss, compat.SoftmaxFocalLoss])
@@ -248,6 +250,9 @@ def test_linear_head(use_bias):
     np.testing.assert_allclose(head.loss(loss, labels, features), wanted, rtol=1e-6)
     with pytest.raises(InputError, match="loss: got"):
         head.loss(compat.SoftmaxFocalLoss(), labels, features)
+    head = compat.LinearHead(4, activation="softmax")
+    with pytest.raises(InputError, match="activation: got softmax, wanted None"):
+        head.loss(loss, labels, features)
 
 
 @pytest.mark.slow
@@ -287,6 +292,17 @@ def test_missing_keras_and_other_backends(setup, match):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
     assert run.returncode
     assert match in run.stderr.decode().splitlines()[-1]
+
+
+@pytest.mark.parametrize("backend", ["jax", "numpy"])
+def test_help_of_the_package_lists_what_can_be_imported(backend):
+    code = (
+        "import pydoc, focal_jax; pydoc.render_doc(focal_jax.compat); print(dir(focal_jax.compat))"
+    )
+    environment = os.environ | {"KERAS_BACKEND": backend}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, timeout=300, check=True)
+    assert ("'keras'" in run.stdout.decode()) == (backend == "jax")
 
 
 def test_prior_bias_init_in_three_forms():

@@ -156,6 +156,49 @@ def test_entropy_and_log_probability_to_60_digits():
             np.testing.assert_allclose(of_log_p[i], want, rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 0.1, 3])
+def test_gradients_of_many_classes_keep_their_digits(scale, x64):
+    """The gradient of every class, of the largest too, is as accurate as the logits allow."""
+    logits = (scale * np.random.default_rng(0).normal(size=(2, 2000))).astype(np.float32)
+    labels = np.array([3, np.argmax(logits[1])])
+
+    def statistics(z):
+        found = focal_jax.token_statistics(z, labels)
+        return [jnp.sum(x) for x in found[:3]]
+
+    def plain(z):
+        log_p = jax.nn.log_softmax(z)
+        of_labels = jnp.take_along_axis(log_p, labels[:, None], -1)
+        return [x.sum() for x in (of_labels, jax.nn.logsumexp(z, -1), -jnp.exp(log_p) * log_p)]
+
+    got, want = jit(jax.jacrev(statistics))(logits), jit(jax.jacrev(plain))(logits.astype("d"))
+    for a, b in zip(got[:2], want[:2]):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    np.testing.assert_allclose(got[2], want[2], rtol=0, atol=2e-6 * np.abs(want[2]).max())
+
+
+@HEADS
+def test_gradient_of_the_temperature_with_a_class_that_is_switched_off(head):
+    arrays, indices = _inputs()
+    labels = jnp.minimum(indices[..., 0], 22)
+
+    def of_temperature(head, bias):
+        keep = bias.size
+        features, kernel, _, temperature, *_ = arrays
+
+        def total(t):
+            of_labels, lse, entropy, _ = head(features, kernel[:, :keep], bias, t, labels)
+            return jnp.sum(lse * entropy - of_labels**2)
+
+        gradient = jax.grad(total)
+        return gradient(temperature), jax.grad(lambda t: jnp.sum(gradient(t)))(temperature)
+
+    bias = arrays[2].at[-1].set(-jnp.inf)
+    got, want = of_temperature(head, bias), of_temperature(_plain, bias[:-1])
+    for a, b in zip(got, want):
+        assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @HEADS
 def test_masks_and_invalid_labels(head):
     arrays, indices = _inputs()
@@ -366,6 +409,26 @@ def test_sparse_labels_equal_the_distribution(head, gamma, pairs):
         assert_close(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b), initial=0)) + 1e-30)
 
 
+@pytest.mark.parametrize("head", [_sparse, _linear_sparse], ids=["dense", "linear"])
+def test_sparse_labels_of_classes_that_tie(head):
+    arrays, indices = _inputs()
+    arrays[1], arrays[2] = jnp.zeros_like(arrays[1]), jnp.zeros_like(arrays[2])
+    features, weights = arrays[0], arrays[4]
+
+    def of_kernel(head):
+        def total(kernel):
+            parts = features, kernel, arrays[2], arrays[3], weights, arrays[5]
+            return jnp.sum(jnp.cos(weights[..., 0]) * head(*parts, indices, gamma=1.5))
+
+        gradient = jax.grad(total)
+        direction = jnp.sin(jnp.arange(120.0)).reshape(5, 24)
+        second = jax.grad(lambda kernel: jnp.vdot(direction, gradient(kernel)))
+        return jit(lambda kernel: (gradient(kernel), second(kernel)))(arrays[1])
+
+    for a, b in zip(of_kernel(head), of_kernel(_distribution)):
+        assert_close(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b))))
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("head", [_sparse, _linear_sparse], ids=["dense", "linear"])
 def test_sparse_labels_with_sharded_classes(head, check_vma):
@@ -423,6 +486,17 @@ def test_losses_of_log_probabilities(loss):
     )
     for a, b in zip(got, want):
         assert_close(a, b, rtol=1e-4, atol=1e-30)
+
+
+def test_second_derivatives_in_log_probabilities():
+    """`1 - p` has the derivative -p, also for a p that is small beside 1."""
+    loss = focal_jax.softmax_focal_loss_with_integer_labels
+    for log_p in (-20.0, -10.0, -1e-3):
+        value = partial(engine.of_log_probability, loss, gamma=0.5)
+        got = jax.grad(jax.grad(value))(jnp.float32(log_p))
+        with mpmath.workdps(60):
+            want = mpmath.diff(lambda x: -mpmath.sqrt(1 - mpmath.exp(x)) * x, mpmath.mpf(log_p), 2)
+        assert got == pytest.approx(float(want), rel=1e-4)
 
 
 def test_invalid_log_probabilities():

@@ -207,6 +207,9 @@ def test_positive_weight_is_differentiable_and_checks_w():
     np.testing.assert_allclose(
         jax.grad(total)(jnp.array([2.0, 5.0])), np.full(2, np.log1p(np.exp(-1.5))), rtol=1e-5
     )
+    for w in (1e-3, 1.0, 1e5):
+        slope = jax.grad(lambda w: training.positive_weight(w).alpha)(jnp.float32(w))
+        np.testing.assert_allclose(slope, (1 + w) ** -2, rtol=1e-5)
     assert np.isnan(training.positive_weight(jnp.array([1.0, -1.0])).alpha).tolist() == [
         False,
         True,

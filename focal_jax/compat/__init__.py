@@ -6,6 +6,8 @@ construction.
 """
 
 import importlib
+import importlib.util
+import os
 from typing import TYPE_CHECKING
 
 __all__ = ["caffe", "keras", "mindspore", "pytorch_retinanet"]
@@ -21,4 +23,6 @@ else:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    # `help` imports every name. Only Keras on its JAX backend can be imported.
+    backend = os.environ.get("KERAS_BACKEND") == "jax" and importlib.util.find_spec("keras")
+    return [name for name in __all__ if name != "keras" or backend]

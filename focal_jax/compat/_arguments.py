@@ -1,7 +1,7 @@
 """Arguments that the compat modules share: class indices, and options that are checked early."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -10,6 +10,9 @@ from jax.typing import ArrayLike
 from focal_jax import catalogue
 from focal_jax.engine import arguments
 from focal_jax.engine.checks import check_holds_class, check_number
+from focal_jax.engine.options import check_call
+
+T = TypeVar("T")
 
 
 def class_indices(
@@ -37,3 +40,10 @@ def check_options(loss: Callable[..., Any], **options: Any) -> None:
         option = declaration.options[name]
         if option.check(name, value) is not None:
             check_number(name, value, option)
+
+
+def check_calls(cls: T) -> T:
+    """Apply `check_call` to the constructor and the call of a class (decorator)."""
+    checked: Any = cls
+    checked.__init__, checked.__call__ = map(check_call, (checked.__init__, checked.__call__))
+    return cls

@@ -15,7 +15,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax.compat._arguments import check_options, class_indices
+from focal_jax.compat._arguments import check_calls, check_options, class_indices
 from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError, shown
 from focal_jax.engine.options import Option
@@ -137,6 +137,7 @@ def _find_layer(text: str, name: str | None, phase: str | None) -> Any:
         raise InputError(f"name: got {shown(name)}, wanted None or a string")
     if phase is not None and not (isinstance(phase, str) and phase.upper() in _PHASES):
         raise InputError(f"phase: got {shown(phase)}, wanted None or one of {_PHASES}")
+    text = text.removeprefix("\ufeff")  # the byte order mark of some editors
     try:
         net = text_format.Parse(text, _Layer(), allow_unknown_field=True)
     except text_format.ParseError as error:
@@ -178,6 +179,7 @@ def _find_layer(text: str, name: str | None, phase: str | None) -> Any:
     return layer
 
 
+@check_calls
 @dataclass(frozen=True)
 class FocalLossLayer:
     r"""Compute Caffe's FocalLoss layer: softmax, focal loss and normalization.

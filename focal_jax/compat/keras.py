@@ -20,9 +20,10 @@ import numpy as np
 from jax import Array
 
 from focal_jax import catalogue, reduced
-from focal_jax.compat._arguments import class_indices
+from focal_jax.compat._arguments import check_calls, class_indices
 from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError
+from focal_jax.engine.options import LABEL_SMOOTHING
 
 __all__ = ["LinearHead", "Loss", "SigmoidFocalLoss", "SoftmaxFocalLoss"]
 
@@ -113,6 +114,7 @@ def _indices(y: Array, num_classes: int, ignore: int | None) -> Array:
 
 
 @_register
+@check_calls
 class Loss(keras.losses.Loss):
     """Apply any loss of the catalogue in Keras.
 
@@ -161,7 +163,7 @@ class Loss(keras.losses.Loss):
         self.loss = catalogue.LOSSES[loss]
         self.options = {k: reduced.checked_option(function, k, v) for k, v in options.items()}
         self.from_logits = arguments.static_bool("from_logits", from_logits)
-        self.label_smoothing = arguments.static_label_smoothing(label_smoothing)
+        self.label_smoothing = LABEL_SMOOTHING.static("label_smoothing", label_smoothing)
         kind, labels = self.loss.kind, self.loss.labels
         arguments.require(
             from_logits or kind != "linear",
@@ -269,7 +271,8 @@ class Loss(keras.losses.Loss):
         """Return the reduced loss.
 
         Keras casts labels and predictions to the dtype of the loss. Here the losses are computed
-        from the original dtypes, so that class indices stay exact and gradients have 16 bits.
+        from the original dtypes, so that class indices stay exact and 16-bit predictions get
+        16-bit gradients.
         """
         if sample_weight is not None and self.loss.kind == "region":
             got = "sample_weight: got weights"
@@ -302,6 +305,7 @@ class Loss(keras.losses.Loss):
 
 
 @_register
+@check_calls
 class SigmoidFocalLoss(Loss):
     """Apply `focal_jax.sigmoid_focal_loss` in Keras.
 
@@ -329,6 +333,7 @@ class SigmoidFocalLoss(Loss):
 
 
 @_register
+@check_calls
 class SoftmaxFocalLoss(Loss):
     """Apply the softmax focal loss in Keras, to class indices or to weights of the classes.
 
@@ -372,6 +377,9 @@ class LinearHead(keras.layers.Dense):
         if not isinstance(loss, Loss) or loss.loss.kind != "linear":
             got = arguments.shown(loss)
             raise InputError(f"loss: got {got}, wanted a Loss of a linear head")
+        got = f"activation: got {keras.activations.serialize(self.activation)}"
+        linear = self.activation is keras.activations.linear
+        arguments.require(linear, f"{got}, wanted None: a loss takes logits")
         arguments.require(self.built, "features: got a head without weights, wanted a built layer")
         arrays = [self.kernel, self.bias] if self.use_bias else [self.kernel]
         cast = [keras.ops.cast(x, self.compute_dtype) for x in arrays]

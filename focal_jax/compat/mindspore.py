@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax.compat._arguments import check_options, class_indices
+from focal_jax.compat._arguments import check_calls, check_options, class_indices
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, shown
 from focal_jax.engine.checks import check_number
@@ -30,6 +30,7 @@ def _loss_per_class(predict: Array, target: Array, **options) -> Array:
     return target * slope(target)
 
 
+@check_calls
 @dataclass(frozen=True, eq=False)
 class FocalLoss:
     r"""Compute MindSpore's `nn.FocalLoss`: softmax over axis 1, focal loss and reduction.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from focal_jax.compat._arguments import check_calls
 from focal_jax.detection import retinanet_loss
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError
@@ -14,6 +15,7 @@ __all__ = ["FocalLoss"]
 _MARGIN = 1e-4
 
 
+@check_calls
 class FocalLoss:
     r"""Compute the two losses of pytorch-retinanet from probabilities.
 
@@ -36,6 +38,9 @@ class FocalLoss:
       `retinanet/losses.py` of [yhenon/pytorch-retinanet](
       https://github.com/yhenon/pytorch-retinanet).
     """
+
+    def __init__(self):
+        """Take no options."""
 
     def __call__(
         self,

@@ -7,18 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from focal_jax.detection import _options
+from focal_jax.detection.boxes import UNIT
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, shown
-from focal_jax.engine.options import check_call
+from focal_jax.engine.options import check_call, known_numbers
 
 __all__ = ["pyramid_anchors"]
 
 _MAX_ANCHORS = 10**8  # 1.6 GB in float32
 
 
+def _numbers(name: str, values: Any, wanted: str, low: float, high: float) -> np.ndarray:
+    """Return a sequence of Python or NumPy numbers in `[low, high]` as a float64 array."""
+    known = known_numbers(values, name, wanted)
+    if known is None or known.ndim != 1 or not np.all((known >= low) & (known <= high)):
+        raise InputError(f"{name}: got {shown(values)}, wanted {wanted}")
+    return known
+
+
 def _integers(name: str, values: Any, wanted: str, low: float, high: float) -> list[int]:
-    numbers = _options.static_numbers(name, values, wanted, low, high)
+    numbers = _numbers(name, values, wanted, low, high)
     if np.any(numbers % 1):
         raise InputError(f"{name}: got {shown(values)}, wanted {wanted}")
     return [int(number) for number in numbers]
@@ -68,15 +76,15 @@ def pyramid_anchors(
       [Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
     whole_pixels = arguments.static_bool("whole_pixels", whole_pixels)
-    center = _options.static_number("center", center, "a number in [0, 1]", 0, 1)
+    center = UNIT.static("center", center)
     sizes = _integers("image_shape", image_shape, "two positive integers", 1, 2**31)
     if len(sizes) != 2:
         raise InputError(f"image_shape: got {image_shape}, wanted two positive integers")
     wanted = "a sequence of integers in [0, 30]"
     strides = [2**level for level in _integers("levels", levels, wanted, 0, 30)]
     wanted = "a sequence of numbers in [1e-6, 1e6]"
-    units = _options.static_numbers("scales", scales, wanted, 1e-6, 1e6)
-    aspect = np.sqrt(_options.static_numbers("ratios", ratios, wanted, 1e-6, 1e6))[:, None, None]
+    units = _numbers("scales", scales, wanted, 1e-6, 1e6)
+    aspect = np.sqrt(_numbers("ratios", ratios, wanted, 1e-6, 1e6))[:, None, None]
     count = sum(-(-sizes[0] // n) * -(-sizes[1] // n) for n in strides) * units.size * aspect.size
     if count > _MAX_ANCHORS:
         raise InputError(

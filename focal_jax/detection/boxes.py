@@ -8,16 +8,16 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax.detection import _options
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.layout import replicate_on_mesh
-from focal_jax.engine.options import check_call
+from focal_jax.engine.options import check_call, number
 from focal_jax.engine.sharding import on_explicit_mesh
 
 __all__ = ["box_iou", "decode_boxes", "encode_boxes"]
 
 _EPSILON = 1e-8  # the smallest denominator, for unions without area and anchors without a side
+POSITIVE, UNIT = number(1.0, low=0, above_low=True), number(0.5, low=0, high=1)
 # The factors of the offsets. With them the regression targets of a RetinaNet have similar scales.
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
@@ -44,7 +44,8 @@ def box_arrays(**arrays: ArrayLike) -> list[Array]:
     checked = []
     for name, array in arrays.items():
         array = arguments.number_array(name, array, jnp.dtype(jnp.float32))
-        arguments.check_shape(name, array, (*array.shape[:1], 4), "four numbers for each box")
+        boxes = array.shape[-2:-1] or (1,)
+        arguments.check_shape(name, array, (*boxes, 4), "four numbers for each box")
         checked.append(array)
     dtype = np.result_type(*map(arguments.compute_dtype, checked))
     return [array.astype(dtype) for array in checked]
@@ -93,13 +94,15 @@ def box_offsets(
     box: Box, anchor: Box, weights: Sequence[float] = WEIGHTS, min_side: float = 1.0
 ) -> tuple[Array, Array, Array, Array]:
     """Return the four offsets of `encode_boxes`, one array each."""
-    x, y, *sides = _centers_and_sides(box)
-    anchor_x, anchor_y, *anchor_sides = _centers_and_sides(anchor)
-    width, height = (jnp.maximum(side, min_side) for side in sides)
+    width, height = (jnp.maximum(side, min_side) for side in _centers_and_sides(box)[2:])
+    anchor_sides = _centers_and_sides(anchor)[2:]
     anchor_width, anchor_height = (jnp.maximum(side, _EPSILON) for side in anchor_sides)
+    # Differences of coordinates that are near each other are exact; centers are rounded.
+    dx = 0.5 * ((box.x1 - anchor.x1) + (box.x2 - anchor.x2))
+    dy = 0.5 * ((box.y1 - anchor.y1) + (box.y2 - anchor.y2))
     return (
-        (x - anchor_x) / anchor_width * weights[0],
-        (y - anchor_y) / anchor_height * weights[1],
+        dx / anchor_width * weights[0],
+        dy / anchor_height * weights[1],
         jnp.log(width / anchor_width) * weights[2],
         jnp.log(height / anchor_height) * weights[3],
     )
@@ -111,7 +114,7 @@ def check_weights(weights: Sequence[float]) -> tuple[float, ...]:
         raise InputError(
             f"weights: got {weights}, wanted a tuple of four numbers, for x, y, width and height"
         )
-    return tuple(_options.positive_number("weights", weight) for weight in weights)
+    return tuple(POSITIVE.static("weights", weight) for weight in weights)
 
 
 @check_call
@@ -159,7 +162,8 @@ def encode_boxes(
 
         weights * ((x - x_a) / w_a, (y - y_a) / h_a, log(w / w_a), log(h / h_a))
 
-    The result is differentiable in both arguments, and finite for finite boxes.
+    The result is differentiable in both arguments. It is finite for boxes and anchors without area,
+    but coordinates near the largest floating number overflow.
 
     Example:
       >>> from focal_jax.detection import encode_boxes
@@ -182,7 +186,7 @@ def encode_boxes(
       appendix C. 2014.
     """
     weights = check_weights(weights)
-    min_side = _options.positive_number("min_side", min_side)
+    min_side = POSITIVE.static("min_side", min_side)
     boxes, anchors = box_arrays(boxes=boxes, anchors=anchors)
     arguments.check_shape("boxes", boxes, anchors.shape, "one box for each anchor")
     return jnp.stack(box_offsets(to_box(boxes), to_box(anchors), weights, min_side), -1)

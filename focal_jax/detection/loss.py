@@ -12,8 +12,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax.catalogue import function_of
-from focal_jax.detection import _options
 from focal_jax.detection.boxes import (
+    POSITIVE,
     WEIGHTS,
     Box,
     box_arrays,
@@ -30,6 +30,7 @@ from focal_jax.detection.matching import (
     are_boxes,
     are_forced,
     find_best,
+    iou_thresholds,
     prepare,
 )
 from focal_jax.engine import arguments
@@ -106,7 +107,7 @@ def _targets(
     anchors, annotations = prepare(*boxes)
     regions = None
     if ignored is not None:
-        ignored = ignored[..., None]
+        ignored = ignored[..., None] & (annotations[..., 4:] != BACKGROUND)
         regions, annotations = (
             jnp.where(ignored, annotations, 0),
             jnp.where(ignored, BACKGROUND, annotations),
@@ -236,12 +237,12 @@ def retinanet_loss(
             raise InputError(f"{name}: got {shown(value)}, wanted one of {known}")
     arguments.check_axis_name("axis_name", axis_name)
     matching = _Matching(
-        *_options.iou_thresholds(positive_iou, negative_iou),
+        *iou_thresholds(positive_iou, negative_iou),
         arguments.static_bool("force_match", force_match),
         check_weights(weights),
-        _options.positive_number("min_side", min_side),
+        POSITIVE.static("min_side", min_side),
     )
-    beta = _options.positive_number("smooth_l1_beta", smooth_l1_beta)
+    beta = POSITIVE.static("smooth_l1_beta", smooth_l1_beta)
     if ignored is not None:
         ignored = arguments.as_array("ignored", ignored, "bool, whether an annotation is a region")
         if ignored.dtype != bool:
@@ -265,6 +266,7 @@ def retinanet_loss(
         counted &= has_objects
     index = lax.broadcasted_iota(jnp.int32, (1, 1, num_classes), 2)
     losses = loss(class_logits, label == index, where=counted)
+    losses = losses.astype(arguments.compute_dtype(losses))
     dtype = arguments.compute_dtype(box_regression)
     error = box_regression.astype(dtype) - offsets.astype(dtype)
     smooth_l1 = optax.huber_loss(arguments.mask_to_zero(error, positive), delta=beta) / beta

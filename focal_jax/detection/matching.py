@@ -10,8 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax.detection import _options
-from focal_jax.detection.boxes import Box, box_arrays, clip_coordinates, iou, pairwise, to_box
+from focal_jax.detection.boxes import UNIT, Box, box_arrays, clip_coordinates, iou, pairwise, to_box
 from focal_jax.engine import arguments
 from focal_jax.engine.checks import check_holds_class
 from focal_jax.engine.layout import replicate_on_mesh
@@ -26,6 +25,15 @@ BACKGROUND = -1
 IGNORED = -2
 
 _NO_MATCH = -1  # the class of padding, and the IoU and the index where there is no annotation
+
+
+def iou_thresholds(positive_iou: Any, negative_iou: Any) -> tuple[float, float]:
+    """Return the two thresholds as floats; they are in [0, 1] and in order."""
+    positive = UNIT.static("positive_iou", positive_iou)
+    negative = UNIT.static("negative_iou", negative_iou)
+    got = f"negative_iou: got {negative_iou}"
+    arguments.require(negative <= positive, f"{got}, wanted at most positive_iou, {positive_iou}")
+    return positive, negative
 
 
 def _better(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -148,7 +156,7 @@ def match_anchors(
     References:
       [Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.
     """
-    positive_iou, negative_iou = _options.iou_thresholds(positive_iou, negative_iou)
+    positive_iou, negative_iou = iou_thresholds(positive_iou, negative_iou)
     force_match = arguments.static_bool("force_match", force_match)
     annotations = annotation_array(annotations, anchors)
     (anchors,) = box_arrays(anchors=anchors)

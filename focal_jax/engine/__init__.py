@@ -1,8 +1,8 @@
 """Make your own focal loss from a value, its slopes (derivatives) and its options.
 
 `elementwise_loss` makes a loss of one logit and its label, `position_loss` a loss of one softmax
-position and its class index. Both have the conventions in `focal_jax.__doc__`. A loss of a position
-also has label smoothing, sharded classes and a memory-efficient linear head.
+position and its class index. Both have the conventions in `focal_jax.__doc__`. Both have a
+memory-efficient linear head, and a loss of a position also has label smoothing and sharded classes.
 """
 
 from typing import TYPE_CHECKING

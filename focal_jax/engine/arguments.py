@@ -55,6 +55,8 @@ def numpy_array(name: str, x: Any, wanted: str) -> np.ndarray | None:
         )
     if array is None and not isinstance(x, list | tuple | Array):
         raise InputError(f"{name}: got {type(x).__name__}, wanted {wanted}")
+    if array is not None and not array.dtype.isnative:  # JAX has no other byte order
+        array = array.astype(array.dtype.newbyteorder("="))
     if isinstance(x, bytearray | memoryview) or (array is not None and array.dtype.kind in "OSUMm"):
         raise InputError(f"{name}: got {shown(x)}, wanted {wanted}")
     return array
@@ -95,9 +97,7 @@ def as_array(
 def floating_array(name: str, x: ArrayLike) -> Array:
     """Return `x` as an array of a floating dtype."""
     x = as_array(name, x, "an array of floating numbers")
-    is_floating = jnp.issubdtype(x.dtype, jnp.floating)
-    message = f"{name}: got dtype {x.dtype}, wanted a floating dtype"
-    require(is_floating, message, chex.assert_type, x, float)
+    _check_dtype(name, x, jnp.floating, "a floating dtype", float)
     return x
 
 
@@ -128,8 +128,7 @@ def number_array(
 def bool_array(name: str, x: ArrayLike) -> Array:
     """Return `x` as an array of bool."""
     x = as_array(name, x, "an array of bool")
-    message = f"{name}: got dtype {x.dtype}, wanted bool"
-    require(x.dtype == bool, message, chex.assert_type, x, bool)
+    _check_dtype(name, x, np.bool_, "bool", bool)
     return x
 
 
@@ -238,11 +237,14 @@ def require(condition: bool, message: str, assertion: Any = None, *args: Any) ->
     raise InputError(message)
 
 
+def _check_dtype(name: str, x: Array, kind: Any, wanted: str, of_chex: type) -> None:
+    message = f"{name}: got dtype {x.dtype}, wanted {wanted}"
+    require(jnp.issubdtype(x.dtype, kind), message, chex.assert_type, x, of_chex)
+
+
 def check_integer(name: str, x: Array, hint: str = "") -> None:
     """Raise unless `x` has an integer dtype. bool is not an integer dtype here."""
-    is_integer = jnp.issubdtype(x.dtype, jnp.integer)
-    message = f"{name}: got dtype {x.dtype}, wanted an integer dtype{hint}"
-    require(is_integer, message, chex.assert_type, x, int)
+    _check_dtype(name, x, jnp.integer, f"an integer dtype{hint}", int)
 
 
 def check_real(name: str, x: Array) -> None:
@@ -363,14 +365,6 @@ def real_number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return math.inf if number > 0 else -math.inf
-
-
-def static_label_smoothing(value: Any) -> float:
-    """Return `value` as a Python number in [0, 1)."""
-    number = real_number(value)
-    if number is None or not 0 <= number < 1:
-        raise InputError(f"label_smoothing: got {shown(value)}, wanted a number in [0, 1)")
-    return number
 
 
 # ---------------------------------------------------------------- dtypes, ranks, masks

@@ -39,7 +39,7 @@ def _bind(function: Callable[..., Any], args: Any, fold: Any = None, num_shared:
     jaxpr, shapes = jax.make_jaxpr(flat(function), return_shape=True)(*leaves)
     fold = None if fold is None else flat(fold)
     found = _call.bind(*leaves, jaxpr=jaxpr, fold=fold, num_shared=num_shared)
-    # Results that are arguments are no results of the call, which would copy them.
+    # A result that is an argument is the argument itself: the call would return a copy.
     own = dict(zip(jaxpr.jaxpr.invars, leaves))
     results = zip(jaxpr.jaxpr.outvars, found)
     found = [x if isinstance(v, Literal) else own.get(v, x) for v, x in results]

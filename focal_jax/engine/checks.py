@@ -11,7 +11,9 @@ from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, real_number, shown
-from focal_jax.engine.options import Option
+from focal_jax.engine.options import Option, number
+
+_SOFTCAP = number(1.0, low=0, above_low=True)
 
 
 def check_known_numbers(name: str, x: Any, low: float = 0) -> None:
@@ -20,8 +22,8 @@ def check_known_numbers(name: str, x: Any, low: float = 0) -> None:
     The values of a JAX array are not read: that would wait for the device.
     """
     wanted = "finite numbers" if low == -math.inf else f"finite numbers >= {low}"
-    number = real_number(x)
-    known = arguments.numpy_array(name, x if number is None else number, wanted)
+    real = real_number(x)
+    known = arguments.numpy_array(name, x if real is None else real, wanted)
     if known is not None and known.dtype.kind in "iuf":
         wrong = known[~((known >= low) & (np.abs(known) < math.inf))].ravel()
         if wrong.size:
@@ -72,13 +74,4 @@ def static_chunk_size(value: Any) -> int | None:
 
 def static_logit_softcap(value: Any) -> float | None:
     """Return `value` as a finite positive Python number, or None."""
-    if value is None:
-        return None
-    number, float32 = real_number(value), jnp.finfo(jnp.float32)
-    if number is None:
-        raise InputError(f"logit_softcap: got {shown(value)}, wanted None or a number")
-    if not float32.tiny <= number <= float32.max:
-        raise InputError(
-            f"logit_softcap: got {value}, wanted a finite number > 0 that is a normal float32"
-        )
-    return number
+    return None if value is None else _SOFTCAP.static("logit_softcap", value)

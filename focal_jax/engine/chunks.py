@@ -95,12 +95,18 @@ def _apply_softcap(softcap: float, x: Array) -> tuple[Array, Array]:
     return jnp.where(unchanged, x, softcap * jnp.tanh(scaled)), _tanh_slope(scaled)
 
 
+def scale_logits(z: Array, factor: Array) -> Array:
+    """Return `z * factor`. A logit of -inf stays as it is, and has no derivative in the factor."""
+    is_off = z == -jnp.inf
+    return jnp.where(is_off, z, jnp.where(is_off, 0, z) * factor)
+
+
 def fold(step: Callable[..., Any], carry: Any, spec: ChunkSpec, linear: Linear) -> Any:
     """Return the carry after `carry = step(size, carry, start)` for every chunk.
 
-    The last chunk is smaller if the chunk size does not divide the number of classes. It is
-    computed first: the loop depends on it, so XLA frees its arrays before the loop. After the
-    loop, XLA could compute the chunk's products early and keep them during the loop.
+    The last chunk is smaller if the chunk size does not divide the number of classes. It runs
+    before the loop. After the loop, XLA could start its products early and keep them in memory
+    while the loop runs.
     """
     num_classes = linear.kernel.shape[spec.class_axis]
     size = spec.size or default_chunk_size(math.prod(linear.features.shape[:-1]), num_classes)
@@ -155,7 +161,7 @@ def chunk_of(spec: ChunkSpec, linear: Linear, size: int, start: Array) -> Chunk:
         factors.append(factor)
     if linear.temperature is not None:
         factors.append(1 / linear.temperature)
-        logits = logits * factors[-1]
+        logits = scale_logits(logits, factors[-1])
     return Chunk(kernel, logits, class_index, lambda slope: math.prod(factors, start=slope), take)
 
 
@@ -204,8 +210,8 @@ def gradients(
             jax.tree.map(jnp.add, totals, terms),
         )
 
-    # Every entry per class is written once, so the initial values do not matter. The arguments'
-    # own values as initial values take less memory on a TPU than zeros.
+    # The loop overwrites every entry, so any initial value works. Using the parameters themselves
+    # takes less TPU memory than zeros.
     initial = linear.kernel, linear.bias, linear.alpha
     parameters = jax.tree.map(lax.stop_gradient, initial)
     features = jnp.zeros_like(linear.features, arguments.compute_dtype(linear.features))

@@ -68,7 +68,7 @@ def reduce_classes(axis: int, operands: Any, initial: Any, combine: Callable[[An
 
 
 def max_logit(z: Array, axis: int) -> Array:
-    """Return the largest logit; the smallest finite number if every logit is -inf."""
+    """Return the largest logit; `finfo.min` if every logit is -inf."""
     return jnp.max(z, axis, keepdims=True, initial=jnp.finfo(z.dtype).min)
 
 

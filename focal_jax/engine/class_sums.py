@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from focal_jax.engine import arguments
+from focal_jax.engine import arguments, scalar
 from focal_jax.engine.class_axis import (
     ClassSums,
     Labels,
@@ -139,7 +139,5 @@ def log_sum_exp(sums: ClassSums, invalid: Array, where: Array | None) -> Array:
     """
     top = lax.stop_gradient(sums.max_logit)
     label_logit = jnp.where(invalid, -jnp.inf, sums.label_logit - top)
-    # JAX differentiates expm1(x) as `expm1(x) + 1`, which cancels for a large negative x.
-    e = jnp.exp(label_logit)
-    excess = jnp.expm1(lax.stop_gradient(label_logit)) + (e - lax.stop_gradient(e))
+    excess = scalar.expm1(label_logit)
     return arguments.mask_to_zero(top + jnp.log1p(excess + sums.rest), where)

@@ -1,6 +1,6 @@
 """Workarounds for XLA's CPU backend.
 
-`compile_separately(f, *args)` returns `f(*args)`. It changes the speed on CPUs and nothing else. On
+`compile_separately(f, *args)` returns `f(*args)`. It changes speed and memory on CPUs only. On
 other platforms, and with JAX versions without the internals that it needs, it is a plain call.
 """
 
@@ -107,7 +107,7 @@ def compile_separately(
         return conditional
 
     def flat(*args):
-        # The inner `cond` hides the shape from the loop.
+        # The reshape is outside the `cond`, so that the branch is a loop over one flat axis.
         return separate(function)(*jax.tree.map(jnp.ravel, args)).reshape(first.shape)
 
     arrays = jax.tree.leaves(args)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -34,13 +35,25 @@ def is_at_most(num_classes: Any, limit: int) -> bool:
     return isinstance(num_classes, int) and num_classes <= limit
 
 
+@jax.custom_jvp
+def minimum_with_distance(e: Array, distance: Array) -> Array:
+    """Return `e`, which is at most 1, and 0 for a distance of 0 to an excluded class."""
+    return jnp.minimum(e, distance)
+
+
+@minimum_with_distance.defjvp
+def _minimum_with_distance_jvp(primals, tangents):
+    # The derivative of `jnp.minimum` would be 1/2 where both are 1.
+    return minimum_with_distance(*primals), jnp.where(primals[1] > 0, tangents[0], 0)
+
+
 def _exp_excluding_without_select(logits, index, labels, top, where):
     # XLA:CPU compiles exponentials and sums that are fused with a select to slow code. The
     # exponentials are at most 1, and |index - label| is below 1 only at the label, so the minimum
     # of the two is 0 there.
     e = jnp.exp(cast_logits(logits, where) - top)
     for label in labels:
-        e = jnp.minimum(e, jnp.abs(index.astype(e.dtype) - label.astype(e.dtype)))
+        e = minimum_with_distance(e, jnp.abs(index.astype(e.dtype) - label.astype(e.dtype)))
     return e
 
 

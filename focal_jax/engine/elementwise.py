@@ -37,21 +37,24 @@ def parameter_order(
 ) -> tuple[str, ...]:
     """Return the names of the options in the order of the function's parameters.
 
-    The first `leading` parameters are not options. A function with `*args` takes the options in
-    the order of their declaration.
+    The first `leading` parameters are arrays. Options are passed by name. A parameter that has a
+    default and no declaration keeps its default.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         raise InputError(f"{role}: got {function}, wanted a Python function") from None
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return tuple(options)
-    names = [p.name for p in parameters[leading:]]
-    named = any(p.kind is p.KEYWORD_ONLY for p in parameters)
-    if named or len(parameters) < leading or set(names) != set(options):
+    arrays = [p for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)][:leading]
+    others = [p for p in parameters if p not in arrays and p.kind is not p.VAR_POSITIONAL]
+    names = [p.name for p in others if p.name in options or p.default is p.empty]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        names = list(options)
+    enough = len(arrays) == leading or any(p.kind is p.VAR_POSITIONAL for p in arrays)
+    by_name = all(p.kind is not p.POSITIONAL_ONLY for p in others)
+    if not (enough and by_name and set(names) == set(options)):
         raise InputError(
             f"{role}: got parameters ({', '.join(map(str, parameters))}), wanted {leading} arrays "
-            f"and then the options {list(options)}, not keyword-only"
+            f"and then the options {list(options)}"
         )
     return tuple(names)
 
@@ -60,14 +63,15 @@ def slopes_of(value: Callable[..., Array], names: Sequence[str], options: Mappin
     """Return the slopes of a value, differentiated by JAX (see `elementwise_loss`)."""
     differentiable = [options[name].differentiable for name in names]
 
-    def slopes(*args):
-        leading = len(args) - len(names)
+    def slopes(*arrays, **given):
+        args, leading = (*arrays, *(given[name] for name in names)), len(arrays)
         wanted = [i for i in range(len(args)) if i < leading or differentiable[i - leading]]
         moved = [i for i in wanted if isinstance(args[i], Array)]
         shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in jax.tree.leaves(args)))
 
         def total(*arrays):
-            return value(*(dict(enumerate(args)) | dict(zip(moved, arrays))).values())
+            all_args = list((dict(enumerate(args)) | dict(zip(moved, arrays))).values())
+            return value(*all_args[:leading], **dict(zip(names, all_args[leading:])))
 
         full = (jnp.broadcast_to(args[i], shape) for i in moved)
         losses, transpose = jax.vjp(total, *full)
@@ -78,9 +82,12 @@ def slopes_of(value: Callable[..., Array], names: Sequence[str], options: Mappin
 
 
 def slopes_by_name(
-    found: Slopes, leading: int, names: Sequence[str], options: Mapping[str, Option]
-) -> tuple[Slopes, dict[str, Any]]:
-    """Return the slopes in the leading arrays, and the slopes in the options by name."""
+    found: Slopes, like: Array, leading: int, names: Sequence[str], options: Mapping[str, Option]
+) -> tuple[list[Array], dict[str, Array]]:
+    """Return the slopes in the leading arrays, and the slopes in the options by name.
+
+    They are arrays like the losses; 0 for None.
+    """
     differentiable = [name for name in names if options[name].differentiable]
     count = len(found) if isinstance(found, tuple | list) else 0
     if count != leading + len(differentiable):
@@ -88,8 +95,14 @@ def slopes_by_name(
             f"slopes: got {count} derivatives, wanted {leading + len(differentiable)}: "
             f"{leading} and then those in {differentiable}"
         )
-    of_options: dict[str, Any] = dict.fromkeys(options)
-    return found[:leading], of_options | dict(zip(differentiable, found[leading:]))
+    arrays = []
+    for slope in found:
+        x = arguments.number_array("slopes", 0 if slope is None else slope, like.dtype)
+        why = "a number, or the shape of the losses"
+        arguments.check_shape("slopes", x, like.shape if x.ndim else (), why)
+        arrays.append(jnp.broadcast_to(x, like.shape).astype(like.dtype))
+    of_options = dict.fromkeys(options, jnp.zeros_like(like))
+    return arrays[:leading], of_options | dict(zip(differentiable, arrays[leading:]))
 
 
 def signature_of(
@@ -106,12 +119,13 @@ def signature_of(
     return inspect.Signature([*arrays, *declared, *(p for p in others if p.kind is keyword)])
 
 
-def check_value(result: Any, shape: tuple[int, ...]) -> None:
-    """Raise unless `result`, which the value of a loss returned, is an array of this shape."""
-    got = f"shape {result.shape}" if isinstance(result, Array) else type(result).__name__
-    arguments.require(
-        got == f"shape {shape}", f"value: got {got}, wanted an array of shape {shape}"
+def check_value(result: Any, like: Array) -> None:
+    """Raise unless `result`, which the value of a loss returned, is an array like this one."""
+    got, wanted = (
+        f"{x.dtype}{list(x.shape)}" if isinstance(x, Array) else type(x).__name__
+        for x in (result, like)
     )
+    arguments.require(got == wanted, f"value: got {got}, wanted an array {wanted}")
 
 
 class ElementwiseLoss:
@@ -131,8 +145,7 @@ class ElementwiseLoss:
         names = parameter_order("value", value, 2, options)
         slope_names = names if slopes is None else parameter_order("slopes", slopes, 2, options)
         slopes = slopes_of(value, names, options) if slopes is None else slopes
-        self._value, self._names = value, names
-        self._slopes, self._slope_names = slopes, slope_names
+        self._value, self._slopes, self._slope_names = value, slopes, slope_names
         self.__name__ = getattr(value, "__name__", "loss").strip("_")
         self.__doc__ = value.__doc__
         self.declaration = Loss(self.__name__, "elementwise", ("hard", "soft"), self.options, self)
@@ -152,7 +165,7 @@ class ElementwiseLoss:
         def losses(*args):
             z, y, invalid, options = prepare(False, *args)
             result = self.value_of(z, y, options)
-            check_value(result, z.shape)
+            check_value(result, z)
             return arguments.mask_and_invalidate(result, invalid, args[-1])
 
         def all_slopes(*args):
@@ -161,6 +174,10 @@ class ElementwiseLoss:
             return jax.tree.map(finish, self.slopes_of(z, y, options))
 
         self._core = _with_slopes(losses, all_slopes)
+
+    def __deepcopy__(self, memo: Any) -> "ElementwiseLoss":
+        """Return the loss itself, as for a function."""
+        return self
 
     @check_call
     def __call__(
@@ -203,19 +220,15 @@ class ElementwiseLoss:
 
     def value_of(self, z: Array, y: Array, options: Mapping[str, Any]) -> Array:
         """Return the value for options by name."""
-        return self._value(z, y, *(options[name] for name in self._names))
+        return self._value(z, y, **options)
 
     def slopes_of(
         self, z: Array, y: Array, options: Mapping[str, Any]
     ) -> tuple[Array, Array, dict[str, Array]]:
         """Return the derivatives of the value in the logit, the label and the options by name."""
-        found = self._slopes(z, y, *(options[name] for name in self._slope_names))
-        found = slopes_by_name(found, 2, self._slope_names, self.options)
-        (by_logit, by_label), of_options = jax.tree.map(
-            lambda slope: jnp.broadcast_to(0 if slope is None else slope, z.shape).astype(z.dtype),
-            found,
-            is_leaf=lambda slope: slope is None,
-        )
+        found = self._slopes(z, y, **options)
+        slopes, of_options = slopes_by_name(found, z, 2, self._slope_names, self.options)
+        by_logit, by_label = slopes
         return by_logit, by_label, of_options
 
 
@@ -278,8 +291,7 @@ def elementwise_loss(
     Args:
       value: `value(logit, label, *options) -> losses`. The arrays have the dtype of the loss and
         broadcast to the logits. A static exponent is a Python number, a flag a Python bool, an
-        option that is left out None. Parameters after the first two have the options' names, in
-        any order.
+        option that is left out None. Parameters after the first two have the options' names.
       slopes: None, or a function like `value` that returns a tuple: the derivative of the value
         in the logit, in the label, and in each of its options in the order of its own parameters,
         without masks and flags. None stands for a derivative that is 0. `slopes` gets finite

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments, scalar
 from focal_jax.engine.blocks import in_blocks
 from focal_jax.engine.class_axis import cast_logits, class_index, pick_class, reduce_classes
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.cpu_sums import is_at_most
-from focal_jax.engine.options import unwrap
+from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options, unwrap
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.rows import (
     RowSums,
@@ -31,7 +32,7 @@ from focal_jax.engine.rows import (
     whole_gradient,
     zero_near_max,
 )
-from focal_jax.engine.sharding import cast_to_common_varying
+from focal_jax.engine.sharding import cast_to_common_varying, place_like
 
 
 class ClassArgs(NamedTuple):
@@ -110,7 +111,7 @@ def _sum_in_one_pass(axis: int, at_max: Array, by_n: Array, *others: Array):
     initial = jnp.array(True), zero, zero, (zero,) * len(others)
     operands = at_max, by_n, jnp.zeros_like(by_n), others
     *slopes, sums = reduce_classes(axis, operands, initial, combine)
-    # A reduction of one class may not have combined anything.
+    # With one class, XLA may return the operand without calling `combine`.
     own, rest = select(*slopes) if is_at_most(by_n.shape[axis], 1) else slopes[1:]
     return Split(own, rest), sums
 
@@ -322,6 +323,27 @@ def sum_over_classes(loss: Any, axis: int, args: ClassArgs, smoothing: Smoothing
     logits may then be a slice of the classes, and the caller adds up the slices.
     """
     return _core(_Spec(loss, axis, smoothing), cast_to_common_varying(args)[0])
+
+
+def distribution_losses(
+    loss: Any, logits: ArrayLike, labels: ArrayLike, alpha: Any, axis: int, where: Any, options: Any
+) -> Array:
+    """Return `sum over c of alpha_c y_c f(p_c)`, see `PositionLoss.of_distribution`."""
+    check_names(loss.__name__, loss.options, options)
+    logits = arguments.floating_array("logits", logits)
+    axis = arguments.static_axis(axis, logits.ndim)
+    labels = arguments.real_array("labels", labels)
+    why = "a distribution over the classes, as the logits"
+    arguments.check_shape("labels", labels, logits.shape, why)
+    arguments.warn_of_one_class(logits.shape[axis])
+    losses = logits.shape[:axis] + logits.shape[axis + 1 :]
+    dtype, num_classes = arguments.compute_dtype(logits), logits.shape[axis]
+    alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
+    alpha = alpha.reshape([alpha.size if i == axis else 1 for i in range(logits.ndim)])
+    prepared = prepare_options(loss.options, options, losses, dtype, axis, num_classes)
+    mask = arguments.mask_array(where, losses, axis)
+    args = ClassArgs(logits, *place_like(logits, (labels, alpha, prepared, mask)))
+    return jnp.squeeze(sum_over_classes(loss, axis, args, None), axis)
 
 
 # ---------------------------------------------------------------- probabilities of all classes

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from focal_jax.engine import arguments, class_sums
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.class_axis import ClassSums
-from focal_jax.engine.options import CLASS_WEIGHTS, check_names, prepare_options
+from focal_jax.engine.options import CLASS_WEIGHTS, LABEL_SMOOTHING, check_names, prepare_options
 from focal_jax.engine.sharding import AxisName, check_not_varying, class_range, place_like
 
 _BLOCK = 256  # positions whose weights share a cotangent, see `_pick`
@@ -86,7 +86,7 @@ def integer_losses(
 ) -> Any:
     """Check and prepare the arguments, and return the losses, or a pair with the log-sum-exp."""
     check_names(loss.__name__, loss.options, options)
-    smoothing = arguments.static_label_smoothing(label_smoothing)
+    smoothing = LABEL_SMOOTHING.static("label_smoothing", label_smoothing)
     if smoothing and loss.row_option is not None:
         raise InputError(
             f"label_smoothing: got {smoothing}, wanted 0: {loss.__name__} is defined for the class "
@@ -192,8 +192,9 @@ def _pick(weights: Array, labels: Array) -> Array:
 @_pick.defjvp
 def _pick_jvp(primals, tangents):
     # The transpose of a gather adds the cotangents one after another, which loses digits if there
-    # are many. So each block of positions has weights of its own, and the cotangents of the blocks
-    # are added by a reduction. With the sum of zeros, so has each example of a `vmap`.
+    # are many. So each block of positions gets its own copy of the weights, and a reduction adds
+    # the cotangents of the copies. The sum of zeros makes the copy depend on the labels, so that
+    # under `vmap` every example has its own copy too.
     weights, labels = primals
     zero = 0 * labels  # so that the index of the block has the sharding of the labels
     block = jnp.arange(labels.size, dtype=labels.dtype).reshape(labels.shape) // _BLOCK + zero

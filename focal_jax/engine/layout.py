@@ -37,7 +37,7 @@ def layout_of(
     if mesh is None:
         mesh = features.mesh if kernel.mesh.empty else kernel.mesh
         classes, spec = kernel.spec[class_axis], features.spec
-        # `jax.shard_map` has no rule for `vmap` over a sharded axis, so it runs only if needed.
+        # Only for sharded classes: `jax.shard_map` does not support `vmap` over a sharded axis.
         if not _explicit(mesh) or classes is None:
             return None
         if class_axis_name not in (None, classes):

@@ -1,4 +1,4 @@
-"""Checks and chunk size of the linear head, whose logits are `features @ kernel + bias`."""
+"""The linear head, a source of the logits `features @ kernel + bias`, and its checks."""
 
 from typing import Any
 

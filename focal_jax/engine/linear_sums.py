@@ -34,7 +34,7 @@ from focal_jax.engine.rows import RowSums, Split
 
 def _no_sums(linear: Linear) -> ClassSums:
     zero = linear.zeros()
-    # Finite, because -inf - -inf would be NaN if no class is left.
+    # The initial maximum is finite: if every logit is -inf, -inf - -inf would be NaN.
     return ClassSums(jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero, zero)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments
+from focal_jax.engine import arguments, scalar
 from focal_jax.engine.arguments import shown
 from focal_jax.engine.options import check_call, check_names, prepare_options
 from focal_jax.engine.position import PositionLoss
@@ -63,4 +63,4 @@ def of_log_probability(
     prepared, mask = place_like(log_p, (prepared, mask))
     log_p = log_p.astype(dtype)
     one = jnp.ones((1,) * log_p.ndim, dtype)
-    return position.of_sums(log_p, -jnp.expm1(log_p), one, prepared, mask, ~(log_p <= 0))
+    return position.of_sums(log_p, -scalar.expm1(log_p), one, prepared, mask, ~(log_p <= 0))

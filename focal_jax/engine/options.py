@@ -57,8 +57,8 @@ def unwrap(option: Any) -> Any:
 class Option:
     """One option of a loss: its default and the values that are valid."""
 
-    # Numbers are traced and differentiable; so are exponents unless they are Python numbers, which
-    # are static. Masks are bool arrays, flags Python bools.
+    # A number is traced and differentiable. An exponent is static if it is a Python number, else
+    # like a number. Masks are bool arrays, flags Python bools.
     kind: Literal["number", "exponent", "mask", "flag"]
     default: float | bool | None  # None: the option may be left out
     low: float = -math.inf
@@ -124,6 +124,13 @@ class Option:
             hint = "; None means no weighting, for which other libraries use -1"
             hint = hint if name == "alpha" and self.optional else ""
             raise InputError(f"{name}: got {wrong:g}, wanted {self.wanted}{hint}")
+
+    def static(self, name: str, value: Any) -> float:
+        """Return a Python or NumPy number as a float; raise if it is not valid."""
+        real = arguments.real_number(value)
+        if real is None:
+            raise InputError(f"{name}: got {arguments.shown(value)}, wanted {self.wanted}")
+        return self.check(name, real)
 
     def prepare(
         self,
@@ -206,6 +213,7 @@ POSITIVE_WEIGHT = number(None, low=0.0, high=1.0)
 CLASS_WEIGHTS = number(None, low=0.0, per_class=True)
 # The divisor of the logits, one number or one per position.
 TEMPERATURE = number(1.0, low=0.0, above_low=True)
+LABEL_SMOOTHING = number(0.0, low=0.0, high=1.0, below_high=True)
 
 
 def declared(options: Mapping[str, Any], *functions: Callable[..., Any]) -> dict[str, Option]:
@@ -233,6 +241,7 @@ _HINTS = {
     **dict.fromkeys(("dim", "class_axis"), "use axis="),
     "mask": "use where=",
     "from_logits": "all losses take logits",
+    "apply_class_balancing": "alpha= is the weight of the positives",
     "pos_weight": "focal_jax.training.positive_weight returns alpha and a factor",
 }
 
@@ -250,13 +259,15 @@ def check_names(loss: str, known: Iterable[str], given: Iterable[str]) -> None:
 
 def check_call(function: F) -> F:
     """Raise `InputError` if the arguments do not fit the signature of the function (decorator)."""
-    signature, name = inspect.signature(function), function.__qualname__
+    signature = inspect.signature(function)
+    name = function.__qualname__.removesuffix(".__init__")
     named = {k: p for k, p in signature.parameters.items() if k != "self"}
     names = [p.replace(annotation=p.empty) for p in named.values()]
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("keras."):  # Keras's own call
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("keras.") and "self" not in signature.parameters:  # Keras's own call
             raise InputError(f"{name}: got Keras's (y_true, y_pred), wanted focal_jax.compat.keras")
         try:
             signature.bind(*args, **keywords)

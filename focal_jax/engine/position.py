@@ -26,18 +26,9 @@ from focal_jax.engine.elementwise import (
     slopes_by_name,
     slopes_of,
 )
-from focal_jax.engine.options import (
-    CLASS_WEIGHTS,
-    Option,
-    check_call,
-    check_names,
-    declared,
-    number,
-    prepare_options,
-    unwrap,
-)
+from focal_jax.engine.options import CLASS_WEIGHTS, Option, check_call, declared, number, unwrap
 from focal_jax.engine.scalar import Terms
-from focal_jax.engine.sharding import AxisName, cast_to_common_varying, place_like
+from focal_jax.engine.sharding import AxisName, cast_to_common_varying
 
 # An option that is computed from the row of logits:
 # (axis, class_axis_name, logits, class sums, mask) -> array.
@@ -59,13 +50,10 @@ class PositionLoss:
     ):
         self.options, self.row_option = dict(options), row_option
         inner = self.options if row_option is None else self.options | {row_option[0]: number(0.0)}
-        self._inner = inner
-        self._value, self._names = value, parameter_order("value", value, 1, inner)
-        if slopes is None:
-            self._slopes, self._slope_names = _slopes_of(value, self._names, inner), self._names
-        else:
-            self._slopes = slopes
-            self._slope_names = parameter_order("slopes", slopes, 1, inner)
+        names = parameter_order("value", value, 1, inner)
+        slope_names = names if slopes is None else parameter_order("slopes", slopes, 1, inner)
+        self._value, self._inner, self._slope_names = value, inner, slope_names
+        self._slopes = _slopes_of(value, names, inner) if slopes is None else slopes
         self._core = _with_slopes(self)
         self.__name__ = getattr(value, "__name__", "loss").strip("_")
         self.__doc__ = value.__doc__
@@ -79,6 +67,10 @@ class PositionLoss:
         )
         call = PositionLoss.__call__
         self.__signature__ = signature_of(self.options, call, head.integer_losses)
+
+    def __deepcopy__(self, memo: Any) -> "PositionLoss":
+        """Return the loss itself, as for a function."""
+        return self
 
     @check_call
     def __call__(
@@ -133,37 +125,21 @@ class PositionLoss:
 
         The arguments are those of `focal_jax.softmax_focal_loss`.
         """
-        from focal_jax.engine import every_class  # see `linear`
+        from focal_jax.engine.every_class import distribution_losses  # see `linear`
 
-        check_names(self.__name__, self.options, options)
-        logits = arguments.floating_array("logits", logits)
-        axis = arguments.static_axis(axis, logits.ndim)
-        labels = arguments.real_array("labels", labels)
-        why = "a distribution over the classes, as the logits"
-        arguments.check_shape("labels", labels, logits.shape, why)
-        arguments.warn_of_one_class(logits.shape[axis])
-        losses = logits.shape[:axis] + logits.shape[axis + 1 :]
-        dtype, num_classes = arguments.compute_dtype(logits), logits.shape[axis]
-        alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
-        alpha = alpha.reshape([alpha.size if i == axis else 1 for i in range(logits.ndim)])
-        prepared = prepare_options(self.options, options, losses, dtype, axis, num_classes)
-        mask = arguments.mask_array(where, losses, axis)
-        given = place_like(logits, (labels, alpha, prepared, mask))
-        args = every_class.ClassArgs(logits, *given)
-        return jnp.squeeze(every_class.sum_over_classes(self, axis, args, None), axis)
+        return distribution_losses(self, logits, labels, alpha, axis, where, options)
 
     def value_of(self, t: Terms, options: Mapping[str, Any]) -> Array:
         """Return the value for options by name."""
-        result = self._value(t, *(options[name] for name in self._names))
-        check_value(result, t.n.shape)
+        result = self._value(t, **options)
+        check_value(result, t.n)
         return result
 
     def slopes_of(self, t: Terms, options: Mapping[str, Any]) -> tuple[Array, dict[str, Any]]:
         """Return the derivative of the value in n, and the derivatives in the options by name."""
-        found = self._slopes(t, *(options[name] for name in self._slope_names))
-        (by_n,), of_options = slopes_by_name(found, 1, self._slope_names, self._inner)
-        zero = jnp.zeros_like(t.n)
-        return by_n, {name: zero if x is None else x for name, x in of_options.items()}
+        found = self._slopes(t, **options)
+        (by_n,), of_options = slopes_by_name(found, t.n, 1, self._slope_names, self._inner)
+        return by_n, of_options
 
     def of_sums(self, label_logit, rest, weight, options, where, invalid) -> Array:
         """Return the losses from the class sums, see `scalar.softmax_terms`."""
@@ -174,11 +150,11 @@ class PositionLoss:
 def _slopes_of(value: Callable[..., Array], names: Sequence[str], options: Mapping[str, Option]):
     """Return the slopes of a value, differentiated by JAX (see `position_loss`)."""
 
-    def slopes(t, *given):
-        def shifted(n, *given):
-            return value(scalar.shift_log_p(t, -n), *given)
+    def slopes(t, **given):
+        def shifted(n, **given):
+            return value(scalar.shift_log_p(t, -n), **given)
 
-        return slopes_of(shifted, names, options)(jnp.zeros_like(t.n), *given)
+        return slopes_of(shifted, names, options)(jnp.zeros_like(t.n), **given)
 
     return slopes
 
@@ -258,7 +234,7 @@ def position_loss(
 
     Args:
       value: `value(terms, *options) -> losses`, of the `Terms` of the true class. Parameters after
-        the first have the options' names, in any order. The engine multiplies the value by the
+        the first have the options' names. The engine multiplies the value by the
         class weight `alpha`, which is an option of every loss of a position.
       slopes: None, or a function like `value` that returns a tuple: the derivative of the value
         in `n = -log p`, and in each of its options in the order of its own parameters. `slopes`

@@ -7,8 +7,9 @@ of that class and of sums over the others, so none of them is a difference of ne
     log-sum-exp                = max_logit + log1p(rest)
     entropy                    = log1p(rest) + spread / (1 + rest)
 
-The rows are an array of logits, or `features @ kernel` in chunks. In both cases the classes may be
-sharded over devices.
+In `x = logit - max_logit` the largest logit is a constant: the results do not depend on the number
+that is subtracted, and so their derivatives do not cancel. The rows are an array of logits, or
+`features @ kernel` in chunks. In both cases the classes may be sharded over devices.
 """
 
 from functools import partial
@@ -22,7 +23,7 @@ from focal_jax.engine import arguments, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
 from focal_jax.engine.class_axis import cast_logits, class_index, pick_class
 from focal_jax.engine.cpu import compile_separately
-from focal_jax.engine.cpu_sums import MAX_FLOAT_INDEX, is_at_most
+from focal_jax.engine.cpu_sums import MAX_FLOAT_INDEX, is_at_most, minimum_with_distance
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.rows import RowSums, Split
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying, class_range, place_like
@@ -35,7 +36,9 @@ class RowStatistics(NamedTuple):
       max_logit: the largest logit; finite even if every logit is -inf.
       max_class: the index of the first class with that logit; -1 if there is no class.
       rest: the sum over the other classes of `exp(x)`, with `x = logit - max_logit`.
-      spread: the sum over the other classes of `-x * exp(x)`.
+      spread: the sum over all classes of `-x * exp(x)`. Only `moment` has its derivative.
+      moment: the sum over all classes of `(1 - x) * exp(x)`, minus 1. Its derivative in a logit is
+        `-x * exp(x)`.
       picked: the logits of K given classes, with a class axis of size K; 0 for an index that is
         not one of the classes; None if no classes are given.
     """
@@ -44,15 +47,56 @@ class RowStatistics(NamedTuple):
     max_class: Array
     rest: Array
     spread: Array
+    moment: Array
     picked: Any
+
+    @property
+    def top(self) -> Array:
+        """The largest logit as a constant."""
+        return lax.stop_gradient(self.max_logit)
+
+    @property
+    def at_max(self) -> Array:
+        """`exp(x)` of the largest class: 1, with the derivative of the largest logit."""
+        return jnp.exp(self.max_logit - self.top)
 
 
 def row_of(found: RowStatistics) -> RowSums:
-    """Return the sums of the exponentials, with the derivative in all logits."""
-    top = lax.stop_gradient(found.max_logit)
-    one = jnp.exp(found.max_logit - top)  # with the derivative of the largest logit
-    at_max = jnp.where(top > jnp.finfo(top.dtype).min, one, 0)
-    return RowSums(top, Split(at_max, found.rest * one))
+    """Return the sums of the exponentials."""
+    at_max = jnp.where(found.top > jnp.finfo(found.top.dtype).min, found.at_max, 0)
+    return RowSums(found.top, Split(at_max, found.rest))
+
+
+def entropy(row: RowStatistics) -> Array:
+    """Return the entropy of the softmax of each row."""
+    return _entropy(row.at_max, row.rest, row.spread, row.moment)
+
+
+@jax.custom_jvp
+def _entropy(at_max: Array, rest: Array, spread: Array, moment: Array) -> Array:
+    del moment  # for the derivative
+    return jnp.log1p((at_max - 1) + rest) + spread / (at_max + rest)
+
+
+@_entropy.defjvp
+def _entropy_jvp(primals, tangents):
+    # With the derivative of the spread, the derivatives of the two terms in a logit would cancel.
+    (at_max, rest, *_), (d_at_max, d_rest, _, d_moment) = primals, tangents
+    share = 1 / (at_max + rest)
+    mean = _spread(*primals) * share  # of max_logit - logit
+    return _entropy(*primals), share * (d_moment - mean * (d_at_max + d_rest))
+
+
+@jax.custom_jvp
+def _spread(at_max: Array, rest: Array, spread: Array, moment: Array) -> Array:
+    del at_max, rest, moment  # for the derivative
+    return spread
+
+
+@_spread.defjvp
+def _spread_jvp(primals, tangents):
+    d_at_max, d_rest, _, d_moment = tangents
+    return _spread(*primals), d_moment - d_at_max - d_rest
 
 
 def _columns(indices: Array | None, axis: int) -> list[Array]:
@@ -69,33 +113,22 @@ def _pick(z: Array, indices: Array | None, start: Any, axis: int) -> Array | Non
     return jnp.concatenate(columns, axis) if columns else pick_class(z, indices - start, axis)
 
 
-@jax.custom_jvp
-def _minimum(e: Array, distance: Array) -> Array:
-    """Return `e`, which is at most 1, and 0 for a distance of 0."""
-    return jnp.minimum(e, distance)
-
-
-@_minimum.defjvp
-def _minimum_jvp(primals, tangents):
-    # The derivative of `jnp.minimum` would be 1/2 where both are 1.
-    return _minimum(*primals), jnp.where(primals[1] > 0, tangents[0], 0)
-
-
 def of_classes(axis: int, z: Array, start: Array | int, indices: Array | None) -> RowStatistics:
     """Return the statistics of the classes whose logits are `z`, of which the first is `start`."""
     index = class_index(z, axis)
     own = jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
-    top = jnp.maximum(pick_class(z, own, axis), jnp.finfo(z.dtype).min)
+    largest = jnp.maximum(pick_class(z, own, axis), jnp.finfo(z.dtype).min)
+    top = lax.stop_gradient(largest)
     # XLA:CPU does not vectorize a sum that is fused with a select or a clamp, so a minimum excludes
-    # the class. XLA:CPU writes a subexpression that both sums share to memory, and a distance
-    # between integers; floats are exact for few classes.
+    # the class. XLA:CPU writes a subexpression to memory if both sums use it; the barrier keeps the
+    # sums apart. It also writes integer distances, so they are floats if those are exact.
     exact = z.dtype if is_at_most(z.shape[axis], MAX_FLOAT_INDEX) else jnp.int32
     again = by_platform(lax.optimization_barrier, lambda same: same, (own, top))
     is_last = axis == z.ndim - 1  # the sum along another axis is not fused
 
     def exponentials(z, index, own, top):
         distance = jnp.abs(index.astype(exact) - own.astype(exact)).astype(z.dtype)
-        return _minimum(jnp.exp(z - top), distance)
+        return minimum_with_distance(jnp.exp(z - top), distance)
 
     def spreads(z, index, own, top):
         x = jnp.maximum(z - top, -scalar.max_finite(z))  # finite, so that the product is
@@ -105,18 +138,20 @@ def of_classes(axis: int, z: Array, start: Array | int, indices: Array | None) -
         compute = function if is_last else partial(compile_separately, function)
         return jnp.sum(compute(z, index, own, top), axis, keepdims=True)
 
-    sums = total(exponentials, own, top), total(spreads, *again)
-    return RowStatistics(top, own + start, *sums, _pick(z, indices, start, axis))
+    x_max = largest - top
+    rest = total(exponentials, own, top)
+    spread = total(spreads, *again) - x_max * jnp.exp(x_max)
+    moment = rest + spread + jnp.expm1(x_max)
+    picked = _pick(z, indices, start, axis)
+    return RowStatistics(largest, own + start, rest, spread, moment, picked)
 
 
 def _elementwise_gradient(z, index, row, cts, picked):
     """Return the gradient of the logits; `picked` has pairs of a class index and a cotangent."""
-    (top, max_class, rest, spread), (of_top, of_rest, of_spread) = row, cts
+    (top, max_class), (of_max, of_rest, of_moment) = row, cts
     x = scalar.clip_inf(z - top)
-    of_others = jnp.exp(x) * (of_rest - (1 + x) * of_spread)
-    # The largest class moves the `x` of all others.
-    of_max = of_top - rest * of_rest + (rest - spread) * of_spread
-    dz = jnp.where(index == max_class, of_max, of_others)
+    e = jnp.exp(x)
+    dz = jnp.where(index == max_class, of_max, e * of_rest) - x * e * of_moment
     for label, ct in picked:
         dz = dz + jnp.where(index == label, ct, 0)
     return dz
@@ -125,45 +160,49 @@ def _elementwise_gradient(z, index, row, cts, picked):
 def _gradient(compute: Any, axis: int, z: Array, index: Array, indices: Any, row, cts) -> Array:
     """Return the gradient of the logits."""
     pairs = list(zip(_columns(indices, axis), _columns(cts.picked, axis)))
-    of_sums = cts.max_logit, cts.rest, cts.spread
-    dz = compute(_elementwise_gradient, z, index, row[:4], of_sums, pairs)
+    of_sums = cts.max_logit, cts.rest, cts.moment
+    dz = compute(_elementwise_gradient, z, index, (row.top, row.max_class), of_sums, pairs)
     if indices is None or pairs:
         return dz
     local = indices - lax.index_in_dim(index, 0, axis)
     return dz + jax.linear_transpose(lambda z: pick_class(z, local, axis), z)(cts.picked)[0]
 
 
-def _rescaled(row: RowStatistics, shift: Array, largest: Array) -> tuple[Array, Array]:
-    """Return `rest` and `spread` for a largest logit that is higher by `-shift`.
+def _rescaled(row: RowStatistics, shift: Array, largest: Array) -> tuple[Array, ...]:
+    """Return `rest`, `spread` and `moment` for a largest logit that is higher by `-shift`.
 
     `largest` marks the rows that keep their largest class; otherwise it joins the other classes.
     """
-    others = row.rest + jnp.where(largest | (row.max_class < 0), 0, jnp.ones_like(row.rest))
+    joins = ~(largest | (row.max_class < 0))
+    rest = row.rest + jnp.where(joins, row.at_max, 0)
+    moment = row.moment + jnp.where(joins, jnp.ones_like(rest), 0)
     shift = jnp.where(largest, 0, scalar.clip_inf(shift))
-    return jnp.exp(shift) * others, jnp.exp(shift) * (row.spread - shift * others)
+    factor, moved = jnp.exp(shift), shift * rest
+    return factor * rest, factor * (row.spread - moved), factor * (moment - moved)
 
 
 def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
     """Return the statistics of the classes of `a` and, with larger indices, of `b`."""
     first = a.max_logit >= b.max_logit
-    top, max_class = (jnp.where(first, *pair) for pair in zip(a[:2], b[:2]))
-    sums = _rescaled(a, a.max_logit - top, first), _rescaled(b, b.max_logit - top, ~first)
-    rest, spread = jax.tree.map(jnp.add, *sums)
-    return RowStatistics(top, max_class, rest, spread, jax.tree.map(jnp.add, a.picked, b.picked))
+    largest, max_class = (jnp.where(first, *pair) for pair in zip(a[:2], b[:2]))
+    top = lax.stop_gradient(largest)
+    sums = _rescaled(a, a.top - top, first), _rescaled(b, b.top - top, ~first)
+    rest, spread, moment = (x + y for x, y in zip(*sums))
+    picked = jax.tree.map(jnp.add, a.picked, b.picked)
+    return RowStatistics(largest, max_class, rest, spread, moment, picked)
 
 
 def over_shards(row: RowStatistics, name: AxisName, start: Array) -> RowStatistics:
     """Return the statistics of all classes from those of this device's classes.
 
-    The collectives exchange four numbers per row, an index, and K logits.
+    The collectives exchange five numbers per row, two indices, and K logits.
     """
-    own, device = lax.stop_gradient(row.max_logit), lax.axis_index(name)
-    holds = jnp.where(own == lax.pmax(own, name), device, lax.axis_size(name))
+    top, device = lax.pmax(row.top, name), lax.axis_index(name)
+    holds = jnp.where(row.top == top, device, lax.axis_size(name))
     largest = lax.pmin(holds, name) == device
     mine = jnp.where(largest, row.max_logit, 0), jnp.where(largest, row.max_class + start, 0)
-    top, max_class = lax.psum(mine, name)
-    sums = _rescaled(row, row.max_logit - top, largest)
-    return RowStatistics(top, max_class, *lax.psum((*sums, row.picked), name))
+    sums = _rescaled(row, row.top - top, largest)
+    return RowStatistics(*lax.psum((*mine, *sums, row.picked), name))
 
 
 def of_source(
@@ -186,9 +225,10 @@ def _of_shards(source: Any, logits: Any, class_axis_name, indices: Array, where)
 def of_picked(row: RowStatistics, indices: Array) -> tuple[Array, Array]:
     """Return `logit - max_logit` of each picked class, and the sum of the other exponentials."""
     is_max = indices == row.max_class
-    x = jnp.where(is_max, 0, row.picked - row.max_logit)
+    # Exactly 0 for the largest class, whose logit XLA may compute twice with different roundings.
+    x = row.picked - jnp.where(is_max, lax.stop_gradient(row.picked), row.top)
     # Only the largest class can be more than half of the sum, so this difference does not cancel.
-    others = (row.rest - jnp.exp(jnp.minimum(x, 0))) + 1
+    others = (row.rest - jnp.exp(jnp.where(x <= 0, x, 0))) + row.at_max
     return x, jnp.where(is_max, row.rest, others)
 
 
@@ -242,7 +282,7 @@ def of_chunks(
     nothing = jnp.full_like(zero, jnp.finfo(zero.dtype).min), zero.astype(jnp.int32) - 1
     # A sum with zeros, so that inside `shard_map` the carry varies over the axes of the features.
     picked = None if indices is None else zero + jnp.zeros(indices.shape, zero.dtype)
-    initial = RowStatistics(*nothing, zero, zero, picked)
+    initial = RowStatistics(*nothing, zero, zero, zero, picked)
     return chunks.fold(step, initial, spec, masked)
 
 

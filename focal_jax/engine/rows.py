@@ -2,9 +2,9 @@
 
 Every class c needs `1 - p_c`, and this difference cancels only if `p_c` is well above 1/2. At most
 one class has such a probability: a class with the largest logit. Its `1 - p` is computed as the sum
-of the other exponentials divided by the sum of all. So the sum over a row is kept in two parts: 1
-for a class with the largest logit, and the rest. That class dominates if the rest is below 1/2;
-then it is the only class near the largest logit. So no class index is needed.
+of the other exponentials divided by the sum of all. So the sum of a row is stored in two parts: 1,
+for one class with the largest logit, and the rest. If the rest is below 1/2, exactly one class has
+a logit near the maximum, and it can be found by its logit instead of by an index.
 """
 
 import math
@@ -35,8 +35,8 @@ class RowSums(NamedTuple):
     """The exponentials of one position, with a class axis of size 1.
 
     `max_logit` has no derivative: the losses do not depend on the number that is subtracted. `exps`
-    is the sum of `exp(logit - max_logit)`. Its first part is 1, for one class with the largest
-    logit; further classes with that logit count in the rest.
+    is the sum of `exp(logit - max_logit)`. `exps.at_max` is 1. If several classes tie for the
+    largest logit, the others are part of `exps.rest`.
     """
 
     max_logit: Array

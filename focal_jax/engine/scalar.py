@@ -107,6 +107,12 @@ def artanh_remainder(square: Array) -> Array:
     return _series(square, _ARTANH[square.dtype.itemsize][1:])
 
 
+def expm1(x: Array) -> Array:
+    """Return `exp(x) - 1`. JAX's derivative, `expm1(x) + 1`, cancels for a large negative x."""
+    e = jnp.exp(x)
+    return jnp.expm1(lax.stop_gradient(x)) + (e - lax.stop_gradient(e))
+
+
 def exp_neg_abs(z: Array) -> Array:
     """Return `exp(-|z|)`."""
     return jnp.exp(-jnp.abs(z))
@@ -133,6 +139,18 @@ def n_over_q(n: Array, q: Array) -> Array:
     return jnp.where(q == 0, 1, divide(n, q))
 
 
+def n_over_q_slope(q: Array) -> Array:
+    """Return the derivative of `-log(1 - q) / q` for q in [0, 1/2]."""
+    u = q / (2 - q)
+    return 0.5 * (1 + u) * (1 + u) * (1 / (1 - u) - u * artanh_remainder(u * u))
+
+
+def _one_minus_p_n_over_q(t: Terms) -> Array:
+    """Return `1 - p * n / q`, which is about q / 2 for a small q."""
+    of_small_q = t.p * t.q * n_over_q_slope(jnp.minimum(t.q, 0.5))
+    return jnp.where(t.q < 0.5, of_small_q, 1 - t.p * clip_inf(t.n_over_q))
+
+
 def terms_tangents(t: Terms, dx: Array) -> Terms:
     """Return the tangents of the terms for the tangent of the margin.
 
@@ -141,7 +159,7 @@ def terms_tangents(t: Terms, dx: Array) -> Terms:
     derivative of it, is bounded.
     """
     dp = t.p * t.q * dx
-    return Terms(dp, -dp, -t.q * dx, -t.p * dx, (t.p * clip_inf(t.n_over_q) - 1) * dx)
+    return Terms(dp, -dp, -t.q * dx, -t.p * dx, -_one_minus_p_n_over_q(t) * dx)
 
 
 def sigmoid_terms(logit: Array, positive: Array | None = None) -> Terms:
@@ -191,7 +209,7 @@ def cross_entropy(logit: Array, label: Array, one_minus_label: Array | None = No
 
 @jax.custom_jvp
 def _cross_entropy(z: Array, y: Array, not_y: Array) -> Array:
-    wrong = jnp.where(z >= 0, not_y, y)  # the label's weight on the side opposite to the logit
+    wrong = jnp.where(z >= 0, not_y, y)  # the weight of the class that the sign contradicts
     return log1p(exp_neg_abs(z)) + jnp.where(wrong == 0, 0, wrong * jnp.abs(z))
 
 
@@ -236,7 +254,7 @@ def shift_log_p(t: Terms, shift: Array) -> Terms:
 def _shift_log_p_jvp(primals, tangents):
     (t, _), (dt, shift) = primals, tangents
     dp, dlog_q = t.p * shift, -divide(t.p, t.q) * shift
-    dn_over_q = -divide(1 - t.n_over_q * t.p, t.q) * shift
+    dn_over_q = -divide(_one_minus_p_n_over_q(t), t.q) * shift
     by_shift = Terms(dp, -dp, -shift, dlog_q, dn_over_q)
     return t, jax.tree.map(jnp.add, dt, by_shift)
 

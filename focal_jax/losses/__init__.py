@@ -1,6 +1,6 @@
-"""The losses: one file each, with the value, its slopes, the declared options and the docstring.
+"""The losses. A file has the value, its slopes, the declared options and the docstring of a loss.
 
-Each file enters its losses in `focal_jax.catalogue`.
+`declare` enters a loss in `focal_jax.catalogue`.
 """
 
 import importlib

@@ -64,18 +64,12 @@ def _shifted_terms_jvp(primals, tangents):
     dlog_q = scalar.divide(dq, m.q)
     dn_over_q = scalar.divide(dn, m.q) - scalar.clip_inf(m.n_over_q) * dlog_q
     # This difference cancels for a small q, where n / q = 1 + q / 2 + q**2 / 3 + ...
-    dn_over_q = jnp.where(m.q < 0.5, _n_over_q_slope(jnp.minimum(m.q, 0.5)) * dq, dn_over_q)
+    dn_over_q = jnp.where(m.q < 0.5, scalar.n_over_q_slope(jnp.minimum(m.q, 0.5)) * dq, dn_over_q)
     return m, Terms(-dq, dq, dn, dlog_q, dn_over_q)
 
 
-def _n_over_q_slope(q: Array) -> Array:
-    """Return the derivative of `-log(1 - q) / q` for q in [0, 1/2]."""
-    u = q / (2 - q)
-    return 0.5 * (1 + u) * (1 + u) * (1 / (1 - u) - u * scalar.artanh_remainder(u * u))
-
-
 def _near_zero(z: Array, margin: Array, t: Terms) -> tuple[Array, Array, Array]:
-    """Return where the logit is near 0, and there `log(t.q / m.q)` and `t.n - m.n`.
+    """Return where the logit is near 0, and `log(t.q / m.q)` and `t.n - m.n`, valid only there.
 
     `t` has the terms of a positive and `m` the terms of a negative. With a small margin both are
     almost equal near the logit 0, so that differences of the terms would cancel.
@@ -119,7 +113,7 @@ def _slopes(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
     return (
         rises - y * falls,
         jnp.where(near, w_negative * difference, w_positive * t.n - w_negative * n_negative),
-        # The products of large factors come first: the others may underflow.
+        # Multiply the large factors first, because the small ones alone may underflow.
         y * (w_positive * (t.n * t_log_q)),
         not_y * (w_negative * (n_negative * m_log_q)),
         -(by_margin + lax.stop_gradient(of_negative * excess)),

@@ -28,7 +28,7 @@ def _losses(axis: int, logits: Array, labels: Array, where: Array | None) -> Arr
     sums = class_sums(axis, logits, neighbors, where)
 
     def summand(weight, i):
-        # The rest includes the other one of the two classes, if there are two.
+        # The rest excludes both classes, so the exponential of the other one is added.
         no_other = invalid | (neighbors[0] == neighbors[1])
         other = jnp.where(no_other, -jnp.inf, sums.label_logit[1 - i] - sums.max_logit)
         label_logit, rest = sums.label_logit[i] - sums.max_logit, sums.rest + jnp.exp(other)

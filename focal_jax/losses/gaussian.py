@@ -7,40 +7,26 @@ from jax.typing import ArrayLike
 from focal_jax.catalogue import declare
 from focal_jax.engine import elementwise_loss, exponent, scalar
 from focal_jax.engine.options import POSITIVE_WEIGHT
+from focal_jax.losses.sigmoid import hard_slopes, hard_value
 
 
-def _parts(z: Array, y: Array) -> tuple[Array, Array, scalar.Terms, Array, Array]:
-    """Return the peaks, the sign of the margin, the terms, `1 - y` and `log(1 - y)`.
-
-    For a peak `1 - y` counts as 1, so that its weight is 1 for every beta.
-    """
-    peak = y == 1
-    sign = jnp.where(peak, 1, -jnp.ones_like(y))
-    y = jnp.where(peak, 0, y)
-    return peak, sign, scalar.sigmoid_terms(z, peak), 1 - y, jnp.log1p(-y)
-
-
-def _alpha_weight(peak: Array, y: Array, alpha: Array | None) -> Array:
-    return jnp.ones((), y.dtype) if alpha is None else jnp.where(peak, alpha, 1 - alpha)
+def _decay(y: Array, beta: int | float | Array) -> tuple[Array, Array, Array]:
+    """Return `(1 - y)**beta`, `1 - y` and `log(1 - y)`, for a peak those of the label 0."""
+    y = jnp.where(y == 1, 0, y)
+    not_y, log_not_y = 1 - y, jnp.log1p(-y)
+    return scalar.power(not_y, log_not_y, beta), not_y, log_not_y
 
 
 def _value(z, y, alpha, gamma, beta):
-    peak, _, t, not_y, log_not_y = _parts(z, y)
-    weight = _alpha_weight(peak, y, alpha) * scalar.power(not_y, log_not_y, beta)
-    return scalar.weigh(weight, scalar.focal(t, gamma))
+    return scalar.weigh(_decay(y, beta)[0], hard_value(z, y, alpha, gamma))
 
 
 def _slopes(z, y, alpha, gamma, beta):
-    peak, sign, t, not_y, log_not_y = _parts(z, y)
-    decay, focal = scalar.power(not_y, log_not_y, beta), scalar.focal(t, gamma)
-    weight = _alpha_weight(peak, y, alpha) * decay
-    return (
-        -sign * weight * (scalar.minus_dfocal_dlog_p(t, gamma) * t.q),
-        jnp.where(peak, 0, -beta * weight / not_y * focal),
-        sign * decay * focal,
-        weight * (focal * t.log_q),
-        weight * focal * log_not_y,
-    )
+    decay, not_y, log_not_y = _decay(y, beta)
+    value = decay * hard_value(z, y, alpha, gamma)
+    by_logit, _, by_alpha, by_gamma = hard_slopes(z, y, alpha, gamma)
+    by_label = jnp.where(y == 1, 0, -beta / not_y * value)
+    return decay * by_logit, by_label, decay * by_alpha, decay * by_gamma, value * log_not_y
 
 
 _loss = elementwise_loss(

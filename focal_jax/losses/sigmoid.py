@@ -98,12 +98,14 @@ def _hard_weight(y: Array, alpha: Array | None) -> Array:
     return jnp.ones((), y.dtype) if alpha is None else jnp.where(y == 1, alpha, 1 - alpha)
 
 
-def _hard_value(z, y, alpha, gamma):
+def hard_value(z, y, alpha, gamma):
+    """Return the loss of a positive, whose label is 1, or of a negative."""
     t = scalar.sigmoid_terms(z, y == 1)
     return scalar.weigh(_hard_weight(y, alpha), scalar.focal(t, gamma))
 
 
-def _hard_slopes(z, y, alpha, gamma):
+def hard_slopes(z, y, alpha, gamma):
+    """Return the derivatives in the logit, the label (None), alpha and gamma."""
     t, weight = scalar.sigmoid_terms(z, y == 1), _hard_weight(y, alpha)
     focal = scalar.focal(t, gamma)
     by_margin = -weight * (scalar.minus_dfocal_dlog_p(t, gamma) * t.q)
@@ -113,8 +115,8 @@ def _hard_slopes(z, y, alpha, gamma):
 
 # For bool and integer labels the loss is a function of the margin, with fewer operations.
 hard_loss = elementwise_loss(
-    _hard_value,
-    _hard_slopes,
+    hard_value,
+    hard_slopes,
     label_is_invalid=lambda y: (y != 0) & (y != 1),
     alpha=POSITIVE_WEIGHT,
     gamma=exponent(2.0),

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -133,6 +134,9 @@ def run(parser: argparse.ArgumentParser, command: str, options: dict[str, Any]) 
     """Run a command. Errors of arguments and files end the program with one line and code 2."""
     try:
         COMMANDS[command](**options)
+    except BrokenPipeError:  # such as `focal-jax doctor | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (InputError, OSError) as error:
         parser.error(str(error))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:

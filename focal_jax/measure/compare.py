@@ -21,7 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 from focal_jax import catalogue, reference
 from focal_jax.catalogue import Loss
 from focal_jax.engine.arguments import InputError, shown, static_axis
-from focal_jax.engine.options import check_names, known_numbers
+from focal_jax.engine.options import check_call, check_names, known_numbers
 from focal_jax.measure.extras import require_extra
 from focal_jax.measure.report import GradientComparison, GradientError, Measurement
 
@@ -220,6 +220,7 @@ def _sample_shape(loss: Loss, shape: tuple[int, ...], axis: int) -> tuple[int, .
 # ---------------------------------------------------------------- the comparison
 
 
+@check_call
 def compare_gradients(
     loss: str | Callable = "softmax_focal_loss_with_integer_labels",
     *,

@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
 from steps import assert_equal_trainings, three_steps
 
 import focal_jax
@@ -30,6 +32,39 @@ class SoftmaxFocalLoss(base.Loss):
     def get_values(self, logits, labels):
         loss = focal_jax.softmax_focal_loss_with_integer_labels
         return loss(logits, labels[..., 0], gamma=self.gamma)[..., None]
+
+
+def test_the_trainer_on_eight_devices(tmp_path):
+    train = pytest.importorskip("kauldron.train")
+    from kauldron import data
+
+    assert jax.device_count() == 8  # over which the trainer shards the batch
+
+    class Classifier(nn.Module):
+        x: kontext.Key = "batch.x"
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4)(x)
+
+    def trained(loss):
+        batches = data.InMemoryPipeline(
+            loader=lambda: {"x": X, "labels": LABELS}, batch_size=16, shuffle=False, seed=0
+        )
+        trainer = train.Trainer(
+            workdir=tmp_path,
+            train_ds=batches,
+            model=Classifier(),
+            num_train_steps=3,
+            train_losses={"loss": loss},
+            optimizer=optax.sgd(0.5),
+        )
+        state, _ = trainer.train()
+        return jax.device_get(state.params)
+
+    keys = {"logits": "preds", "labels": "batch.labels"}
+    losses = simple.SoftmaxCrossEntropyWithIntLabels(**keys), SoftmaxFocalLoss(gamma=0.0, **keys)
+    assert_equal_trainings(*map(trained, losses))
 
 
 def test_trains_as_with_the_loss_of_kauldron():

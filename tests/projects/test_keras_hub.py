@@ -79,6 +79,89 @@ def test_retinanet_trains_as_with_the_loss_of_keras():
     assert_equal_trainings(trained(original), trained(replacement))
 
 
+def _d_fine():
+    """Return a small D-FINE with random weights, the same on every call."""
+    keras.utils.set_random_seed(0)
+    encoder = keras_hub.models.HGNetV2Backbone(
+        stem_channels=[3, 8, 8],
+        stackwise_stage_filters=[[8, 8, 16, 1, 1, 3], [16, 8, 32, 1, 1, 3]],
+        apply_downsample=[False, True],
+        use_lightweight_conv_block=[False, False],
+        depths=[1, 1],
+        hidden_sizes=[16, 32],
+        embedding_size=8,
+        use_learnable_affine_block=True,
+        hidden_act="relu",
+        image_shape=(64, 64, 3),
+        out_features=["stage1", "stage2"],
+    )
+    backbone = keras_hub.models.DFineBackbone(
+        backbone=encoder,
+        decoder_in_channels=[16, 16],
+        encoder_hidden_dim=16,
+        num_denoising=0,
+        num_labels=CLASSES,
+        hidden_dim=16,
+        learn_initial_query=False,
+        num_queries=12,
+        anchor_image_size=(64, 64),
+        feat_strides=[4, 8],
+        num_feature_levels=2,
+        encoder_in_channels=[16, 32],
+        encode_proj_layers=[1],
+        num_attention_heads=2,
+        encoder_ffn_dim=16,
+        num_encoder_layers=1,
+        hidden_expansion=0.5,
+        depth_multiplier=0.34,
+        eval_idx=-1,
+        num_decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        decoder_n_points=[2, 2],
+        lqe_hidden_dim=8,
+        num_lqe_layers=2,
+        out_features=["stage1", "stage2"],
+        image_shape=(64, 64, 3),
+        seed=0,
+    )
+    return keras_hub.models.DFineObjectDetector(
+        backbone=backbone, num_classes=CLASSES, bounding_box_format="xyxy"
+    )
+
+
+def test_d_fine_trains_as_with_the_class_loss_of_keras_hub(page, monkeypatch):
+    detector = pytest.importorskip("keras_hub.src.models.d_fine.d_fine_object_detector")
+    images = rng.normal(size=(1, 64, 64, 3)).astype(np.float32)
+    boxes = np.array([[[0.3, 0.3, 0.2, 0.3], [0.6, 0.5, 0.3, 0.4]]], np.float32)
+    labels = {"boxes": boxes, "labels": np.array([[0, 2]])}
+
+    def with_focal_jax(outputs, targets, indices, num_boxes, *_):
+        (objects,), (query, item, valid) = targets, (x[0] for x in indices)
+        classes = jnp.where(valid, objects["labels"].ravel()[item], -1)
+        matched = query, classes, objects["boxes"].reshape(-1, 4)[item]
+        pairs = outputs["logits"][0], outputs["pred_boxes"][0], *matched
+        return {"loss_vfl": page["losses_of_pairs"](*pairs, page["varifocal"])[-1] / num_boxes}
+
+    def trained():
+        model = _d_fine()
+        variables = model.trainable_variables
+
+        def total(params):
+            with keras.StatelessScope(state_mapping=list(zip(variables, params))):
+                predictions = model(images, training=True)
+                return model.compute_loss(images, labels, predictions, None)
+
+        params = [variable.value for variable in variables]
+        gradients = jax.jit(jax.grad(total))(params)
+        # With a larger rate the matching changes, and the loss rises.
+        return gradients, *three_steps(total, params, 3e-6)
+
+    original = trained()
+    monkeypatch.setattr(detector, "compute_vfl_loss", with_focal_jax)
+    assert_equal_trainings(original, trained())
+
+
 def test_d_fine_edges(page):
     d_fine = pytest.importorskip("keras_hub.src.models.d_fine.d_fine_loss")
     edges = jnp.asarray(rng.normal(size=(8, 9)), jnp.float32)
