@@ -138,7 +138,7 @@ def reduce_loss(
         the denominator of the whole batch.
 
     Returns:
-      A scalar. It is 0 if all positions are masked. Counts above 2**31 do not wrap.
+      A scalar. It is 0 if all positions are masked. Counts above `2**31` do not wrap.
 
     Raises:
       InputError: if an argument is invalid, or a Python or NumPy weight is negative.
