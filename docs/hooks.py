@@ -44,13 +44,40 @@ _NAMES = re.compile(r"<pre>.*?</pre>|<(h[1-4])\b.*?</\1>|<code>[^<]*</code>", re
 
 
 def _breakable(found: re.Match) -> str:
-    """Let a long name break after punctuation, so that it fits a narrow screen."""
+    """Let a long name break after punctuation, so that it fits a narrow screen.
+
+    Short code, numbers such as 0.5 and command-line options stay on one line.
+    """
     if found[0].startswith("<pre>"):
         return found[0]
     tags_and_texts = re.split(r"(<[^>]*>)", found[0])
-    tags_and_texts[::2] = (
-        re.sub(r"([_=(,./])(?=[\w\[])", r"\1<wbr>", x) for x in tags_and_texts[::2]
+    if found[0].startswith("<code>") and " " in found[0] and len(found[0]) < 28:
+        tags_and_texts[1] = '<code class="nowrap">'
+        return "".join(tags_and_texts)
+    for i, text in enumerate(tags_and_texts[::2]):
+        text = re.sub(r"([_(,/]|=(?!\d)|(?<!\d)\.|\.(?!\d))(?=[\w\[])", r"\1<wbr>", text)
+        text = re.sub(r"(?<![\w-])--?[A-Za-z][\w-]*", r'<span class="nowrap">\g<0></span>', text)
+        tags_and_texts[2 * i] = text
+    return "".join(tags_and_texts)
+
+
+# A cell of a table with a number, a deviation or an interval: -8.1 (-13.2 to -3.0), 0 of 5.
+_CELL = re.compile(
+    r"(<td[^>]*)>((?:<strong>)?[+±≥≤-]*\s?[\d.,]+[-+\d.,e ±\u00d7x()%]*"
+    r"(?:(?:to|of) [-+\d.,e ±()%]+)?)(?=</)"
+)
+# Parts of a text that do not break: 1e-7, 400,000 x 20
+_NUMBER = re.compile(r"(?<![\w.-])-?\d[\d.]*e-\d+|\d[\d,]*(?: [x\u00d7] \d[\d,]*)+")
+
+
+def _unbroken(content: str) -> str:
+    """Keep numbers on one line, and all of a cell that holds numbers only."""
+    content = _CELL.sub(r'\1 class="nowrap">\2', content)
+    tags_and_texts = re.split(
+        r"(<pre\b.*?</pre>|<math\b.*?</math>|<[^>]*>)", content, flags=re.DOTALL
     )
+    for i, text in enumerate(tags_and_texts[::2]):
+        tags_and_texts[2 * i] = _NUMBER.sub(r'<span class="nowrap">\g<0></span>', text)
     return "".join(tags_and_texts)
 
 
@@ -79,6 +106,8 @@ def on_page_markdown(markdown: str, page, **_) -> str:
 _LINKABLE = re.compile(
     r"<(pre|a|h[1-6]|figure)\b.*?</\1>|<code>([A-Za-z_][\w.]*)</code>", re.DOTALL
 )
+# The text and the figure of a loss in the gallery.
+_GALLERY = re.compile(r"</h2>((?:(?!</?h2).)*<img (?:(?!</?h2).)*</p>)", re.DOTALL)
 # A paragraph of links on the home page.
 _BUTTONS = re.compile(r"<p>((?:<a href=\"[^\"]*\">[^<]*</a>(?: · )?){2,})</p>")
 
@@ -101,20 +130,25 @@ def on_page_content(content: str, page, **_) -> str:
     if page.file.src_uri == "index.md":
         content = _BUTTONS.sub(buttons, content)
     if page.file.src_uri == "family.md":
-        content = content.replace("<img ", '<img class="gallery" ')
-    return _NAMES.sub(_breakable, _LINKABLE.sub(link, content))
+        # On a wide screen, the figure of a loss is beside its formula.
+        content = _GALLERY.sub(r'</h2><div class="gallery">\1</div>', content)
+        content = content.replace("<img ", '<img loading="lazy" ')
+    return _unbroken(_NAMES.sub(_breakable, _LINKABLE.sub(link, content)))
 
 
 def _font() -> bytes:
     """Return the glyphs of STIX Two Math that formulas need, as a web font."""
     package = importlib.util.find_spec("ziamath")
     (path,) = Path(package.submodule_search_locations[0]).rglob("STIXTwoMath-Regular.ttf")
-    options = subset.Options(flavor="woff", layout_features=["kern", "ssty", "dtls", "flac"])
+    options = subset.Options(
+        flavor="woff", hinting=False, layout_features=["kern", "ssty", "dtls", "flac"]
+    )
     font = subset.load_font(str(path), options)
     subsetter = subset.Subsetter(options)
-    codepoints = [*range(0x20, 0x180), *range(0x391, 0x3FF), *range(0x1D400, 0x1D468)]
-    codepoints += [*range(0x1D6A8, 0x1D71C), *range(0x2010, 0x2040), *range(0x2100, 0x2150)]
-    codepoints += [*range(0x2190, 0x2300), *range(0x27E8, 0x27EC)]
+    codepoints = [*range(0x20, 0x180), *range(0x391, 0x3FF), *range(0x1D434, 0x1D468)]
+    codepoints += [*range(0x1D6E2, 0x1D71C), *range(0x2010, 0x2040), *range(0x2100, 0x2150)]
+    codepoints += [*range(0x2190, 0x2196), *range(0x2200, 0x2270), 0x22C5, *range(0x2308, 0x230C)]
+    codepoints += range(0x27E8, 0x27EC)
     subsetter.populate(unicodes=codepoints)
     subsetter.subset(font)
     buffer = io.BytesIO()
@@ -248,8 +282,10 @@ def name_page(page: str, module: str, name: str) -> str:
     title, _ = API[page]
     summary = _summary(module, name).replace("`", "") or f"{module}.{name}"
     short = _page_of(module, name).removesuffix(".md")
-    # The search ranks a loss before its reference, which has the same name.
-    boost = 0.1 if module == "focal_jax.reference" else 1
+    # The search ranks a loss before its reference, which has the same name, and before losses whose
+    # names begin with its name.
+    is_prefix = any(x != name and x.startswith(name) for x in _public(module))
+    boost = 0.1 if module == "focal_jax.reference" else 2 if is_prefix else 1
     lines = [
         f"title: {short}",
         f"description: {json.dumps(summary)}",
