@@ -355,6 +355,7 @@ ELSEWHERE = {
     "benchmarks/results.md": "benchmark-results.md",
     "SECURITY.md": "security.md",
     "examples/retinanet_digits/README.md": "detector.md",
+    "examples/retinanet_digits/results.md": "detector-results.md",
 }
 # The search does not read source listings, tables of measurements and the changelog.
 _UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"

@@ -271,7 +271,7 @@ def test_labels_of_boxes_do_not_overlap():
 
 def test_ablation_resumes_and_writes_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "TRIALS", ((0.006, 1.0), (0.015, 1.0)))
-    published, readme = ablation.README.read_text(), tmp_path / "README.md"
+    published, written = ablation.RESULTS.read_text(), tmp_path / "results.md"
     quick = [x for x in OPTIONS if not x.startswith("--steps")]
     losses = list(ablation.COMPARED)
     options = [
@@ -289,7 +289,7 @@ def test_ablation_resumes_and_writes_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "experiment", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ablation.main(options)
-    assert not readme.exists()
+    assert not written.exists()
     before = set(ran)
     monkeypatch.setattr(
         experiments, "experiment", lambda run, *a: ran.append(run) or experiment(run, *a)
@@ -301,8 +301,8 @@ def test_ablation_resumes_and_writes_its_tables(tmp_path, monkeypatch):
     assert {run.part for run in ran[:12]} == {"validation"}
     assert {run.part for run in ran[12:]} == {"test"}
     assert {name: len(runs) for name, runs in results.items()} == dict.fromkeys(losses, 2)
-    text = readme.read_text()
-    assert ablation.README.read_text() == published  # unchanged by other options
+    text = written.read_text()
+    assert ablation.RESULTS.read_text() == published  # unchanged by other options
     assert text.splitlines()[0] == published.splitlines()[0]
     assert text.splitlines()[-1] == published.splitlines()[-1]
     assert "| CE, no prior |" not in text
@@ -333,7 +333,7 @@ def test_table_has_mean_deviation_and_interval():
 
 
 def test_figures_are_drawn_from_the_recorded_tables(tmp_path):
-    page = ablation.README.read_text()
+    page = ablation.RESULTS.read_text()
     ablation.draw(page, tmp_path)
     for name in ("ablation", "ap_differences"):
         assert 1000 < plt.imread(tmp_path / f"{name}.png").shape[1] <= 1060  # text for a phone

@@ -31,6 +31,7 @@ TEXTS = [
     ROOT / "benchmarks" / "README.md",
     ROOT / "benchmarks" / "results.md",
     ROOT / "examples" / "retinanet_digits" / "README.md",
+    ROOT / "examples" / "retinanet_digits" / "results.md",
     *PAGES,
 ]
 # The code of these pages has tests of its own: test_porting.py, test_detection_transformers.py,

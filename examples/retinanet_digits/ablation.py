@@ -3,16 +3,16 @@
     python -m examples.retinanet_digits.ablation
 
 follows the protocol in README.md of this folder: tune every loss, train every loss with every seed,
-repeat the training with other numbers of objects and steps, and write the tables into README.md and
-the figures into this folder. The option --losses selects rows; README.md keeps the other rows. If
-other options differ from the protocol, the output goes to the folder of the results instead. An
+repeat the training with other numbers of objects and steps, and write the tables into results.md
+and the figures into this folder. The option --losses selects rows; results.md keeps the other rows.
+If other options differ from the protocol, the output goes to the folder of the results instead. An
 interrupted ablation resumes.
 
 On two cores, two runs take about half a minute. Most losses have 6 trials, 5 runs with 1,000 steps
 and 5 runs with 3,000 steps: about 8 minutes. All rows take about two hours.
 
     python -m examples.retinanet_digits.ablation --losses "CE, prior .001"
-    python -m examples.retinanet_digits.ablation --figures    # only draws the tables of README.md
+    python -m examples.retinanet_digits.ablation --figures    # only draws the tables of results.md
 """
 
 import re
@@ -29,7 +29,7 @@ from examples.retinanet_digits import figures
 from examples.retinanet_digits.experiment import Run, parse, progress_bars, result
 from examples.retinanet_digits.train import Budget, Recipe, prepare
 
-README = Path(__file__).parent / "README.md"
+RESULTS = Path(__file__).parent / "results.md"
 TABLES = "trials", "table", "imbalance", "steps"
 # Each recipe, and the AP of the same loss on COCO (Lin et al., Tables 1a and 1b).
 RECIPES = {
@@ -194,7 +194,7 @@ def merge_tables(old: str, new: str) -> str:
     """Return the old table with the rows of the new one; differences come last."""
     (head, *rows), (new_head, *new_rows) = _cells(old), _cells(new)
     if head != new_head:
-        raise ValueError(f"{README}: got a table with the head {head}, wanted {new_head}")
+        raise ValueError(f"{RESULTS}: got a table with the head {head}, wanted {new_head}")
     by_name = {row[0]: row for row in rows + new_rows}
     order = sorted(by_name, key=lambda name: name.startswith("FL minus"))  # a stable sort
     return common.markdown(head, [by_name[name] for name in order])
@@ -204,7 +204,7 @@ def _split(page: str, name: str) -> tuple[str, str, str]:
     """Return the text before, between and after the two comments with a name."""
     begin, end = f"<!-- {name}: written by ablation.py -->\n", f"<!-- end of {name} -->\n"
     if not page.count(begin) == page.count(end) == 1:
-        raise ValueError(f"{README}: {begin.strip()} and {end.strip()} must occur exactly once")
+        raise ValueError(f"{RESULTS}: {begin.strip()} and {end.strip()} must occur exactly once")
     before, rest = page.split(begin)
     lines, after = rest.split(end)
     return before + begin, lines, end + after
@@ -217,8 +217,8 @@ def replace_table(page: str, name: str, lines: str) -> str:
 
 
 def recorded_table(name: str) -> str:
-    """Return a table of README.md, which the last ablation wrote."""
-    return _split(README.read_text(), name)[1]
+    """Return a table of results.md, which the last ablation wrote."""
+    return _split(RESULTS.read_text(), name)[1]
 
 
 # ---------------------------------------------------------------- figures
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     parser.add_argument("--figures", action="store_true", help="only draw the recorded tables")
     args, budget = parse(parser, argv)
     if args.figures:
-        draw(README.read_text(), README.parent)
+        draw(RESULTS.read_text(), RESULTS.parent)
         return {}
     for name in TABLES:
         recorded_table(name)  # fails before the runs if a comment is missing
@@ -313,14 +313,14 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
         tables["steps"] = settings_table("{:,} steps", steps)
     defaults = vars(parser.parse_args([f"--out={args.out}", "--losses", *args.losses]))
     by_protocol = vars(args) == defaults
-    page = README.read_text()
+    page = RESULTS.read_text()
     for name, lines in tables.items():
         merged = merge_tables(_split(page, name)[1], lines) if by_protocol else lines
         page = replace_table(page, name, merged)
-    folder = README.parent if by_protocol else args.out
+    folder = RESULTS.parent if by_protocol else args.out
     draw(page, folder)
-    common.write(folder / README.name, lambda path: path.write_text(page))
-    print(f"Tables and figures: {folder / README.name}")
+    common.write(folder / RESULTS.name, lambda path: path.write_text(page))
+    print(f"Tables and figures: {folder / RESULTS.name}")
     return results
 
 
