@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from focal_jax.engine.arguments import INT32
 from focal_jax.engine.class_axis import cast_logits, class_index
 from focal_jax.engine.sharding import AxisName
 
@@ -23,10 +22,10 @@ def _first_largest(axis: int, z: Array) -> Array:
 @_first_largest.defjvp
 def _first_largest_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
-    largest, index = _first_largest(axis, z), class_index(z, axis)
-    holds = jnp.where(z == largest, index, INT32.max)
-    first = jnp.min(holds, axis, keepdims=True, initial=INT32.max)
-    return largest, jnp.sum(jnp.where(index == first, dz, 0), axis, keepdims=True)
+    if z.shape[axis]:
+        first = jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
+        dz = jnp.where(class_index(z, axis) == first, dz, 0)
+    return _first_largest(axis, z), jnp.sum(dz, axis, keepdims=True)
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))  # stores only its arguments

@@ -36,7 +36,8 @@ class RowStatistics(NamedTuple):
       max_logit: the largest logit; finite even if every logit is -inf.
       max_class: the index of the first class with that logit; -1 if there is no class.
       rest: the sum over the other classes of `exp(x)`, with `x = logit - max_logit`.
-      spread: the sum over all classes of `-x * exp(x)`. Only `moment` has its derivative.
+      spread: the sum over all classes of `-x * exp(x)`. The derivative of the entropy uses that of
+        `moment` instead.
       moment: the sum over all classes of `(1 - x) * exp(x)`, minus 1. Its derivative in a logit is
         `-x * exp(x)`.
       picked: the logits of K given classes, with a class axis of size K; 0 for an index that is

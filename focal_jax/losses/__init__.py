@@ -6,7 +6,7 @@
 import importlib
 
 # `multilabel` and `sparse` are loaded on first use.
-_FILES = ("asymmetric", "distribution", "dual", "gaussian", "matchability", "poly")
-_FILES += ("probability_weighted", "quality", "sigmoid", "softmax", "star", "tversky", "varifocal")
+_FILES = ("sigmoid", "asymmetric", "distribution", "dual", "gaussian", "matchability", "poly")
+_FILES += ("probability_weighted", "quality", "softmax", "star", "tversky", "varifocal")
 for _file in _FILES:
     importlib.import_module(f"focal_jax.losses.{_file}")

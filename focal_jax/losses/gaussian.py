@@ -23,10 +23,11 @@ def _value(z, y, alpha, gamma, beta):
 
 def _slopes(z, y, alpha, gamma, beta):
     decay, not_y, log_not_y = _decay(y, beta)
-    value = decay * hard_value(z, y, alpha, gamma)
+    value = hard_value(z, y, alpha, gamma)
     by_logit, _, by_alpha, by_gamma = hard_slopes(z, y, alpha, gamma)
-    by_label = jnp.where(y == 1, 0, -beta / not_y * value)
-    return decay * by_logit, by_label, decay * by_alpha, decay * by_gamma, value * log_not_y
+    by_label = jnp.where(y == 1, 0, -beta * (decay / not_y) * value)
+    by_beta = decay * value * log_not_y
+    return decay * by_logit, by_label, decay * by_alpha, decay * by_gamma, by_beta
 
 
 _loss = elementwise_loss(
