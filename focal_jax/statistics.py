@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments, row_statistics, scalar
+from focal_jax.engine import arguments, row_statistics
 from focal_jax.engine.chunks import scale_logits
 from focal_jax.engine.class_axis import cast_logits
 from focal_jax.engine.head import DenseSource, labels_and_mask
@@ -168,10 +168,25 @@ def _statistics(
 @jax.jit  # so that `jax_debug_nans` sees no NaN of a masked position
 def _of_row(row: Any, labels: Array, invalid: Array, mask: Array | None) -> list[Array]:
     """Return the statistics with a class axis of size 1."""
-    log_probability = -scalar.softmax_terms(*row_statistics.of_picked(row, labels)).n
+    total_minus_1 = (row.at_max - 1) + row.rest
+    log_probability = _log_probability(*row_statistics.of_picked(row, labels), total_minus_1)
     log_probability = jnp.where(invalid, jnp.nan, log_probability)
     is_finite = row.top > jnp.finfo(row.top.dtype).min  # else every logit is -inf
-    logsumexp = row.top + jnp.log1p((row.at_max - 1) + row.rest)
+    logsumexp = row.top + jnp.log1p(total_minus_1)
     logsumexp = jnp.where(is_finite, logsumexp, -jnp.inf)
     found = log_probability, logsumexp, row_statistics.entropy(row), row.max_class
     return [arguments.mask_to_zero(y, mask) for y in found]
+
+
+@jax.custom_jvp
+def _log_probability(x: Array, others: Array, total_minus_1: Array) -> Array:
+    """Return `x - log(total)`; `others` is the total without the exponential of x."""
+    del others  # for the derivative
+    return x - jnp.log1p(total_minus_1)
+
+
+@_log_probability.defjvp
+def _log_probability_jvp(primals, tangents):
+    # The derivative in x of the two terms, `1 - p`, would cancel for a probability near 1.
+    (_, others, total_minus_1), (dx, d_others, _) = primals, tangents
+    return _log_probability(*primals), (others * dx - d_others) / (1 + total_minus_1)

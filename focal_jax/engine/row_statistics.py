@@ -29,6 +29,33 @@ from focal_jax.engine.rows import RowSums, Split
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying, class_range, place_like
 
 
+@jax.custom_jvp
+def _exp_at_max(max_logit: Array) -> Array:
+    """Return `exp(x)` for `x = 0`, the difference of the logit and the same number as a constant.
+
+    As constants of the program, these two functions cost nothing.
+    """
+    return jnp.ones_like(max_logit)
+
+
+@_exp_at_max.defjvp
+def _exp_at_max_jvp(primals, tangents):
+    one = _exp_at_max(*primals)
+    return one, one * tangents[0]
+
+
+@jax.custom_jvp
+def _x_exp_at_max(max_logit: Array) -> Array:
+    """Return `x * exp(x)` for the same x."""
+    return jnp.zeros_like(max_logit)
+
+
+@_x_exp_at_max.defjvp
+def _x_exp_at_max_jvp(primals, tangents):
+    zero = _x_exp_at_max(*primals)
+    return zero, (zero + _exp_at_max(*primals)) * tangents[0]
+
+
 class RowStatistics(NamedTuple):
     """Statistics of each row, with a class axis of size 1.
 
@@ -59,7 +86,7 @@ class RowStatistics(NamedTuple):
     @property
     def at_max(self) -> Array:
         """`exp(x)` of the largest class: 1, with the derivative of the largest logit."""
-        return jnp.exp(self.max_logit - self.top)
+        return _exp_at_max(self.max_logit)
 
 
 def row_of(found: RowStatistics) -> RowSums:
@@ -139,10 +166,9 @@ def of_classes(axis: int, z: Array, start: Array | int, indices: Array | None) -
         compute = function if is_last else partial(compile_separately, function)
         return jnp.sum(compute(z, index, own, top), axis, keepdims=True)
 
-    x_max = largest - top
     rest = total(exponentials, own, top)
-    spread = total(spreads, *again) - x_max * jnp.exp(x_max)
-    moment = rest + spread + jnp.expm1(x_max)
+    spread = total(spreads, *again) - _x_exp_at_max(largest)
+    moment = rest + spread + (_exp_at_max(largest) - 1)
     picked = _pick(z, indices, start, axis)
     return RowStatistics(largest, own + start, rest, spread, moment, picked)
 
