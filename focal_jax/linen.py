@@ -1,4 +1,13 @@
-"""The modules of `focal_jax.nnx` for Flax linen: without parameters, with options as fields."""
+"""The modules of `focal_jax.nnx` for Flax linen: without parameters, with options as fields.
+
+They are called inside another module, or without `init` and `apply`:
+
+  >>> import jax.numpy as jnp
+  >>> from focal_jax.linen import SoftmaxFocalLoss
+  >>> loss = SoftmaxFocalLoss(ignore_label=-1)
+  >>> f"{loss(jnp.array([[2.0, 0.0, 0.0], [5.0, 1.0, 0.0]]), jnp.array([0, -1])):.4f}"
+  '0.0109'
+"""
 
 from collections.abc import Callable
 from typing import Any
