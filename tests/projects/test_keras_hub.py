@@ -134,7 +134,7 @@ def _d_fine():
 
 def test_d_fine_trains_as_with_the_class_loss_of_keras_hub(page, monkeypatch):
     detector = pytest.importorskip("keras_hub.src.models.d_fine.d_fine_object_detector")
-    images = rng.normal(size=(1, 64, 64, 3)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
     boxes = np.array([[[0.3, 0.3, 0.2, 0.3], [0.6, 0.5, 0.3, 0.4]]], np.float32)
     labels = {"boxes": boxes, "labels": np.array([[0, 2]])}
 
