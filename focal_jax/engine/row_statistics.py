@@ -29,13 +29,18 @@ from focal_jax.engine.rows import RowSums, Split
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying, class_range, place_like
 
 
+def _constant(like: Array, value: int) -> Array:
+    # The select makes the constant depend on the array, so that `vmap` maps both.
+    return jnp.where(like < -jnp.inf, 1 - value, jnp.full_like(like, value))
+
+
 @jax.custom_jvp
 def _exp_at_max(max_logit: Array) -> Array:
     """Return `exp(x)` for `x = 0`, the difference of the logit and the same number as a constant.
 
-    As constants of the program, these two functions cost nothing.
+    This function and the next one are constants with derivatives.
     """
-    return jnp.ones_like(max_logit)
+    return _constant(max_logit, 1)
 
 
 @_exp_at_max.defjvp
@@ -47,7 +52,7 @@ def _exp_at_max_jvp(primals, tangents):
 @jax.custom_jvp
 def _x_exp_at_max(max_logit: Array) -> Array:
     """Return `x * exp(x)` for the same x."""
-    return jnp.zeros_like(max_logit)
+    return _constant(max_logit, 0)
 
 
 @_x_exp_at_max.defjvp
