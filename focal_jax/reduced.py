@@ -150,7 +150,7 @@ class Reduced:
     __signature__ = _ConstructorSignature()
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Check calls. linen wraps only methods that the class itself defines."""
+        """Check calls, and define them on the class: linen does not wrap inherited methods."""
         cls.__call__ = check_call(cls.__call__)
         super().__init_subclass__(**options)
         if cls.__module__ != __name__:  # `dataclass` has not yet defined the constructors here
@@ -181,7 +181,7 @@ class Reduced:
         elif name in self.option_names:
             value = checked_option(self.loss, name, value)
         elif declaration and name in declaration.options:
-            raise InputError(f"{name}: got an option after the construction, wanted it there")
+            raise InputError(f"{name}: got an option after the construction, wanted it at creation")
         super().__setattr__(name, value)
 
     def __call__(

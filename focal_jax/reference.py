@@ -7,7 +7,7 @@ the argument checks, so the same bug is unlikely in both. The formulas are not n
 gamma < 1. Autodiff stores intermediates for the backward pass.
 
 A formula takes its functions from `ops`, so that the tests can evaluate it to 60 digits.
-`reduce_loss` is that of `focal_jax`, which JAX differentiates.
+`reduce_loss` is `focal_jax.reduce_loss`, which has no hand-derived gradient.
 """
 
 import math

@@ -24,5 +24,5 @@ else:
 
 def __dir__() -> list[str]:
     # `help` imports every name. Only Keras on its JAX backend can be imported.
-    backend = os.environ.get("KERAS_BACKEND") == "jax" and importlib.util.find_spec("keras")
-    return [name for name in __all__ if name != "keras" or backend]
+    usable = os.environ.get("KERAS_BACKEND") == "jax" and importlib.util.find_spec("keras")
+    return [name for name in __all__ if name != "keras" or usable]

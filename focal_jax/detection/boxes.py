@@ -44,8 +44,8 @@ def box_arrays(**arrays: ArrayLike) -> list[Array]:
     checked = []
     for name, array in arrays.items():
         array = arguments.number_array(name, array, jnp.dtype(jnp.float32))
-        boxes = array.shape[-2:-1] or (1,)
-        arguments.check_shape(name, array, (*boxes, 4), "four numbers for each box")
+        rows = array.shape[-2:-1] or (1,)
+        arguments.check_shape(name, array, (*rows, 4), "four numbers for each box")
         checked.append(array)
     dtype = np.result_type(*map(arguments.compute_dtype, checked))
     return [array.astype(dtype) for array in checked]

@@ -234,8 +234,8 @@ def position_loss(
 
     Args:
       value: `value(terms, *options) -> losses`, of the `Terms` of the true class. Parameters after
-        the first have the options' names. The engine multiplies the value by the
-        class weight `alpha`, which is an option of every loss of a position.
+        the first have the options' names. The engine multiplies the value by the class weight
+        `alpha`, which is an option of every loss of a position.
       slopes: None, or a function like `value` that returns a tuple: the derivative of the value
         in `n = -log p`, and in each of its options in the order of its own parameters. `slopes`
         gets finite terms. JAX differentiates `slopes` for derivatives of higher order. Without

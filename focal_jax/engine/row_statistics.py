@@ -36,7 +36,7 @@ def _constant(like: Array, value: int) -> Array:
 
 @jax.custom_jvp
 def _exp_at_max(max_logit: Array) -> Array:
-    """Return `exp(x)` for `x = 0`, the difference of the logit and the same number as a constant.
+    """Return `exp(x)` of the largest class: 1, with the derivatives of `exp` in its logit.
 
     This function and the next one are constants with derivatives.
     """
@@ -51,7 +51,7 @@ def _exp_at_max_jvp(primals, tangents):
 
 @jax.custom_jvp
 def _x_exp_at_max(max_logit: Array) -> Array:
-    """Return `x * exp(x)` for the same x."""
+    """Return `x * exp(x)` of the largest class: 0, with its derivatives in the logit."""
     return _constant(max_logit, 0)
 
 
