@@ -13,6 +13,7 @@ from focal_jax.engine.class_axis import cast_logits
 from focal_jax.engine.head import DenseSource, labels_and_mask
 from focal_jax.engine.linear import linear_source, prepare_temperature
 from focal_jax.engine.options import check_call
+from focal_jax.engine.rules import keep_rules
 from focal_jax.engine.sharding import check_not_varying, place_like
 
 __all__ = ["TokenStatistics", "linear_token_statistics", "token_statistics"]
@@ -165,7 +166,7 @@ def _statistics(
     return TokenStatistics(*(y.squeeze(axis) for y in _of_row(row, labels, invalid, mask)))
 
 
-@jax.jit  # so that `jax_debug_nans` sees no NaN of a masked position
+@keep_rules  # jitted, so that `jax_debug_nans` sees no NaN of a masked position
 def _of_row(row: Any, labels: Array, invalid: Array, mask: Array | None) -> list[Array]:
     """Return the statistics with a class axis of size 1."""
     total_minus_1 = (row.at_max - 1) + row.rest

@@ -10,7 +10,7 @@ import jax
 import matplotlib
 import pytest
 
-from focal_jax.engine import cpu
+from focal_jax.engine import cpu, platform
 
 _SINGLE_DEVICE = cpu.single_device_primitive
 
@@ -37,17 +37,20 @@ def _compilation(request):
     """Compile the programs of tests that are marked `quick` without optimizations.
 
     This turns off most optimizations of XLA and `focal_jax.engine.cpu`. They do not change the
-    formulas. The tests of values and gradients against 60 digits and the tests of compiled programs
-    are not marked `quick`, so that they test the programs that users run. With the optimizations a
-    program takes at least four times as long to compile.
+    formulas. JAX traces the form for CPUs only, except in tests that are marked `every_form`. The
+    tests of values and gradients against 60 digits and the tests of compiled programs are not
+    marked `quick`, so that they test the programs that users run. With the optimizations a program
+    takes at least four times as long to compile.
     """
     import helpers  # imported late: it reads the catalogue, to which a pytest plugin may add losses
 
     marker = request.node.get_closest_marker("quick")
     helpers.quick = marker is not None and (not marker.args or marker.args[0])
-    wanted = None if helpers.quick else _SINGLE_DEVICE
-    if cpu.single_device_primitive is not wanted:
-        cpu.single_device_primitive = wanted
+    only_cpu = helpers.quick and request.node.get_closest_marker("every_form") is None
+    form = platform._forced if platform._forced in ("accelerator", "tpu") else None
+    wanted = None if helpers.quick else _SINGLE_DEVICE, "cpu" if only_cpu else form
+    if (cpu.single_device_primitive, platform._forced) != wanted:
+        cpu.single_device_primitive, platform._forced = wanted
         jax.clear_caches()
 
 
@@ -65,6 +68,15 @@ def x64():
         yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects the tests by their marks
 def pytest_collection_modifyitems(items):
-    """Run the tests that are marked `slow` last."""
+    """Mark cases of `one_in` and `each_kind` as `slow`, and run the slow tests last."""
+    import helpers
+
+    for item in items:
+        one_in, each_kind = (item.get_closest_marker(x) for x in ("one_in", "each_kind"))
+        if one_in is not None and sum(item.callspec.indices.values()) % one_in.args[0]:
+            item.add_marker("slow")
+        if each_kind is not None and item.callspec.params["row"] not in helpers.KINDS:
+            item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

@@ -25,7 +25,7 @@ from meshes import GATHERS, make_mesh, result_sizes
 
 import focal_jax
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.every_form]
 
 LOSS = focal_jax.softmax_focal_loss_with_integer_labels
 LINEAR_LOSS = focal_jax.linear_softmax_focal_loss_with_integer_labels
@@ -94,6 +94,7 @@ def _on_one_device(case):
     return value_and_gradients(head, *_case_inputs(), ignore_label=99, **options)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_values_and_gradients(case, check_vma):

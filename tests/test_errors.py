@@ -526,6 +526,7 @@ def test_losses_of_the_engine():
             ({"labels": 1.0}, "labels: got the name of an argument"),
             ({"gamma": "2"}, "gamma: got '2', wanted a finite number"),
             ({"gamma": engine.exponent(-1)}, "gamma: got -1, wanted"),
+            ({"gamma": engine.exponent(1, per_class=True)}, "gamma: got per_class=True"),
         ):
             with pytest.raises(focal_jax.InputError, match=message):
                 make(value, **options)

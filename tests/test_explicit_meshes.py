@@ -13,7 +13,7 @@ from meshes import GATHERS, make_mesh, result_sizes
 
 import focal_jax
 
-pytestmark = [pytest.mark.quick, pytest.mark.slow]
+pytestmark = [pytest.mark.quick, pytest.mark.every_form, pytest.mark.slow]
 
 POSITIONS, CLASSES, DEPTH = 8, 6, 4
 INTEGER = focal_jax.softmax_focal_loss_with_integer_labels

@@ -644,6 +644,7 @@ def test_an_invalid_label_is_nan_at_its_position_only(row):
         assert np.isnan(losses).tolist() == invalid.tolist()
 
 
+@pytest.mark.each_kind
 @pytest.mark.parametrize("row", PER_POSITION, ids=str)
 def test_an_invalid_label_whose_loss_is_not_used_has_gradient_zero(row):
     # For example if only the reduction is told which label to ignore.
@@ -714,6 +715,7 @@ def test_an_invalid_label_of_a_region_is_nan_for_its_class_only(row):
 # ---------------------------------------------------------------- empty arrays
 
 
+@pytest.mark.each_kind
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_empty_batches(row):
     for shape in ((0, 3), (2, 0, 3)):
@@ -729,6 +731,7 @@ def test_empty_batches(row):
         assert _all_zero((losses, gradient))
 
 
+@pytest.mark.each_kind
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_vmap_over_an_empty_axis(row):
     inside, fixed = row.split(row.all(7, (4, 3)))

@@ -41,6 +41,7 @@ def _transposed(features, kernel, bias, labels, **options):
 # ---------------------------------------------------------------- values and gradients
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
 def test_values_and_gradients_equal_those_of_the_softmax_loss(chunk_size):
     arrays, labels = inputs(classes=7)
@@ -157,9 +158,16 @@ def test_options_of_an_engine_loss_are_checked():
         engine_linear(features, kernel, bias, labels, gamma=-1)
 
 
+def test_dtypes_that_jax_does_not_promote():
+    kernel = jnp.eye(3, dtype=jnp.float8_e4m3fn)
+    with pytest.raises(focal_jax.InputError, match="kernel: got dtype float8_e4m3fn, wanted"):
+        LOSS(jnp.ones((2, 3), jnp.bfloat16), kernel, jnp.array([0, 2]))
+
+
 # ---------------------------------------------------------------- higher derivatives
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("head", [linear, _transposed], ids=["[D, C]", "[C, D]"])
 def test_second_derivatives_equal_those_of_the_softmax_loss(head, x64):
     arrays, labels = inputs(8, (3,), 2, 5, dtype=np.float64)
@@ -173,6 +181,7 @@ def test_second_derivatives_equal_those_of_the_softmax_loss(head, x64):
 # ---------------------------------------------------------------- logits of -inf
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("chunk_size", [1, 3, 8])
 def test_class_with_a_bias_of_minus_infinity(chunk_size):
     arrays, labels = inputs(11, classes=7)
@@ -202,6 +211,7 @@ def test_class_with_a_bias_of_minus_infinity(chunk_size):
 # ---------------------------------------------------------------- 16-bit dtypes
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.quick(False)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_16_bit_arrays_are_accumulated_in_float32(dtype):
@@ -423,12 +433,20 @@ def test_vmapped_sums_in_one_pass_keep_their_conditional():
     assert_close(got, want, 1e-6)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("softcap", [1e18, 3e38, float(np.finfo(np.float32).max)])
 def test_large_softcaps_leave_the_logits_unchanged(softcap):
     arrays, labels = inputs()
     for head in (linear, formula):
         got = head(*arrays[:3], labels, logit_softcap=softcap)
         assert_close(got, head(*arrays[:3], labels), 1e-6)
+
+
+@pytest.mark.parametrize("name", LINEAR_HEADS)
+def test_features_without_entries(name):
+    args = jnp.ones((2, 0)), jnp.ones((0, 3)), jnp.array([0.0, 1.0, 2.0]), jnp.array([0, 2])
+    one = jnp.zeros((2, 1)), jnp.ones((1, 3)), *args[2:]
+    assert_close(LINEAR_HEADS[name](*args), LINEAR_HEADS[name](*one), 1e-6)
 
 
 # ---------------------------------------------------------------- vmap
@@ -451,6 +469,7 @@ def _mapped(head, axis=0):
     return jax.vmap(head, (axis, None, None, axis), axis)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", LINEAR_HEADS)
 def test_vmap_over_positions(name, x64):
     head, (arrays, labels) = LINEAR_HEADS[name], inputs(13, dtype=np.float64)

@@ -87,6 +87,7 @@ def _assert_same(found, want, rtol=1e-5):
         assert_close(a, b, rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(b), initial=0)))
 
 
+@pytest.mark.one_in(6)
 @every_head
 @pytest.mark.parametrize("chunk_size", [None, 7, 24])
 @pytest.mark.parametrize("labels", [0, LABELS, 20])
@@ -130,6 +131,7 @@ def test_second_derivatives(name, x64):
         _assert_same(found, want, 1e-9)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("check_vma", [True, False])
 @every_head
 def test_sharded_classes(name, check_vma):
@@ -203,6 +205,26 @@ def test_16_bit_features_with_a_float32_kernel():
     ):
         found, want = head(half, kernel, columns), head(half.astype(jnp.float32), kernel, columns)
         assert_close(found, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "asymmetric"])
+@pytest.mark.parametrize("sign", [-1, 1], ids=["positive at -inf", "negative at inf"])
+def test_infinite_logits_have_the_gradient_of_the_dense_loss(name, sign):
+    head, loss, options = HEADS[name]
+    features, kernel = jnp.ones((1, 1)), jnp.zeros((1, 2))
+    bias, labels = jnp.array([0.0, sign * jnp.inf]), jnp.array([[0, int(sign < 0)]])
+    options = {k: jnp.float32(x) for k, x in options.items()}
+
+    def dense(bias, options):
+        return jnp.sum(loss(features @ kernel + bias[None], labels, **options))
+
+    def linear(bias, options):
+        index = jnp.array([[1 if sign < 0 else -1]])
+        return jnp.sum(head(features, kernel, index, bias=bias, **options))
+
+    found, want = (jit(jax.grad(f, (0, 1)))(bias, options) for f in (linear, dense))
+    assert np.all(np.isfinite(found[0]))
+    assert_close(found, want, 1e-6)
 
 
 def test_a_sum_that_a_formula_with_1_minus_p_loses():

@@ -15,6 +15,8 @@ from meshes import GATHERS, make_mesh, result_sizes
 import focal_jax
 from focal_jax.engine.sharding import cast_to_common_varying
 
+pytestmark = pytest.mark.every_form
+
 SHAPE = (16, 8, 4)
 
 
@@ -61,6 +63,7 @@ def _on_one_device(row, *shape_and_dtype):
 # ---------------------------------------------------------------- shard_map and pmap
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.quick
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -11,7 +11,7 @@ import focal_jax
 from focal_jax import catalogue, detection, nnx
 from focal_jax.compat import caffe, mindspore
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.every_form]
 
 CLASSES, SIZES = 5, (3, 8)
 KERNEL = np.linspace(-1, 1, CLASSES * 48, dtype=np.float32).reshape(CLASSES, 48)

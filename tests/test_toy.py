@@ -5,6 +5,7 @@
 
 import ast
 import inspect
+import pickle
 from pathlib import Path
 
 import jax
@@ -71,6 +72,13 @@ def test_unknown_options(name):
     loss, _ = FUNCTIONS[name]
     with pytest.raises(focal_jax.InputError, match=r"^delta: got an option that .* does not have"):
         loss(_logits(), _labels(name), delta=1.0)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_loss_can_be_pickled(name):
+    loss, _ = FUNCTIONS[name]
+    copy = pickle.loads(pickle.dumps(loss))
+    assert_close(copy(_logits(), _labels(name)), loss(_logits(), _labels(name)), 0)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from helpers import PROGRAMS, assert_close, gradients, jit, total
 
-pytestmark = pytest.mark.quick
+import focal_jax
+
+pytestmark = [pytest.mark.quick, pytest.mark.every_form]
 
 
+@pytest.mark.each_kind
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_jit_changes_nothing(row):
     inside, fixed = row.split(row.all(0, (5, 3)))
@@ -63,6 +66,7 @@ def test_vmap_over_one_option(row):
     assert_close(jit(jax.vmap(each))(values), want, 1e-6)
 
 
+@pytest.mark.each_kind
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_scan_and_checkpoint(row):
     arguments = row.all(3, (4, 5, 3))
@@ -91,6 +95,71 @@ def test_scan_and_checkpoint(row):
     whole = by_loop if row.region else total(row.eager, **fixed)
     want = jit(jax.value_and_grad(whole))(inside)
     assert_close(jit(jax.value_and_grad(by_scan))(inside), want, 1e-5)
+
+
+def _hessian_product(function, x):
+    direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), x)
+    return jit(lambda x: jax.jvp(jax.grad(function), (x,), (direction,))[1])(x)
+
+
+@pytest.mark.each_kind
+@pytest.mark.parametrize("row", PROGRAMS, ids=str)
+@pytest.mark.parametrize("mapped", [False, True], ids=["map", "vmap inside map"])
+def test_second_derivatives_inside_a_loop(row, mapped, x64):
+    # To differentiate a loop, JAX splits its body, and drops the `custom_jvp` rules of one part.
+    arguments = row.all(3, (2, 5, 3), dtype=np.float64)
+    inside, _ = row.split(arguments)
+    static = row.axis(-1)
+    sliced = {k for k, x in arguments.items() if k not in static and x.shape[:1] == (2,)}
+
+    def total_of_slices(map_slices):
+        def function(inside):
+            every = arguments | inside
+            shared = {k: v for k, v in every.items() if k not in sliced}
+            squares = lambda own: jnp.sum(row.eager(**own, **shared) ** 2)  # noqa: E731
+            return jnp.sum(map_slices(squares, {k: every[k] for k in sliced}))
+
+        return function
+
+    def by_loop(squares, own):
+        if not mapped:
+            return jax.lax.map(squares, own)
+        return jax.lax.map(jax.vmap(squares), {k: x[:, None] for k, x in own.items()})
+
+    want = _hessian_product(total_of_slices(lambda f, own: sum(map(f, _slices(own)))), inside)
+    assert_close(_hessian_product(total_of_slices(by_loop), inside), want, 1e-9)
+
+
+_STATISTICS = {
+    "statistics": lambda z, w: focal_jax.token_statistics(z @ w, jnp.array([0, 1, 2]))[:3],
+    "linear statistics": lambda z, w: focal_jax.linear_token_statistics(
+        z, w, jnp.array([0, 1, 2]), chunk_size=2
+    )[:3],
+    "sparse labels": lambda z, w: focal_jax.softmax_focal_loss_with_sparse_labels(
+        z @ w, jnp.array([[0, 2]] * 3), jnp.array([[0.75, 0.25]] * 3)
+    ),
+    "linear sparse labels": lambda z, w: focal_jax.linear_softmax_focal_loss_with_sparse_labels(
+        z, w, jnp.array([[0, 2]] * 3), jnp.array([[0.75, 0.25]] * 3), chunk_size=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _STATISTICS)
+def test_second_derivatives_of_statistics_inside_a_loop(name, x64):
+    rng = np.random.default_rng(5)
+    features, kernel = jnp.asarray(rng.normal(size=(2, 3, 4))), jnp.asarray(rng.normal(size=(4, 5)))
+
+    def squares(z, w):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(_STATISTICS[name](z, w)))
+
+    def by_loop(x):
+        return jnp.sum(jax.lax.map(lambda z: squares(z, x[1]), x[0]))
+
+    def by_slices(x):
+        return sum(squares(z, x[1]) for z in x[0])
+
+    want = _hessian_product(by_slices, (features, kernel))
+    assert_close(_hessian_product(by_loop, (features, kernel)), want, 1e-9)
 
 
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
@@ -139,6 +208,7 @@ def test_the_class_axis_may_be_any_axis(row):
         assert_close(got, want, 1e-6)
 
 
+@pytest.mark.each_kind
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_arguments_may_be_numpy_arrays_and_lists(row):
     arguments = row.arguments(7, (3, 2))

@@ -1,4 +1,4 @@
-"""`jax.vmap` of functions of positions: the mapped axis becomes one more axis of the positions."""
+"""Calls that JAX's transformations keep whole: `engine.rules` and `jax.vmap` over positions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +27,11 @@ def call(function: Callable[..., Any], shared: Any, *positions: Any) -> Any:
     def fold(*args):
         return call(function, *args)
 
-    return _bind(function, (shared, *positions), fold, len(jax.tree.leaves(shared)))
+    return bind(function, (shared, *positions), fold, len(jax.tree.leaves(shared)))
 
 
-def _bind(function: Callable[..., Any], args: Any, fold: Any = None, num_shared: int = 0) -> Any:
+def bind(function: Callable[..., Any], args: Any, fold: Any = None, num_shared: int = 0) -> Any:
+    """Return `function(*args)` as a call."""
     leaves, tree = jax.tree.flatten(args)
 
     def flat(function):
@@ -54,16 +55,15 @@ def _jvp(primals, tangents, *, jaxpr, **_):
     def linearize(*primals):
         return jax.linearize(jaxpr_as_fun(jaxpr), *primals)
 
-    # JAX would split the function into known and unknown values, and lose the `custom_jvp` rules
-    # inside its loops, which the next derivative needs. It does not split the call.
-    found, linear = _bind(linearize, primals)
+    # The known values are a call too, so that the next derivative has the rules.
+    found, linear = bind(linearize, primals)
     return found, linear(*map(ad.instantiate_zeros, tangents))
 
 
 def _vmap(args, axes, *, jaxpr, fold, num_shared):
     axes = tuple(axes)
     if fold is None or axes[num_shared] is None or axes[:num_shared] != (None,) * num_shared:
-        found = jax.vmap(jaxpr_as_fun(jaxpr), axes)(*args)
+        found = bind(jax.vmap(jaxpr_as_fun(jaxpr), axes), args)
         return found, [0] * len(found)
     first = jnp.moveaxis(args[num_shared], axes[num_shared], 0)
 

@@ -52,7 +52,9 @@ class Linear(NamedTuple):
 
         Made from the features, so that inside `shard_map` it varies over the same mesh axes.
         """
-        return jnp.zeros_like(self.features[..., :1], arguments.compute_dtype(self.features))
+        return jnp.zeros_like(
+            jnp.sum(self.features, -1, keepdims=True), arguments.compute_dtype(self.features)
+        )
 
 
 class Chunk(NamedTuple):

@@ -22,6 +22,7 @@ from focal_jax.engine.class_axis import (
     zero_at,
 )
 from focal_jax.engine.platform import by_platform
+from focal_jax.engine.rules import keep_rules
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying
 
 # ---------------------------------------------------------------- the form for accelerators
@@ -106,6 +107,7 @@ def _backward(axis, residuals, cts):
 
 _core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 _core.defvjp(_forward, _backward)
+_kept = keep_rules(_core, num_static=1)
 
 
 def class_sums(axis: int, logits: Array, labels: Labels, where: Array | None) -> ClassSums:
@@ -113,7 +115,7 @@ def class_sums(axis: int, logits: Array, labels: Labels, where: Array | None) ->
 
     The exponentials are recomputed in the backward pass and not stored.
     """
-    return _core(axis, *cast_to_common_varying(logits, labels, where))
+    return _kept(axis, *cast_to_common_varying(logits, labels, where))
 
 
 def sum_over_shards(sums: ClassSums, class_axis_name: AxisName | None) -> ClassSums:

@@ -67,10 +67,8 @@ def _(size, batched, *after):
     return _false_at_runtime(*after), False
 
 
-def compile_separately(
-    function: Callable[..., Array], *args: Any, after: Array | None = None
-) -> Array:
-    """Return `function(*args)`; on CPU, compile it as a computation of its own.
+def compile_separately(function: Callable[..., Any], *args: Any, after: Array | None = None) -> Any:
+    """Return `function(*args)`; on CPU, compile each result as a computation of its own.
 
     XLA:CPU compiles elementwise losses badly in four cases:
 
@@ -89,32 +87,38 @@ def compile_separately(
 
     Args:
       function: an elementwise function of trees of arrays that have one rank and broadcast to the
-        first argument. The result has the shape of the first argument.
+        first argument. It returns an array of the first argument's shape, or a tree of them.
       *args: the arguments.
-      after: an array whose memory the result may reuse if nothing else needs the array.
+      after: an array whose memory a result may reuse if nothing else needs the array.
     """
     first, *_ = args
     if not first.size or single_device_primitive is None:
         return function(*args)
     function = jax.jit(function, inline=True)  # traced once for all branches below
-    dtype = jax.eval_shape(function, *args).dtype
+    shapes, tree = jax.tree.flatten(jax.eval_shape(function, *args))
 
-    def separate(function, *after):
+    def separate(function, dtype, *after):
         def conditional(*args):
             predicate = _false_at_runtime(*after)
             return lax.cond(predicate, lambda first, *_: first.astype(dtype), function, *args)
 
         return conditional
 
-    def flat(*args):
+    def flat(function, dtype):
         # The reshape is outside the `cond`, so that the branch is a loop over one flat axis.
-        return separate(function)(*jax.tree.map(jnp.ravel, args)).reshape(first.shape)
+        inner = separate(function, dtype)
+        return lambda *args: inner(*jax.tree.map(jnp.ravel, args)).reshape(first.shape)
+
+    def each(make, *args):
+        picks = (lambda *args, i=i: jax.tree.leaves(function(*args))[i] for i in range(len(shapes)))
+        return tree.unflatten(make(pick, x.dtype)(*args) for pick, x in zip(picks, shapes))
 
     arrays = jax.tree.leaves(args)
     waits = [] if after is None else [lax.stop_gradient(after)]
     one_shape = {x.shape for x in arrays if x.size != 1} == {arrays[0].shape}
-    on_one_device = separate(flat if one_shape else function, *waits)
-    on_many_devices = separate(function) if after is None else function
+    form = flat if one_shape else lambda pick, _: pick
+    on_one_device = partial(each, lambda pick, dtype: separate(form(pick, dtype), dtype, *waits))
+    on_many_devices = partial(each, separate) if after is None else function
 
     on_cpu = partial(by_devices, on_one_device, on_many_devices)
     return by_platform(on_cpu, function, *args)

@@ -27,6 +27,7 @@ from focal_jax.engine.options import (
     prepare_options,
     unwrap,
 )
+from focal_jax.engine.rules import keep_rules
 from focal_jax.engine.sharding import cast_to_common_varying, place_like
 
 Slopes = tuple[Any, ...]  # arrays, and None for a derivative that is 0
@@ -128,7 +129,21 @@ def check_value(result: Any, like: Array) -> None:
     arguments.require(got == wanted, f"value: got {got}, wanted an array {wanted}")
 
 
-class ElementwiseLoss:
+class CopiedAsFunction:
+    """An object whose copy is the object itself. A pickle has the constructor's arguments."""
+
+    _arguments: tuple[Any, ...]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        """Return the object itself."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Return the constructor and its arguments."""
+        return type(self), self._arguments
+
+
+class ElementwiseLoss(CopiedAsFunction):
     """A loss of one logit and one label: `loss(logits, labels, *, where=None, **options)`.
 
     See `elementwise_loss`.
@@ -141,6 +156,7 @@ class ElementwiseLoss:
         options: Mapping[str, Option],
         label_is_invalid: Callable[[Array], Array] | None,
     ):
+        self._arguments = value, slopes, options, label_is_invalid
         self.options = dict(options)
         names = parameter_order("value", value, 2, options)
         slope_names = names if slopes is None else parameter_order("slopes", slopes, 2, options)
@@ -168,16 +184,14 @@ class ElementwiseLoss:
             check_value(result, z)
             return arguments.mask_and_invalidate(result, invalid, args[-1])
 
-        def all_slopes(*args):
-            z, y, invalid, options = prepare(True, *args)
-            finish = partial(arguments.mask_and_invalidate, invalid=invalid, where=args[-1])
-            return jax.tree.map(finish, self.slopes_of(z, y, options))
+        def all_slopes(logits, labels, options, where):
+            z, y, invalid, given = prepare(True, logits, labels, options, where)
+            by_logit, by_label, found = self.slopes_of(z, y, given)
+            by_option = {k: jax.tree.map(lambda _, k=k: found[k], x) for k, x in options.items()}
+            finish = partial(arguments.mask_and_invalidate, invalid=invalid, where=where)
+            return jax.tree.map(finish, (by_logit, by_label, by_option))
 
         self._core = _with_slopes(losses, all_slopes)
-
-    def __deepcopy__(self, memo: Any) -> "ElementwiseLoss":
-        """Return the loss itself, as for a function."""
-        return self
 
     @check_call
     def __call__(
@@ -246,27 +260,16 @@ def _with_slopes(losses: Callable[..., Array], all_slopes: Callable[..., Any]):
     @jax.jit
     def backward(residuals, ct):
         args, result = residuals
-        logits, labels, options, _ = args
-        traced = jax.jit(all_slopes, inline=True)  # traced once for all cotangents
 
-        def cotangent(pick: Callable[[Any], Array], primal: Array) -> Array | None:
-            if not arguments.is_differentiable(primal):
-                return None
-            # The slope reuses the memory of the residual `result`: on CPU a new array costs more
-            # than the arithmetic.
-            slope = compile_separately(lambda *args: pick(traced(*args)), *args, after=result)
-            return arguments.cotangent_like(primal, arguments.scale_cotangent(ct, slope))
-
-        of_options = {
-            name: jax.tree.map(partial(cotangent, lambda found, name=name: found[2][name]), option)
-            for name, option in options.items()
-        }
-        of_logits = cotangent(lambda found: found[0], logits)
-        return of_logits, cotangent(lambda found: found[1], labels), of_options, None
+        # The slopes reuse the memory of the residual `result`: on CPU a new array costs more than
+        # the arithmetic.
+        slopes = compile_separately(all_slopes, *args, after=result)
+        scaled = jax.tree.map(partial(arguments.scale_cotangent, ct), slopes)
+        return *jax.tree.map(arguments.cotangent_like, args[:-1], scaled), None
 
     core = jax.custom_vjp(primal)
     core.defvjp(forward, backward)
-    return core
+    return keep_rules(core)
 
 
 def elementwise_loss(

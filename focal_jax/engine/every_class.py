@@ -25,13 +25,16 @@ from focal_jax.engine.rows import (
     class_terms,
     direct_gradient,
     is_near_max,
+    log_total,
     max_class_on_cpu,
     plain_row,
     row_cotangent,
+    row_over_shards,
     shift_logits,
     whole_gradient,
     zero_near_max,
 )
+from focal_jax.engine.rules import keep_rules
 from focal_jax.engine.sharding import cast_to_common_varying, place_like
 
 
@@ -313,6 +316,7 @@ def _backward(spec: _Spec, residuals, ct: Array):
 
 _core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 _core.defvjp(_forward, _backward)
+_kept = keep_rules(_core, num_static=1)
 
 
 def sum_over_classes(loss: Any, axis: int, args: ClassArgs, smoothing: Smoothing | None) -> Array:
@@ -322,7 +326,31 @@ def sum_over_classes(loss: Any, axis: int, args: ClassArgs, smoothing: Smoothing
     class index `args.labels`. If `args.row` is given, its derivative is returned separately: the
     logits may then be a slice of the classes, and the caller adds up the slices.
     """
-    return _core(_Spec(loss, axis, smoothing), cast_to_common_varying(args)[0])
+    return _kept(_Spec(loss, axis, smoothing), cast_to_common_varying(args)[0])
+
+
+def smoothed_losses(
+    head: Any, logits, name, local_labels, alpha: Array, start, options, where, invalid, num_classes
+) -> Any:
+    """Return the losses of smoothed labels and, if asked for, the log-sum-exp; see `head._run`."""
+    from focal_jax.engine import row_statistics  # only for these sums
+
+    source, row = head.source, None
+    weights = jnp.broadcast_to(alpha, (num_classes,))
+    if start is not None:  # those of this device's classes
+        local = source.logits_shape(logits)[source.axis(logits)]
+        weights = lax.dynamic_slice_in_dim(weights, start, local)
+    if name is not None or head.return_logsumexp:
+        logits = source.for_two_cotangents(logits)
+        row = row_statistics.row_of(source.row_statistics(logits, None, where))
+        row = row_over_shards(row, name)
+    args = ClassArgs(logits, local_labels, weights, options, where, invalid, row)
+    smoothing = Smoothing(head.label_smoothing, num_classes)
+    losses = source.sum_over_classes(head.loss, args, smoothing)
+    losses = losses if name is None else lax.psum(losses, name)
+    if row is None or not head.return_logsumexp:
+        return (losses,)
+    return losses, arguments.mask_to_zero(row.max_logit + log_total(row.exps), where)
 
 
 def distribution_losses(
@@ -386,8 +414,9 @@ def _probabilities_backward(axis, args, cts):
 
 _probabilities_core = jax.custom_vjp(_probabilities, nondiff_argnums=(0,))
 _probabilities_core.defvjp(_probabilities_forward, _probabilities_backward)
+_kept_probabilities = keep_rules(_probabilities_core, num_static=1)
 
 
 def class_probabilities(axis: int, logits: Array, where: Array | None) -> tuple[Array, Array]:
     """Return the softmax probability p of each class, and `1 - p` without cancellation."""
-    return _probabilities_core(axis, logits, where)
+    return _kept_probabilities(axis, logits, where)

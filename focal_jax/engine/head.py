@@ -137,9 +137,10 @@ def _run(
     local_labels = labels if start is None else labels - start
     weight, invalid = label_weight(alpha, labels, num_classes)
     if head.label_smoothing:
-        weights = _local_weights(alpha, local, start)
-        args = local_labels, weights, options, where, invalid, num_classes
-        return _smoothed(head, logits, name, *args)
+        from focal_jax.engine.every_class import smoothed_losses  # most programs do not use it
+
+        args = local_labels, alpha, start, options, where, invalid, num_classes
+        return smoothed_losses(head, logits, name, *args)
     if head.loss.row_option is not None or head.return_logsumexp:
         logits = source.for_two_cotangents(logits)
     sums = class_sums.sum_over_shards(source.class_sums(logits, local_labels, where), name)
@@ -148,30 +149,8 @@ def _run(
         options = options | {option: of_row(axis, name, logits, sums, where)}
     label_logit = sums.label_logit - lax.stop_gradient(sums.max_logit)
     losses = head.loss.of_sums(label_logit, sums.rest, weight, options, where, invalid)
-    if not head.return_logsumexp:
-        return (losses,)
-    return losses, class_sums.log_sum_exp(sums, invalid, where)
-
-
-def _smoothed(
-    head: _Head, logits, name, local_labels, weights, options: Any, where, invalid, num_classes: int
-) -> Any:
-    """Return the losses of smoothed labels and, if asked for, the log-sum-exp."""
-    # Imported here, because most programs do not smooth labels.
-    from focal_jax.engine import every_class, row_statistics, rows
-
-    source, row = head.source, None
-    if name is not None or head.return_logsumexp:
-        logits = source.for_two_cotangents(logits)
-        row = row_statistics.row_of(source.row_statistics(logits, None, where))
-        row = rows.row_over_shards(row, name)
-    args = every_class.ClassArgs(logits, local_labels, weights, options, where, invalid, row)
-    smoothing = every_class.Smoothing(head.label_smoothing, num_classes)
-    losses = source.sum_over_classes(head.loss, args, smoothing)
-    losses = losses if name is None else lax.psum(losses, name)
-    if row is None or not head.return_logsumexp:
-        return (losses,)
-    return losses, arguments.mask_to_zero(row.max_logit + rows.log_total(row.exps), where)
+    pair = (class_sums.log_sum_exp(sums, invalid, where),) if head.return_logsumexp else ()
+    return losses, *pair
 
 
 def label_weight(alpha: Array, labels: Array, num_classes: int) -> tuple[Array, Array]:
@@ -202,10 +181,3 @@ def _pick_jvp(primals, tangents):
     own = jnp.broadcast_to(own, (labels.size // _BLOCK + 1, weights.size))
     sharding = jax.typeof(labels).sharding
     return _pick(*primals), own.at[block, labels].get(out_sharding=sharding)
-
-
-def _local_weights(alpha: Array, local: int, start: Array | None) -> Array:
-    """Return one weight for each of this device's classes."""
-    if alpha.ndim and start is not None:
-        return lax.dynamic_slice_in_dim(alpha, start, local)
-    return jnp.broadcast_to(alpha, (local,))

@@ -33,8 +33,13 @@ class LinearSource(chunks.ChunkSpec):
         return arguments.compute_dtype(jax.eval_shape(self.promoted, linear, None).features)
 
     def promoted(self, linear: Linear, where: Array | None) -> Linear:
-        with jax.numpy_dtype_promotion("standard"):
-            dtype = jnp.promote_types(linear.features.dtype, linear.kernel.dtype)
+        features, kernel = linear.features.dtype, linear.kernel.dtype
+        try:
+            with jax.numpy_dtype_promotion("standard"):
+                dtype = jnp.promote_types(features, kernel)
+        except ValueError:  # 8-bit floats
+            wanted = f"the features' dtype {features}, or one that JAX promotes with it"
+            raise InputError(f"kernel: got dtype {kernel}, wanted {wanted}") from None
         if dtype == linear.features.dtype:
             return linear
         return linear._replace(features=linear.features.astype(dtype)).mask(where)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments, checks, chunks
+from focal_jax.engine import arguments, checks, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.linear import linear_source
@@ -85,6 +85,7 @@ def _backward(spec: _Spec, residuals, ct: Array):
     names = [name for name in names if jax.tree.leaves(args.options[name])]
 
     def of_chunk(chunk):
+        chunk = chunk._replace(logits=scalar.prevent_cse(chunk.logits))  # finite
         by_logit = _on_chunk(lambda *x: spec.loss.slopes_of(*x)[0], args, chunk)
 
         def in_option(name):

@@ -34,6 +34,13 @@ def _below(axis: int, logits: Array, bound: Array, where: Array | None) -> Array
     return _first_largest(axis, jnp.where(z < bound, z, -jnp.inf))
 
 
+def is_first_with(x: Array, value: Array, class_axis_name: AxisName) -> Array:
+    """Return whether this device is the first one whose `x` equals `value`."""
+    device = lax.axis_index(class_axis_name)
+    holder = jnp.where(x == value, device, lax.axis_size(class_axis_name))
+    return lax.pmin(holder, class_axis_name) == device
+
+
 def largest_below(
     axis: int, logits: Array, bound: Array, where: Array | None, class_axis_name: AxisName | None
 ) -> Array:
@@ -46,7 +53,5 @@ def largest_below(
         return below
     # The largest over the shards, taken from the first device that has it.
     own = lax.stop_gradient(below)
-    index, size = lax.axis_index(class_axis_name), lax.axis_size(class_axis_name)
-    holds = jnp.where(own == lax.pmax(own, class_axis_name), index, size)
-    is_first = lax.pmin(holds, class_axis_name) == index
+    is_first = is_first_with(own, lax.pmax(own, class_axis_name), class_axis_name)
     return lax.psum(jnp.where(is_first, below, 0), class_axis_name)

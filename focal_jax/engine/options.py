@@ -227,6 +227,8 @@ def declared(options: Mapping[str, Any], *functions: Callable[..., Any]) -> dict
         if name in used - {"options"}:
             raise InputError(f"{name}: got the name of an argument of every loss, wanted another")
         out[name] = option if isinstance(option, Option) else number(option)
+        if out[name].per_class:
+            raise InputError(f"{name}: got per_class=True, wanted one number per position")
         out[name].check(name, out[name].default)
     return out
 

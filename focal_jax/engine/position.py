@@ -19,6 +19,7 @@ from focal_jax.engine.class_axis import ClassSums
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.declaration import Loss
 from focal_jax.engine.elementwise import (
+    CopiedAsFunction,
     Slopes,
     check_value,
     parameter_order,
@@ -27,6 +28,7 @@ from focal_jax.engine.elementwise import (
     slopes_of,
 )
 from focal_jax.engine.options import CLASS_WEIGHTS, Option, check_call, declared, number, unwrap
+from focal_jax.engine.rules import keep_rules
 from focal_jax.engine.scalar import Terms
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying
 
@@ -35,7 +37,7 @@ from focal_jax.engine.sharding import AxisName, cast_to_common_varying
 RowOption = Callable[[int, AxisName | None, Array, ClassSums, Array | None], Array]
 
 
-class PositionLoss:
+class PositionLoss(CopiedAsFunction):
     """A loss of one softmax position: `loss(logits, labels, *, alpha=None, axis=-1, ...)`.
 
     See `position_loss`.
@@ -48,6 +50,7 @@ class PositionLoss:
         options: Mapping[str, Option],
         row_option: tuple[str, RowOption] | None = None,
     ):
+        self._arguments = value, slopes, options, row_option
         self.options, self.row_option = dict(options), row_option
         inner = self.options if row_option is None else self.options | {row_option[0]: number(0.0)}
         names = parameter_order("value", value, 1, inner)
@@ -67,10 +70,6 @@ class PositionLoss:
         )
         call = PositionLoss.__call__
         self.__signature__ = signature_of(self.options, call, head.integer_losses)
-
-    def __deepcopy__(self, memo: Any) -> "PositionLoss":
-        """Return the loss itself, as for a function."""
-        return self
 
     @check_call
     def __call__(
@@ -206,7 +205,7 @@ def _with_slopes(loss: PositionLoss):
 
     core = jax.custom_vjp(primal)
     core.defvjp(forward, backward)
-    return core
+    return keep_rules(core)
 
 
 def _prepare(label_logit, rest, weight, options, where):

@@ -24,41 +24,16 @@ from focal_jax.engine.chunks import ChunkSpec, Linear
 from focal_jax.engine.class_axis import cast_logits, class_index, pick_class
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.cpu_sums import MAX_FLOAT_INDEX, is_at_most, minimum_with_distance
+from focal_jax.engine.next_class import is_first_with
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.rows import RowSums, Split
+from focal_jax.engine.rules import keep_rules
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying, class_range, place_like
 
 
-def _constant(like: Array, value: int) -> Array:
-    # The select makes the constant depend on the array, so that `vmap` maps both.
-    return jnp.where(like < -jnp.inf, 1 - value, jnp.full_like(like, value))
-
-
-@jax.custom_jvp
-def _exp_at_max(max_logit: Array) -> Array:
-    """Return `exp(x)` of the largest class: 1, with the derivatives of `exp` in its logit.
-
-    This function and the next one are constants with derivatives.
-    """
-    return _constant(max_logit, 1)
-
-
-@_exp_at_max.defjvp
-def _exp_at_max_jvp(primals, tangents):
-    one = _exp_at_max(*primals)
-    return one, one * tangents[0]
-
-
-@jax.custom_jvp
-def _x_exp_at_max(max_logit: Array) -> Array:
-    """Return `x * exp(x)` of the largest class: 0, with its derivatives in the logit."""
-    return _constant(max_logit, 0)
-
-
-@_x_exp_at_max.defjvp
-def _x_exp_at_max_jvp(primals, tangents):
-    zero = _x_exp_at_max(*primals)
-    return zero, (zero + _exp_at_max(*primals)) * tangents[0]
+def _x_at_max(max_logit: Array) -> Array:
+    """Return `x` of the largest class: 0, with the derivative of its logit."""
+    return max_logit - lax.stop_gradient(max_logit)
 
 
 class RowStatistics(NamedTuple):
@@ -91,9 +66,10 @@ class RowStatistics(NamedTuple):
     @property
     def at_max(self) -> Array:
         """`exp(x)` of the largest class: 1, with the derivative of the largest logit."""
-        return _exp_at_max(self.max_logit)
+        return jnp.exp(_x_at_max(self.max_logit))
 
 
+@keep_rules
 def row_of(found: RowStatistics) -> RowSums:
     """Return the sums of the exponentials."""
     at_max = jnp.where(found.top > jnp.finfo(found.top.dtype).min, found.at_max, 0)
@@ -172,8 +148,9 @@ def of_classes(axis: int, z: Array, start: Array | int, indices: Array | None) -
         return jnp.sum(compute(z, index, own, top), axis, keepdims=True)
 
     rest = total(exponentials, own, top)
-    spread = total(spreads, *again) - _x_exp_at_max(largest)
-    moment = rest + spread + (_exp_at_max(largest) - 1)
+    x = _x_at_max(largest)
+    spread = total(spreads, *again) - x * jnp.exp(x)
+    moment = rest + spread + (jnp.exp(x) - 1)
     picked = _pick(z, indices, start, axis)
     return RowStatistics(largest, own + start, rest, spread, moment, picked)
 
@@ -229,9 +206,8 @@ def over_shards(row: RowStatistics, name: AxisName, start: Array) -> RowStatisti
 
     The collectives exchange five numbers per row, two indices, and K logits.
     """
-    top, device = lax.pmax(row.top, name), lax.axis_index(name)
-    holds = jnp.where(row.top == top, device, lax.axis_size(name))
-    largest = lax.pmin(holds, name) == device
+    top = lax.pmax(row.top, name)
+    largest = is_first_with(row.top, top, name)
     mine = jnp.where(largest, row.max_logit, 0), jnp.where(largest, row.max_class + start, 0)
     sums = _rescaled(row, row.top - top, largest)
     return RowStatistics(*lax.psum((*mine, *sums, row.picked), name))
@@ -254,6 +230,7 @@ def _of_shards(source: Any, logits: Any, class_axis_name, indices: Array, where)
     )
 
 
+@keep_rules
 def of_picked(row: RowStatistics, indices: Array) -> tuple[Array, Array]:
     """Return `logit - max_logit` of each picked class, and the sum of the other exponentials."""
     is_max = indices == row.max_class
@@ -288,11 +265,12 @@ def _forward(function, static, *args):
 
 _dense_core = jax.custom_vjp(_dense, nondiff_argnums=(0,))
 _dense_core.defvjp(partial(_forward, _dense), _dense_backward)
+_kept = keep_rules(_dense_core, num_static=1)
 
 
 def of_array(axis: int, logits: Array, indices: Any, where: Array | None) -> RowStatistics:
     """Return the statistics of an array of logits; `indices` has K along the class axis."""
-    return _dense_core(axis, *cast_to_common_varying(logits, indices, where))
+    return _kept(axis, *cast_to_common_varying(logits, indices, where))
 
 
 # ---------------------------------------------------------------- features @ kernel

@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from focal_jax.engine import sparse
-from focal_jax.engine.options import check_call
+from focal_jax.engine import arguments, checks, row_statistics
+from focal_jax.engine.head import DenseSource, label_weight
+from focal_jax.engine.linear import linear_source
+from focal_jax.engine.options import CLASS_WEIGHTS, check_call, prepare_options
+from focal_jax.engine.sharding import AxisName, check_not_varying, class_range, place_like
 from focal_jax.losses.softmax import softmax_focal_loss
 
 _LOSS: Any = softmax_focal_loss.declaration.engine_loss  # pyright: ignore[reportFunctionMemberAccess]
@@ -56,7 +61,9 @@ def softmax_focal_loss_with_sparse_labels(
     Returns:
       The losses, of the logits' shape without the class axis.
     """
-    return sparse.of_array(_LOSS, **locals())
+    logits = arguments.floating_array("logits", logits)
+    source = DenseSource(arguments.static_axis(axis, logits.ndim))
+    return _losses(source, logits, indices, weights, alpha, gamma, where, class_axis_name)
 
 
 @check_call
@@ -98,4 +105,45 @@ def linear_softmax_focal_loss_with_sparse_labels(
     Returns:
       The losses, `[...]`.
     """
-    return sparse.of_linear(_LOSS, **locals())
+    of_logits = bias, transpose_kernel, logit_softcap, chunk_size, mesh, class_axis_name
+    source, linear, name = linear_source(features, kernel, *of_logits, temperature)
+    return _losses(source, linear, indices, weights, alpha, gamma, where, name)
+
+
+def _losses(
+    source: Any,
+    logits: Any,
+    indices: ArrayLike,
+    weights: ArrayLike,
+    alpha: ArrayLike | None,
+    gamma: ArrayLike,
+    where: ArrayLike | None,
+    class_axis_name: AxisName | None,
+) -> Array:
+    """Return `sum over k of alpha_k weight_k value(p_k)` for each position."""
+    arguments.check_axis_name("class_axis_name", class_axis_name)
+    axis, shape, dtype = source.axis(logits), source.logits_shape(logits), source.dtype(logits)
+    losses = shape[:axis] + shape[axis + 1 :]
+    classes = checks.class_index_lists("indices", indices, losses)
+    given = arguments.real_array("weights", weights)
+    arguments.check_shape("weights", given, classes.shape, "one weight per class index")
+    prepared = prepare_options(_LOSS.options, {"gamma": gamma}, losses, dtype, axis)
+    mask = arguments.mask_array(where, losses, axis)
+    same = {"indices": classes, "weights": given, "where": mask, **prepared}
+    check_not_varying(same, class_axis_name)
+    num_classes, _ = class_range(shape[axis], class_axis_name)
+    arguments.warn_of_one_class(num_classes)
+    weight = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
+    classes = jnp.moveaxis(classes, -1, axis)
+    y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)
+    given = classes, y, weight, prepared, mask
+    classes, y, weight, prepared, mask = place_like(jax.tree.leaves(logits)[0], given)
+    row = row_statistics.of_source(source, logits, class_axis_name, classes, mask)
+    x, rest = row_statistics.of_picked(row, classes)
+    of_class, invalid = label_weight(weight, classes, num_classes)
+    padding = classes == -1
+    invalid = (invalid & ~padding) | ~(y >= 0)
+    keep = ~padding if mask is None else mask & ~padding
+    weight = of_class.astype(dtype) * jnp.where(invalid, 0, y)
+    found = _LOSS.of_sums(x, rest, weight, prepared, keep, invalid)
+    return jnp.sum(found, axis)

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from focal_jax.catalogue import declare
 from focal_jax.engine import arguments, exponent, number, scalar
 from focal_jax.engine.options import prepare_options, unwrap
+from focal_jax.engine.rules import keep_rules
 from focal_jax.engine.sharding import cast_to_common_varying
 
 _OPTIONS = {
@@ -55,7 +56,7 @@ def _losses(axis, axis_name, logits, labels, options, where):
         jnp.sum(arguments.mask_to_zero(x, where), positions) for x in (y * p, y * q, (1 - y) * p)
     ]
     tp, fn, fp = counts if axis_name is None else lax.psum(counts, axis_name)
-    one_minus_index, index = _shares(alpha * fn + beta * fp, tp + smooth)
+    one_minus_index, index = keep_rules(_shares)(alpha * fn + beta * fp, tp + smooth)
     log_abs = scalar.log_abs(one_minus_index, index)
     return scalar.abs_power(one_minus_index, log_abs, gamma)
 

@@ -14,7 +14,7 @@ from helpers import LOSSES, PROGRAMS, assert_close, gradients, jit
 from focal_jax import catalogue
 from focal_jax.engine.platform import forced_form
 
-pytestmark = [pytest.mark.quick, pytest.mark.slow]
+pytestmark = [pytest.mark.quick, pytest.mark.every_form, pytest.mark.slow]
 
 # Rows for the tests against the formulas. One elementwise loss is enough, because elementwise
 # losses have no accelerator form of their own.

@@ -238,8 +238,10 @@ def test_compile_separately_without_jax_internals():
     # A JAX version that has moved the internal names: the package works without the workaround.
     code = (
         "import jax.extend.core as core\n"
+        "primitive = core.Primitive\n"
         "del core.Primitive\n"
         "import jax, jax.numpy as jnp, focal_jax, focal_jax.engine.cpu\n"
+        "core.Primitive = primitive\n"
         "assert focal_jax.engine.cpu.single_device_primitive is None\n"
         "loss = lambda z: jnp.sum(focal_jax.sigmoid_focal_loss(z, jnp.ones(3)))\n"
         "print(*jax.jit(jax.grad(loss))(jnp.array([-1.0, 0.0, 2.0])).tolist())\n"

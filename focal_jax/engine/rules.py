@@ -1,0 +1,24 @@
+"""Derivative rules that JAX keeps for every derivative."""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+import jax
+
+
+def keep_rules(function: Callable[..., Any], num_static: int = 0) -> Callable[..., Any]:
+    """Return the function, jitted, with `custom_jvp` rules that every derivative uses.
+
+    JAX splits a loop into known and unknown values to differentiate it, and loses the rules of the
+    known ones, which the next derivative needs. The first `num_static` arguments are static.
+    """
+
+    @partial(jax.jit, static_argnums=range(num_static))
+    @wraps(function)
+    def kept(*args):
+        from focal_jax.engine.batching import bind  # not loaded with the package
+
+        return bind(partial(function, *args[:num_static]), args[num_static:])
+
+    return kept
