@@ -82,7 +82,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            message += _near(found[1], re.findall(r"[\w-]+", found[2]))
+            near = _near(found[1], re.findall(r"[\w-]+", found[2]))
+            message = message[: found.end(1) + 1] + near if near else message
         if found := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             message += _near(found[1], self.options)
         self.exit(2, f"{self.prog}: {message} (see --help)\n")

@@ -272,7 +272,7 @@ EXPECTED = {
         0.25 * categorical(scores, one_hot)[:, :2].sum() / (labels != 2).sum()
     ),
     "`loss_param { normalization: BATCH_SIZE }`": 0.25 * categorical(scores, one_hot).sum() / N,
-    "the same, without the drop-in": 0.25 * categorical(scores, one_hot).sum() / N,
+    "the same, without `focal_jax.compat`": 0.25 * categorical(scores, one_hot).sum() / N,
     # pytorch-retinanet
     "`FocalLoss()(classifications, regressions, anchors, annotations)`": RETINANET,
     "the same, from logits": RETINANET,
@@ -284,10 +284,12 @@ EXPECTED = {
     '`nn.FocalLoss(weight, reduction="none")(scores, one_hot)`': (
         weight * categorical(scores, one_hot).mean((2, 3))
     ),
-    "`nn.FocalLoss()(scores, target)`, without the drop-in": (
+    "`nn.FocalLoss()(scores, target)`, without `focal_jax.compat`": (
         categorical(scores, one_hot).sum(1).mean()
     ),
-    "`nn.FocalLoss()(scores, one_hot)`, without the drop-in": categorical(scores, one_hot).mean(),
+    "`nn.FocalLoss()(scores, one_hot)`, without `focal_jax.compat`": categorical(
+        scores, one_hot
+    ).mean(),
     # torchvision
     "`ops.sigmoid_focal_loss(logits, targets)`": binary(logits, targets, 0.25),
     '`ops.sigmoid_focal_loss(logits, targets, alpha=-1, reduction="mean")`': (

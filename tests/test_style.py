@@ -68,7 +68,7 @@ def test_pyplot_has_the_style():
 
 def test_missing_matplotlib_is_an_error_of_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "focal_jax\[benchmarks\]"') as caught:
+    with pytest.raises(ImportError, match=r"pip install '\.\[benchmarks\]'") as caught:
         style.figure()
     assert "\n" not in str(caught.value)
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -21,6 +20,13 @@ from focal_jax.engine.arguments import InputError, shown
 from focal_jax.engine.options import Option
 from focal_jax.losses.softmax import softmax_focal_loss_with_integer_labels
 from focal_jax.reduction import reduce_loss
+
+try:
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+except ImportError as error:
+    raise ImportError(
+        f"protobuf is missing; install it in a checkout: pip install '.[compat]' ({error})"
+    ) from error
 
 __all__ = ["FocalLossLayer"]
 

@@ -5,11 +5,11 @@ from types import ModuleType
 
 
 def require_extra(module: str) -> ModuleType:
-    """Import a module of `focal_jax[benchmarks]`, or raise an error that says how to install it."""
+    """Import a module of the extra `benchmarks`, or raise an error that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.partition(".")[0]
         raise ImportError(
-            f'{name} is missing; install it with pip install "focal_jax[benchmarks]" ({error})'
+            f"{name} is missing; install it in a checkout: pip install '.[benchmarks]' ({error})"
         ) from error
