@@ -121,7 +121,9 @@ def _parser() -> _Parser:
     stdout = Path("-")
     compare.add_argument("--json", dest="json_file", nargs="?", const=stdout, help=text, **file)
     number: dict[str, Any] = {"type": float, "nargs": "+", "metavar": "X"}
-    group = compare.add_argument_group("options of a loss", "One number, or one per class.")
+    group = compare.add_argument_group(
+        "options of a loss", "One number; of class weights also one per class."
+    )
     options = {name: value for _, found in losses.values() for name, value in found.items()}
     flag: dict[str, Any] = {"action": "store_true"}
     for name, value in sorted(options.items()):

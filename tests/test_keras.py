@@ -38,51 +38,51 @@ def softmax(z):
 @pytest.mark.parametrize("labels", [INDICES, INDICES[:, None], INDICES.astype(np.uint8), ONE_HOT])
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum", None])
 def test_softmax_equals_keras(from_logits, labels, reduction):
-    theirs = keras.losses.CategoricalFocalCrossentropy(
+    of_keras = keras.losses.CategoricalFocalCrossentropy(
         alpha=0.25, gamma=2.0, from_logits=from_logits, reduction=reduction
     )
-    ours = compat.SoftmaxFocalLoss(0.25, 2.0, from_logits=from_logits, reduction=reduction)
+    of_focal_jax = compat.SoftmaxFocalLoss(0.25, 2.0, from_logits=from_logits, reduction=reduction)
     predictions, weights = LOGITS if from_logits else softmax(LOGITS), np.arange(6.0)
     for weight in (None, weights):
-        wanted = theirs(ONE_HOT, predictions, weight)
-        np.testing.assert_allclose(ours(labels, predictions, weight), wanted, rtol=1e-5)
+        wanted = of_keras(ONE_HOT, predictions, weight)
+        np.testing.assert_allclose(of_focal_jax(labels, predictions, weight), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("from_logits", [True, False])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_sigmoid_equals_keras(from_logits, smoothing):
     shared = {"gamma": 2.0, "label_smoothing": smoothing, "from_logits": from_logits}
-    theirs = keras.losses.BinaryFocalCrossentropy(True, alpha=0.25, **shared)
-    ours = compat.SigmoidFocalLoss(alpha=0.25, **shared)
+    of_keras = keras.losses.BinaryFocalCrossentropy(True, alpha=0.25, **shared)
+    of_focal_jax = compat.SigmoidFocalLoss(alpha=0.25, **shared)
     predictions = LOGITS if from_logits else 1 / (1 + np.exp(-LOGITS))
     for weight in (None, np.arange(6.0)):
-        wanted = theirs(ONE_HOT, predictions, weight)
-        np.testing.assert_allclose(ours(ONE_HOT, predictions, weight), wanted, rtol=2e-6)
+        wanted = of_keras(ONE_HOT, predictions, weight)
+        np.testing.assert_allclose(of_focal_jax(ONE_HOT, predictions, weight), wanted, rtol=2e-6)
 
 
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean", "sum", None])
 def test_ignore_class_and_masks_divide_as_keras_does(reduction):
     labels = np.where(np.arange(6) % 3 == 0, 255, INDICES)
-    theirs = keras.losses.SparseCategoricalCrossentropy(True, 255, reduction)
-    ours = compat.SoftmaxFocalLoss(gamma=0, ignore_class=255, reduction=reduction)
+    of_keras = keras.losses.SparseCategoricalCrossentropy(True, 255, reduction)
+    of_focal_jax = compat.SoftmaxFocalLoss(gamma=0, ignore_class=255, reduction=reduction)
     for weight in (None, np.arange(6.0, dtype=np.float32)):
-        wanted = theirs(labels, LOGITS, weight)
-        np.testing.assert_allclose(ours(labels, LOGITS, weight), wanted, rtol=2e-6)
+        wanted = of_keras(labels, LOGITS, weight)
+        np.testing.assert_allclose(of_focal_jax(labels, LOGITS, weight), wanted, rtol=2e-6)
     predictions = jnp.asarray(LOGITS)
     keras.src.backend.set_keras_mask(predictions, jnp.arange(6) > 1)
-    wanted = theirs(labels, predictions)
-    np.testing.assert_allclose(ours(labels, predictions), wanted, rtol=2e-6)
+    wanted = of_keras(labels, predictions)
+    np.testing.assert_allclose(of_focal_jax(labels, predictions), wanted, rtol=2e-6)
     keras.src.backend.set_keras_mask(predictions, jnp.zeros(6, bool))
-    assert not np.any(ours(labels, predictions))
+    assert not np.any(of_focal_jax(labels, predictions))
 
 
 def test_gradient_where_keras_clips():
     logits, labels = jnp.array([[80.0, 0.0]]), jnp.array([1])
     clipped = keras.losses.CategoricalFocalCrossentropy(alpha=1.0, from_logits=True)
-    theirs = jax.grad(lambda z: clipped(jax.nn.one_hot(labels, 2), z))(logits)
-    ours = jax.grad(lambda z: compat.SoftmaxFocalLoss()(labels, z))(logits)
-    assert not theirs.any()
-    np.testing.assert_allclose(ours, [[1.0, -1.0]], rtol=1e-6)
+    of_keras = jax.grad(lambda z: clipped(jax.nn.one_hot(labels, 2), z))(logits)
+    of_focal_jax = jax.grad(lambda z: compat.SoftmaxFocalLoss()(labels, z))(logits)
+    assert not of_keras.any()
+    np.testing.assert_allclose(of_focal_jax, [[1.0, -1.0]], rtol=1e-6)
 
 
 def test_probabilities():

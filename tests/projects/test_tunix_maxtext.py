@@ -151,9 +151,9 @@ def test_maxtext_takes_an_eighth_of_the_memory():
     data = {"targets": tokens, "targets_segmentation": tokens}
     features = jax.ShapeDtypeStruct((4, 256, 256), jnp.float32)
     embedding = jax.ShapeDtypeStruct((32_000, 256), jnp.float32)
-    default, ours = (
+    default, of_focal_jax = (
         jax.jit(jax.grad(f, (0, 1))).lower(features, embedding, data).compile()
         for f in _maxtext_losses()
     )
-    temporaries = [x.memory_analysis().temp_size_in_bytes for x in (default, ours)]
+    temporaries = [x.memory_analysis().temp_size_in_bytes for x in (default, of_focal_jax)]
     assert temporaries[1] <= temporaries[0] / 8
