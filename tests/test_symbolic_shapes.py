@@ -8,7 +8,7 @@ from helpers import assert_close
 from jax import export
 
 import focal_jax
-from focal_jax import catalogue, detection, nnx
+from focal_jax import catalogue, detection, engine, linen, nnx
 from focal_jax.compat import caffe, mindspore
 
 pytestmark = [pytest.mark.quick, pytest.mark.every_form]
@@ -44,6 +44,11 @@ FUNCTIONS |= {
     "smoothing": lambda z, y, i: INTEGER(z, i, label_smoothing=0.1),
     "class weights": lambda z, y, i: INTEGER(z, i, alpha=jnp.arange(1.0, 6.0)),
     "linear sigmoid": lambda z, y, i: focal_jax.linear_sigmoid_focal_loss(z, KERNEL, i[:, None]),
+    "linear asymmetric": lambda z, y, i: focal_jax.linear_asymmetric_loss(z, KERNEL, i[:, None]),
+    "linear sparse labels": lambda z, y, i: focal_jax.linear_softmax_focal_loss_with_sparse_labels(
+        z, KERNEL, i[:, None], y[:, :1]
+    ),
+    "log-probability": lambda z, y, i: engine.of_log_probability(INTEGER, jnp.log(y[:, 0])),
     "token statistics": lambda z, y, i: sum(focal_jax.token_statistics(z, i)[:3]),
     "linear token statistics": lambda z, y, i: sum(
         focal_jax.linear_token_statistics(z, KERNEL, i)[:3]
@@ -59,6 +64,7 @@ FUNCTIONS |= {
     "reduce_loss where": lambda z, y, i: focal_jax.reduce_loss(z, where=y[:, :1] > 0.1),
     "reduce_loss weights": lambda z, y, i: focal_jax.reduce_loss(z, weights=y[:, :1]),
     "module": lambda z, y, i: nnx.SoftmaxFocalLoss()(z, i),
+    "linen module": lambda z, y, i: linen.SoftmaxFocalLoss().apply({}, z, i),
     **{
         f"caffe {x}": lambda z, y, i, x=x: caffe.FocalLossLayer(normalization=x)(z, i)
         for x in ("valid", "full", "batch_size", "none")
