@@ -1,4 +1,4 @@
-"""Calls that JAX's transformations keep whole: `engine.rules` and `jax.vmap` over positions."""
+"""A call that JAX does not split: keeps `custom_jvp` rules, and folds `jax.vmap` over positions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ def call(function: Callable[..., Any], shared: Any, *positions: Any) -> Any:
 
 
 def bind(function: Callable[..., Any], args: Any, fold: Any = None, num_shared: int = 0) -> Any:
-    """Return `function(*args)` as a call."""
+    """Return `function(*args)`, one equation that JAX does not split into its parts."""
     leaves, tree = jax.tree.flatten(args)
 
     def flat(function):

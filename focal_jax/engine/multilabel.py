@@ -85,7 +85,7 @@ def _backward(spec: _Spec, residuals, ct: Array):
     names = [name for name in names if jax.tree.leaves(args.options[name])]
 
     def of_chunk(chunk):
-        chunk = chunk._replace(logits=scalar.prevent_cse(chunk.logits))  # finite
+        chunk = chunk._replace(logits=scalar.prevent_cse(chunk.logits))  # makes them finite
         by_logit = _on_chunk(lambda *x: spec.loss.slopes_of(*x)[0], args, chunk)
 
         def in_option(name):

@@ -69,7 +69,6 @@ class RowStatistics(NamedTuple):
         return jnp.exp(_x_at_max(self.max_logit))
 
 
-@keep_rules
 def row_of(found: RowStatistics) -> RowSums:
     """Return the sums of the exponentials."""
     at_max = jnp.where(found.top > jnp.finfo(found.top.dtype).min, found.at_max, 0)
@@ -230,7 +229,6 @@ def _of_shards(source: Any, logits: Any, class_axis_name, indices: Array, where)
     )
 
 
-@keep_rules
 def of_picked(row: RowStatistics, indices: Array) -> tuple[Array, Array]:
     """Return `logit - max_logit` of each picked class, and the sum of the other exponentials."""
     is_max = indices == row.max_class

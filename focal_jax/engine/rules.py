@@ -1,4 +1,4 @@
-"""Derivative rules that JAX keeps for every derivative."""
+"""Functions whose `custom_jvp` rules JAX keeps inside loops."""
 
 from collections.abc import Callable
 from functools import partial, wraps

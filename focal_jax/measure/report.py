@@ -142,7 +142,7 @@ class GradientComparison:
         headings = ("logits", "gradient", "relative error", "absolute error", "NaN or inf")
         caption = (
             f"Largest errors of {math.prod(self.sample_shape):,} gradient entries, against 60 "
-            f"digits, besides NaN and inf. Margins of the logits: {margins}."
+            f"digits, without NaN and inf. Margins of the logits: {margins}."
         )
         cost_headings = ("gradient", "median time", "temporary memory")
         cost_caption = f"jit(value_and_grad) on {self.device}, JAX {self.jax_version}."
