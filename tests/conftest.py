@@ -45,11 +45,13 @@ def _compilation(request):
     import helpers  # imported late: it reads the catalogue, to which a pytest plugin may add losses
 
     marker = request.node.get_closest_marker("quick")
-    helpers.quick = marker is not None and (not marker.args or marker.args[0])
-    only_cpu = helpers.quick and request.node.get_closest_marker("every_form") is None
+    quick = marker is not None and (not marker.args or marker.args[0])
+    only_cpu = quick and request.node.get_closest_marker("every_form") is None
     form = platform._forced if platform._forced in ("accelerator", "tpu") else None
-    wanted = None if helpers.quick else _SINGLE_DEVICE, "cpu" if only_cpu else form
+    wanted = None if quick else _SINGLE_DEVICE, "cpu" if only_cpu else form
     if (cpu.single_device_primitive, platform._forced) != wanted:
+        helpers.compiler_options = {}
+        helpers.compiler_options = helpers.quick_options() if quick else {}
         cpu.single_device_primitive, platform._forced = wanted
         jax.clear_caches()
 

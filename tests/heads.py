@@ -10,7 +10,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import jit
 
 import focal_jax
 from focal_jax import engine, reference
@@ -100,7 +99,7 @@ def total(head, labels, weights=1.0, **options):
 def value_and_gradients(head, arrays, labels, weights=1.0, **options):
     """Return `total` and its gradients in all arrays, compiled."""
     function = total(head, labels, weights, **options)
-    return jit(jax.value_and_grad(function, range(len(arrays))))(*arrays)
+    return jax.jit(jax.value_and_grad(function, range(len(arrays))))(*arrays)
 
 
 def directional_derivative(function, direction):

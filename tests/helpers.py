@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from jax._src import compiler
 
 from focal_jax import InputError, catalogue, reference
 from focal_jax.engine import Option
@@ -246,22 +247,19 @@ class Row:
 def _jitted(row, which):
     # Arguments that are not arrays are static: the axis, `ignore_label`, Python exponents.
     @functools.cache
-    def compiled(static, quick):
-        del quick  # part of the cache's key, because `jit` reads it
-        return jit(functools.partial(getattr(row, which), **dict(static)))
+    def compiled(static):
+        return jax.jit(functools.partial(getattr(row, which), **dict(static)))
 
     def call(**arguments):
         static = {k: v for k, v in arguments.items() if v is None or isinstance(v, int | float)}
         arrays = {k: v for k, v in arguments.items() if k not in static}
-        return compiled(tuple(static.items()), quick)(**arrays)
+        return compiled(tuple(static.items()))(**arrays)
 
     return call
 
 
 # ---------------------------------------------------------------- compilation
 
-# Whether the current test is marked `quick`: its programs compile fast and run slowly.
-quick = False
 # No optimization by LLVM, the fusion emitter that compiles faster, and one LLVM module per program.
 _QUICK = {
     "xla_backend_optimization_level": 0,
@@ -272,7 +270,7 @@ _QUICK = {
 
 @functools.cache
 def quick_options() -> dict[str, Any]:
-    """Return the compiler options for `quick` that this version of XLA has."""
+    """Return compiler options for fast compilation and slow programs, as far as XLA has them."""
     known = {}
     for name, value in _QUICK.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -281,12 +279,19 @@ def quick_options() -> dict[str, Any]:
     return known
 
 
-def jit(function: Callable, **options: Any) -> Any:
-    """Return `jax.jit(function)`, compiled as the mark of the test says.
+# The options of every program that is compiled now; `tests/conftest.py` sets them for each test.
+compiler_options: dict[str, Any] = {}
+_get_compile_options = compiler.get_compile_options
 
-    JAX does not accept compiler options for a function that is called inside another `jax.jit`.
-    """
-    return jax.jit(function, compiler_options=quick_options() if quick else None, **options)
+
+def _with_compiler_options(*args: Any, **others: Any) -> Any:
+    # JAX has no public default of these options. They would also be refused for a function that is
+    # called inside another `jax.jit`.
+    own = others.pop("env_options_overrides", None) or {}
+    return _get_compile_options(*args, env_options_overrides=compiler_options | own, **others)
+
+
+compiler.get_compile_options = _with_compiler_options
 
 
 def total(function: Callable, cotangent: Any = 1.0, **fixed):
@@ -300,7 +305,7 @@ def total(function: Callable, cotangent: Any = 1.0, **fixed):
 
 def gradients(function: Callable, cotangent: Any = 1.0, **fixed):
     """Return the compiled value and gradients of the weighted sum of the losses."""
-    return jit(jax.value_and_grad(total(function, cotangent, **fixed)))
+    return jax.jit(jax.value_and_grad(total(function, cotangent, **fixed)))
 
 
 # ---------------------------------------------------------------- rows

@@ -18,7 +18,7 @@ from heads import (
     total,
     value_and_gradients,
 )
-from helpers import assert_close, jit
+from helpers import assert_close
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from meshes import GATHERS, make_mesh, result_sizes
@@ -115,7 +115,7 @@ def test_gradient_inside_shard_map(head, options):
 
     mapped = jax.shard_map(local, mesh=make_mesh((2, 4)), in_specs=SPECS, out_specs=SPECS[:-1])
     want = value_and_gradients(head, arrays, labels, **options)[1]
-    assert_close(jit(mapped)(*arrays, labels), want, 1e-5)
+    assert_close(jax.jit(mapped)(*arrays, labels), want, 1e-5)
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_second_derivatives(head, options):
             reverse = jax.grad(directional_derivative(function, direction), range(5))(*arrays)
             return reverse, jax.jvp(gradient, arrays, tuple(direction))[1]
 
-        return jit(both)(*arrays)
+        return jax.jit(both)(*arrays)
 
     reverse, forward = second(_over_a_mesh(head))
     want, _ = second(head)
@@ -189,7 +189,7 @@ def _mean_loss(axis_name=None, class_axis_name=None, axis=-1):
 
 @cache
 def _mean_on_one_device():
-    return jit(jax.value_and_grad(_mean_loss(), (0, 2, 3)))(*_logits_and_options())
+    return jax.jit(jax.value_and_grad(_mean_loss(), (0, 2, 3)))(*_logits_and_options())
 
 
 @pytest.mark.parametrize("names", ["model", ("model", "other")], ids=["one axis", "two axes"])
@@ -215,7 +215,7 @@ def test_class_axis_names(inside, check_vma, names):
         check_vma=check_vma,
     )
     function = mapped if inside else jax.value_and_grad(mapped, (0, 2, 3))
-    assert_close(jit(function)(*_logits_and_options()), _mean_on_one_device(), 1e-5)
+    assert_close(jax.jit(function)(*_logits_and_options()), _mean_on_one_device(), 1e-5)
 
 
 def test_any_class_axis():
@@ -226,7 +226,7 @@ def test_any_class_axis():
         in_specs=(P("model", None, "data"), P(None, "data"), P(), P()),
         out_specs=(P(), P("model", None, "data")),
     )
-    value, gradient = jit(mapped)(jnp.moveaxis(logits, -1, 0), *others)
+    value, gradient = jax.jit(mapped)(jnp.moveaxis(logits, -1, 0), *others)
     want_value, (want, *_) = _mean_on_one_device()
     assert_close((value, jnp.moveaxis(gradient, 0, -1)), (want_value, want), 1e-5)
 
@@ -266,7 +266,7 @@ def test_reference_of_logits():
         in_specs=P(None, None, "model"),
         out_specs=P(),
     )
-    assert_close(jit(mapped)(logits), losses(logits), 1e-5)
+    assert_close(jax.jit(mapped)(logits), losses(logits), 1e-5)
 
 
 # ---------------------------------------------------------------- collectives

@@ -34,6 +34,8 @@ from focal_jax.measure import command_line, compare, curves
 from focal_jax.measure.compare import DTYPES, compare_gradients
 from focal_jax.measure.evaluate import evaluate
 
+pytestmark = pytest.mark.quick
+
 FUNCTIONS = (sigmoid_focal_loss, softmax_focal_loss, softmax_focal_loss_with_integer_labels)
 SIGMOID, SOFTMAX, INTEGER = NAMES = [function.__name__ for function in FUNCTIONS]
 REGIMES = ("easy", "hard", "saturated")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import NOT_AN_ARRAY, NOT_AN_OPTION, assert_errors_name, jit
+from helpers import NOT_AN_ARRAY, NOT_AN_OPTION, assert_errors_name
 from hypothesis import given, settings, strategies as st
 
 from focal_jax import InputError, softmax_focal_loss_with_integer_labels
@@ -41,7 +41,7 @@ def test_caffe_matches_recorded_values(case):
         return_prob=True,
     )
     logits = jnp.asarray(case["logits"], jnp.float32).reshape(case["shape"])
-    step = jit(jax.value_and_grad(layer, has_aux=True))
+    step = jax.jit(jax.value_and_grad(layer, has_aux=True))
     (loss, prob), gradient = step(logits, jnp.asarray(case["labels"]))
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     close(loss, case["loss_weight"] * case["loss"])
@@ -93,7 +93,7 @@ def test_caffe_matches_loops_for_any_options(layer, seed):
     labels = rng.integers(classes, size=positions)
     if layer.ignore_label is not None:
         labels[rng.random(positions) < 0.3] = layer.ignore_label
-    loss, gradient = jit(jax.value_and_grad(layer))(logits, labels)
+    loss, gradient = jax.jit(jax.value_and_grad(layer))(logits, labels)
     expected_loss, expected_gradient = caffe_loops(layer, logits, labels)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
@@ -521,10 +521,10 @@ def test_mindspore_matches_recorded_values(case):
     loss_of = mindspore.FocalLoss(weight, case["gamma"], case["reduction"])
     close = partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-5)
     if case["reduction"] == "none":
-        loss = jit(loss_of)(logits, target)
+        loss = jax.jit(loss_of)(logits, target)
         assert loss.shape == np.shape(case["loss"])
     else:
-        loss, gradient = jit(jax.value_and_grad(loss_of))(logits, target)
+        loss, gradient = jax.jit(jax.value_and_grad(loss_of))(logits, target)
         close(gradient.ravel(), case["logits_grad"])
     close(loss, case["loss"])
 
@@ -545,7 +545,7 @@ def test_mindspore_sum_and_mean_reduce_the_losses_of_none(volumes, dtype):
 
     def total(reduction):
         loss_of = mindspore.FocalLoss(weight, 1.5, reduction)
-        return jit(jax.value_and_grad(lambda z: jnp.sum(loss_of(z, one_hot))))(logits)
+        return jax.jit(jax.value_and_grad(lambda z: jnp.sum(loss_of(z, one_hot))))(logits)
 
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, total("none"), total("sum"))
@@ -637,7 +637,9 @@ def test_pytorch_retinanet_matches_recorded_values(case):
         for name in ("class_logits", "box_regression", "anchors", "annotations")
     )
     p, to_logits = jax.vjp(jax.nn.sigmoid, logits)
-    losses, p_gradient, gradient = jit(pytorch_losses)(p, regressions, anchors[None], annotations)
+    losses, p_gradient, gradient = jax.jit(pytorch_losses)(
+        p, regressions, anchors[None], annotations
+    )
     assert [loss.shape for loss in losses] == [(1,), (1,)]
     close = partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-9)
     close(losses[0], [case["classification_loss"]])
@@ -652,7 +654,7 @@ def test_pytorch_retinanet_clamps_like_pytorch():
     p = jnp.asarray([[row, row]], jnp.float32)
     anchors = jnp.array([[[0.0, 0, 8, 8], [20, 20, 28, 28]]])
     annotations = jnp.array([[[0.0, 0, 8, 8, 6]]])
-    losses, gradient, _ = jit(pytorch_losses)(p, jnp.zeros((1, 2, 4)), anchors, annotations)
+    losses, gradient, _ = jax.jit(pytorch_losses)(p, jnp.zeros((1, 2, 4)), anchors, annotations)
     inside = (row >= low) & (row <= high)
     # At the ends of the range the gradient is not halved, as in PyTorch. Beyond them it is 0.
     np.testing.assert_array_equal(gradient != 0, np.broadcast_to(inside, (1, 2, 7)))
@@ -677,8 +679,8 @@ def test_pytorch_retinanet_clamps_16_bit_probabilities(dtype):
     anchors = jnp.array([[[0.0, 0, 8, 8], [20, 20, 28, 28]]])
     annotations = jnp.array([[[0.0, 0, 8, 8, 0]]])
     arguments = jnp.zeros((1, 2, 4)), anchors, annotations
-    losses, gradient, _ = jit(pytorch_losses)(p, *arguments)
-    exact, exact_gradient, _ = jit(pytorch_losses)(p.astype(jnp.float32), *arguments)
+    losses, gradient, _ = jax.jit(pytorch_losses)(p, *arguments)
+    exact, exact_gradient, _ = jax.jit(pytorch_losses)(p.astype(jnp.float32), *arguments)
     np.testing.assert_array_equal(losses, exact)
     assert gradient.dtype == dtype
     np.testing.assert_array_equal(gradient, exact_gradient.astype(dtype))

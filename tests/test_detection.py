@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import NOT_AN_ARRAY, NOT_AN_OPTION, assert_errors_name, quick_options
+from helpers import NOT_AN_ARRAY, NOT_AN_OPTION, assert_errors_name
 from hypothesis import given, settings, strategies as st
 from jax.sharding import Mesh, PartitionSpec as P
 
@@ -58,13 +58,11 @@ def unit_vectors(loss: RetinaNetLoss):
 
 STATIC = ("alpha", "gamma", "positive_iou", "negative_iou", "smooth_l1_beta")
 STATIC += ("empty_images", "normalization")
-# Without jit every operation compiles alone, which takes minutes. The quick options turn off most
-# optimizations; the test against the recorded values of the original uses the default options.
+# Without jit every operation compiles alone, which takes minutes.
 pytestmark = pytest.mark.quick
-jit = partial(jax.jit, compiler_options=quick_options())
-loss_of = jit(retinanet_loss, static_argnames=STATIC)
-matches_of = jit(match_anchors, static_argnames=("positive_iou", "negative_iou", "force_match"))
-iou_of, encode, decode = map(jit, (box_iou, encode_boxes, decode_boxes))
+loss_of = jax.jit(retinanet_loss, static_argnames=STATIC)
+matches_of = jax.jit(match_anchors, static_argnames=("positive_iou", "negative_iou", "force_match"))
+iou_of, encode, decode = map(jax.jit, (box_iou, encode_boxes, decode_boxes))
 
 
 def _loss_and_gradients(class_logits, box_regression, anchors, annotations, **options):
@@ -78,8 +76,8 @@ def _loss_and_gradients(class_logits, box_regression, anchors, annotations, **op
     return loss, classification_grads[0], regression_grads[1]
 
 
-loss_and_gradients = jit(_loss_and_gradients, static_argnames=STATIC)
-all_matches = jit(jax.vmap(match_anchors, in_axes=(None, 0)))
+loss_and_gradients = jax.jit(_loss_and_gradients, static_argnames=STATIC)
+all_matches = jax.jit(jax.vmap(match_anchors, in_axes=(None, 0)))
 close = partial(np.testing.assert_allclose, rtol=2e-6)
 
 
@@ -182,8 +180,7 @@ def test_loss_and_gradients_match_recorded_values(case):
         for name in ("class_logits", "box_regression", "anchors", "annotations")
     ]
     options = {"alpha": case["alpha"], "gamma": case["gamma"], "empty_images": "skip"}
-    default_options = jax.jit(partial(_loss_and_gradients, **options))
-    loss, class_grad, box_grad = default_options(*inputs)
+    loss, class_grad, box_grad = jax.jit(partial(_loss_and_gradients, **options))(*inputs)
     # The original clamps probabilities at 1e-4, which changes a few tiny gradients to 0.
     np.testing.assert_allclose(loss.classification, case["classification_loss"], rtol=1e-8)
     np.testing.assert_allclose(loss.regression, case["regression_loss"], rtol=1e-8)
@@ -206,7 +203,7 @@ def test_losses_of_each_image_match_recorded_values(case):
             logits[None], offsets[None], anchors, annotations[None], empty_images="skip"
         )
 
-    loss = jit(jax.vmap(image_loss))(logits, offsets, annotations)
+    loss = jax.jit(jax.vmap(image_loss))(logits, offsets, annotations)
     np.testing.assert_allclose(loss.classification, case["classification_loss_per_image"], 1e-8)
     np.testing.assert_allclose(loss.regression, case["regression_loss_per_image"], 1e-8)
 
@@ -334,16 +331,18 @@ def test_smooth_l1_beta(batch, beta):
 
 def test_alpha_and_gamma(batch):
     plain = loss_of(*batch, alpha=None, gamma=0.0)
-    halved = jit(lambda gamma: retinanet_loss(*batch, alpha=0.5, gamma=gamma))(jnp.zeros(()))
+    halved = jax.jit(lambda gamma: retinanet_loss(*batch, alpha=0.5, gamma=gamma))(jnp.zeros(()))
     np.testing.assert_allclose(halved.classification, plain.classification / 2, rtol=1e-6)
-    slope = jit(jax.grad(lambda alpha: retinanet_loss(*batch, alpha=alpha).classification))(0.25)
+    slope = jax.jit(jax.grad(lambda alpha: retinanet_loss(*batch, alpha=alpha).classification))(
+        0.25
+    )
     low, high = (loss_of(*batch, alpha=alpha).classification for alpha in (0.0, 1.0))
     np.testing.assert_allclose(slope, high - low, rtol=1e-5)
 
 
 def test_class_loss_option(batch):
     named = partial(focal_jax.sigmoid_focal_loss, alpha=0.25, gamma=2.0)
-    same = jit(partial(retinanet_loss, class_loss=named))
+    same = jax.jit(partial(retinanet_loss, class_loss=named))
     np.testing.assert_array_equal(same(*batch), loss_of(*batch))
     logits, offsets, anchors, annotations = (x[2:] if i != 2 else x for i, x in enumerate(batch))
     matches = matches_of(anchors, annotations[0])
@@ -351,7 +350,7 @@ def test_class_loss_option(batch):
     labels = classes[:, None] == jnp.arange(3.0)[None]
     losses = focal_jax.asymmetric_loss(logits[0], labels)
     losses = jnp.where((matches == IGNORED)[:, None], 0, losses)
-    other = jit(partial(retinanet_loss, class_loss="asymmetric_loss"))
+    other = jax.jit(partial(retinanet_loss, class_loss="asymmetric_loss"))
     loss = other(logits, offsets, anchors, annotations)
     wanted = losses.sum() / max(1, int(jnp.sum(matches >= 0)))
     np.testing.assert_allclose(loss.classification, wanted, rtol=1e-6)
@@ -376,7 +375,7 @@ def losses_by_parts(logits, offsets, anchors, annotations, ignored, weights, min
     return losses[match != IGNORED].sum() / max(count, 1), smooth_l1.sum() / max(4 * count, 1)
 
 
-@pytest.mark.parametrize("transformation", [lambda loss: loss, jit])
+@pytest.mark.parametrize("transformation", [lambda loss: loss, jax.jit])
 def test_options_of_the_matching_equal_the_parts(transformation):
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 30, (60, 2))
@@ -465,7 +464,7 @@ def test_pmean_over_devices_equals_the_loss_on_one_device(uneven, mapping, norma
         transform = jax.pmap if mapping == "pmap" else jax.vmap
         mapped = transform(mean, axis_name="devices", in_axes=(None, 0, 0, 0))
         split = [x.reshape(DEVICES, 2, *x.shape[1:]) for x in batch]
-        result = jax.tree.map(lambda x: x[0], jit(mapped)(scale, *split))
+        result = jax.tree.map(lambda x: x[0], jax.jit(mapped)(scale, *split))
     else:
         mapped = jax.shard_map(
             lambda *shard: jax.lax.pmean(on_a_device(*shard), "devices"),
@@ -474,8 +473,8 @@ def test_pmean_over_devices_equals_the_loss_on_one_device(uneven, mapping, norma
             out_specs=P(),
             check_vma=mapping.endswith("checked"),
         )
-        result = jit(jax.value_and_grad(mapped))(scale, *batch)
-    expected = jit(jax.value_and_grad(total))(scale, *batch)
+        result = jax.jit(jax.value_and_grad(mapped))(scale, *batch)
+    expected = jax.jit(jax.value_and_grad(total))(scale, *batch)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), result, expected)
 
 
@@ -503,7 +502,7 @@ def test_box_at_infinity_has_no_area():
     assert box_iou([[np.inf] * 4], [[np.inf] * 4, [0, 0, 4, 4]]).tolist() == [[0, 0]]
 
 
-iou_gradients = jit(jax.grad(lambda a, b: jnp.sum(box_iou(a, b)), argnums=(0, 1)))
+iou_gradients = jax.jit(jax.grad(lambda a, b: jnp.sum(box_iou(a, b)), argnums=(0, 1)))
 coordinates = st.floats(-50, 50, width=32)
 boxes = hnp.arrays(np.float32, (5, 4), elements=coordinates)
 boxes_with_area = boxes.map(
@@ -676,7 +675,7 @@ def test_forms_of_the_matching_agree_bit_for_bit():
     for form in ("cpu", "accelerator"):
         with forced_form(form):
             results += [
-                jit(lambda *args, f=best: f(*args))(anchors, annotations)
+                jax.jit(lambda *args, f=best: f(*args))(anchors, annotations)
                 for best in (gather_best, carry_best)
             ]
     first, *others = results
@@ -725,9 +724,9 @@ def test_an_anchor_with_a_nan_changes_no_other_anchor(form):
     anchors = np.array([[0.0, 0, 8, 8], [8, 0, 16, 8], [0, np.nan, 8, 8], [40, 40, 48, 48]])
     annotations = np.array([[6.0, 0, 10, 4, 0], [41, 41, 48, 48, 1]])
     with forced_form(form):
-        forced = jit(partial(match_anchors, force_match=True))(anchors, annotations)
+        forced = jax.jit(partial(match_anchors, force_match=True))(anchors, annotations)
         assert forced.tolist() == [0, 0, BACKGROUND, 1]
-        assert jit(partial(match_anchors))(anchors, annotations).tolist() == [-1, -1, -1, 1]
+        assert jax.jit(partial(match_anchors))(anchors, annotations).tolist() == [-1, -1, -1, 1]
 
 
 def test_eager_calls_compile_once(batch):
@@ -830,7 +829,7 @@ def test_traced_values_of_static_options_are_errors(name):
         return retinanet_loss(*shapes(), **{name: x})
 
     with pytest.raises(ValueError, match=rf"\b{name}: got"):
-        jit(traced)(0.5)
+        jax.jit(traced)(0.5)
 
 
 @pytest.mark.parametrize("option", [{"gamma": -1.0}, {"alpha": jnp.zeros(7)}])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PROGRAMS, assert_close, gradients, jit, range_of, total
+from helpers import PROGRAMS, assert_close, gradients, range_of, total
 
 import focal_jax
 
@@ -14,15 +14,17 @@ SIXTEEN_BITS = [jnp.bfloat16, jnp.float16]
 INTEGER = [row for row in PROGRAMS if row.integer]
 
 
-# The products of a linear head are computed in the dtype of the features.
+# The products of a linear head are computed in the dtype of the features. With all of XLA's
+# optimizations, both programs are equal to the last bit.
+@pytest.mark.quick(False)
 @pytest.mark.parametrize("row", [row for row in PROGRAMS if not row.linear], ids=str)
 def test_sixteen_bits_give_the_rounded_result_of_float32(row):
     options, static = row.scalars(), row.axis(-1)
 
-    @jax.jit  # with all of XLA's optimizations, both programs are equal to the last bit
+    @jax.jit
     def losses_and_gradients(logits, labels):
         out = []
-        for exponents in ({}, *(dict.fromkeys(row.exponents, x) for x in (2, 1.3))):
+        for exponents in ({}, dict.fromkeys(row.exponents, 2)):
 
             def losses(z, exponents=exponents):
                 return row.eager(logits=z, labels=labels, **static, **options | exponents)
@@ -81,7 +83,7 @@ def test_options_are_cast_to_the_dtype_of_the_loss_first(row):
     # float32.
     static = row.axis(-1)
 
-    @jit
+    @jax.jit
     def of_each(arguments, options):
         out = {}
         for name, x in options.items():
@@ -114,7 +116,7 @@ def test_narrow_labels_do_not_wrap(row):
     static = row.axis(-1) | ({"chunk_size": 70} if row.linear else {})
     inside, _ = row.split(arguments)
 
-    @jit
+    @jax.jit
     def outputs(inside, labels):
         few = {
             k: x[..., :100] if k in ("logits", "kernel", "bias") else x for k, x in inside.items()
@@ -185,7 +187,7 @@ def test_hard_labels_of_every_dtype(row):
     labels, static = arguments["labels"], row.axis(-1)
     dtypes = (bool, "int8", "uint8", "int32", "float16", "float32")
 
-    @jit
+    @jax.jit
     def losses(logits, labels):
         return [row.eager(logits=logits, labels=x, **static) for x in labels]
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import KINDS, LOSSES, PROGRAMS, jit, range_of
+from helpers import KINDS, LOSSES, PROGRAMS, range_of
 
 import focal_jax
 from focal_jax import catalogue, engine
@@ -354,7 +354,7 @@ def test_huge_exponents_are_valid(call, row):
     arguments = row.arguments(0, (4, 3), scale=0.1)
     static = row.axis(-1)
 
-    @jit
+    @jax.jit
     def losses(arrays):
         exponents = [dict.fromkeys(row.exponents, x) for x in (1e10, 10**9, 1e30, 200)]
         return [getattr(row, call)(**arrays, **static, **x) for x in exponents]
@@ -459,7 +459,7 @@ def test_ignore_label(call, row):
 def test_traced_ignore_label(call, row):
     arguments = row.arguments(0, (4, 3))
     with pytest.raises(focal_jax.InputError, match=r"^ignore_label: got .*, wanted None or an int"):
-        jit(lambda i: getattr(row, call)(**arguments, ignore_label=i))(1)
+        jax.jit(lambda i: getattr(row, call)(**arguments, ignore_label=i))(1)
 
 
 @BOTH

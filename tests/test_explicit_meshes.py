@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from heads import LINEAR_HEADS, inputs
-from helpers import assert_close, jit
+from helpers import assert_close
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import GATHERS, make_mesh, result_sizes
 
@@ -84,7 +84,7 @@ def _value_and_gradients(loss, arrays):
     def total(given):
         return jnp.sum(loss(arrays | given))
 
-    return jit(jax.value_and_grad(total))(differentiated)
+    return jax.jit(jax.value_and_grad(total))(differentiated)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -126,12 +126,12 @@ def test_kernels_of_every_layout(name, kernel, features):
 
     def placed():
         args = (jax.device_put(v, NamedSharding(mesh, s)) for v, s in ((x, features), (w, kernel)))
-        return jit(jax.value_and_grad(total, (0, 1)))(*args)
+        return jax.jit(jax.value_and_grad(total, (0, 1)))(*args)
 
     with jax.sharding.set_mesh(mesh):
         value, (of_x, of_w) = placed()
         assert jax.typeof(of_w).sharding.spec == P(*kernel, *(None,) * (2 - len(kernel)))
-    want = jit(jax.value_and_grad(total, (0, 1)))(x, w)
+    want = jax.jit(jax.value_and_grad(total, (0, 1)))(x, w)
     for a, b in zip((value, of_x, of_w), jax.tree.leaves(want)):
         assert_close(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
 
@@ -152,7 +152,7 @@ def test_retinanet_loss_of_every_layout(logits, anchors):
     def total(z, offsets, boxes):
         return sum(loss(z, offsets, boxes, annotations))
 
-    gradients = jit(jax.value_and_grad(total, (0, 1)))
+    gradients = jax.jit(jax.value_and_grad(total, (0, 1)))
     want = gradients(z, offsets, BOXES)
     with jax.sharding.set_mesh(mesh):
         specs = logits, P(*logits[:2]), anchors
@@ -217,10 +217,10 @@ def _placed(kind, transpose, positions):
 def test_heads_shard_the_classes(name, kind):
     transpose = kind == AxisType.Explicit
     mesh, args, labels, options = _placed(kind, transpose, P("data"))
-    want = jit(_of_head(name, labels, **options))(*(jnp.asarray(np.asarray(x)) for x in args))
+    want = jax.jit(_of_head(name, labels, **options))(*(jnp.asarray(np.asarray(x)) for x in args))
     given = {} if transpose else {"mesh": mesh, "class_axis_name": "model"}
     with jax.sharding.set_mesh(mesh):
-        compiled = jit(_of_head(name, labels, **options, **given)).lower(*args).compile()
+        compiled = jax.jit(_of_head(name, labels, **options, **given)).lower(*args).compile()
         found = compiled(*args)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
         assert_close(np.asarray(a), np.asarray(b), 1e-5)
@@ -234,7 +234,7 @@ def test_heads_shard_the_classes(name, kind):
 
 def test_xla_gathers_classes_without_a_mesh():
     _, args, labels, options = _placed(AxisType.Auto, False, P("data"))
-    text = jit(_of_head(SHARDED_HEADS[0], labels, **options)).lower(*args).compile().as_text()
+    text = jax.jit(_of_head(SHARDED_HEADS[0], labels, **options)).lower(*args).compile().as_text()
     assert max(result_sizes(text, GATHERS)) >= args[1].size // 2
 
 
@@ -242,8 +242,8 @@ def test_xla_gathers_classes_without_a_mesh():
 def test_second_derivatives_with_any_sharding_of_the_positions(name):
     mesh, args, labels, options = _placed(AxisType.Auto, False, P("data"))
     options |= {"mesh": NamedSharding(mesh, P("data", None)), "class_axis_name": "model"}
-    found = jit(_of_head(name, labels, 2, **options))(*args)
-    want = jit(_of_head(name, labels, 2))(*(jnp.asarray(np.asarray(x)) for x in args))
+    found = jax.jit(_of_head(name, labels, 2, **options))(*args)
+    want = jax.jit(_of_head(name, labels, 2))(*(jnp.asarray(np.asarray(x)) for x in args))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
         assert_close(np.asarray(a), np.asarray(b), 1e-4)
 

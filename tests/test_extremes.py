@@ -14,7 +14,6 @@ from helpers import (
     PROGRAMS,
     assert_close,
     gradients,
-    jit,
     range_of,
     total,
 )
@@ -92,7 +91,7 @@ def test_derivatives_are_finite_at_saturation(row):
     moved, rest = row.split(row.with_margins(margins), movable=True)
     settings = _static(row, 0, 0.5, 1, 2)
 
-    @jit
+    @jax.jit
     def derivatives(inside, moved):
         out = []
         for options in settings:
@@ -111,7 +110,7 @@ def test_derivatives_are_finite_at_saturation(row):
         wide = row.with_margins([-30, -30], dtype=np.float64)
         own = {row.first: wide.pop(row.first)}
 
-        @jit
+        @jax.jit
         def reference(own):
             functions = [total(row.reference, **wide, **options) for options in settings]
             return [jax.grad(function)(own)[row.first] for function in functions]
@@ -132,7 +131,7 @@ def test_derivatives_to_third_order_are_finite_at_saturation(row):
     inside, fixed = row.split(row.with_margins(margins) | options)
     labels = {k: inside.pop(k) for k in ("labels",) if k in inside}
 
-    @jit
+    @jax.jit
     def derivatives(inside, exponent):
         inside = inside | {k: jnp.full(inside[k].shape, exponent) for k in row.exponents}
         of_labels = jax.grad(lambda y: jnp.sum(row.eager(**inside, **fixed, **y)))(labels)
@@ -168,7 +167,7 @@ def test_derivatives_to_third_order_are_finite_for_soft_labels(row):
         )
         return jax.value_and_grad(lambda z: with_sum(second(z, y)), has_aux=True)(z)
 
-    @jit
+    @jax.jit
     def traced(z, y, options, exponent):
         exponents = {k: jnp.full(z.shape, exponent) for k in row.exponents}
         return derivatives(z, y, options | exponents, {})
@@ -177,7 +176,7 @@ def test_derivatives_to_third_order_are_finite_for_soft_labels(row):
         assert _all_finite(traced(z, y, options, jnp.float32(exponent))), exponent
     rest = {k: x for k, x in options.items() if k not in row.exponents}
     for static in _static(row, 2.0) if row.exponents else []:
-        assert _all_finite(jit(derivatives)(z, y, rest, static)), static
+        assert _all_finite(jax.jit(derivatives)(z, y, rest, static)), static
 
 
 @pytest.mark.parametrize("row", [row for row in ELEMENTWISE if row.soft], ids=str)
@@ -188,7 +187,7 @@ def test_derivatives_to_third_order_are_finite_for_extreme_inputs(row):
     z, y = (jnp.asarray(x.ravel(), jnp.float32) for x in np.meshgrid(logits, labels))
     names = ["logits", *row.numbers, *(["labels"] if row.name in _FINITE_IN_LABELS else [])]
 
-    @jit
+    @jax.jit
     def derivatives(inside):
         def first(x):
             return jax.grad(total(row.eager))(x)
@@ -226,7 +225,7 @@ def test_second_derivatives_at_tiny_labels(row):
             first = jax.grad(total(function))
             return [jax.grad(lambda x: jnp.sum(first(x)[k]))(inside)["labels"] for k in arrays]  # noqa: B023
 
-        return jit(second)
+        return jax.jit(second)
 
     got = by_labels(row.eager)(jax.tree.map(jnp.asarray, arrays))
     with jax.enable_x64(True):
@@ -301,7 +300,7 @@ def test_a_logit_of_minus_infinity_switches_its_class_off(row):
     inside, fixed = row.split(many)
     settings = _static(row, 0, 0.5, 2)
 
-    @jit
+    @jax.jit
     def derivatives(inside):
         out = []
         for options in settings:
@@ -309,7 +308,7 @@ def test_a_logit_of_minus_infinity_switches_its_class_off(row):
             out.append((losses, *_first_and_second(total(row.eager, **fixed, **options), inside)))
         return out
 
-    @jit
+    @jax.jit
     def without_the_class(inside, fixed):
         return [
             (
@@ -343,7 +342,7 @@ def test_the_true_class_at_minus_infinity(row):
     def all_of_them(function, arguments):
         inside, fixed = row.split(arguments)
 
-        @jit
+        @jax.jit
         def each(inside):
             out = []
             for options in _static(row, 0, 0.5, 2):
@@ -374,7 +373,7 @@ def test_only_the_true_class_is_left(row):
         labels = jnp.asarray(row.labels_of(np.arange(3) % classes, classes))
         inside, fixed = row.split(row.of_logits(logits, labels))
 
-        @jit
+        @jax.jit
         def all_of_them(inside, row=row, fixed=fixed):
             settings = [*_static(row, *exponents), *traced]
             functions = [total(row.eager, **fixed, **options) for options in settings]
@@ -425,7 +424,7 @@ def test_masked_positions_have_no_effect_to_third_order(row):
     # Logits, labels and options at masked positions may be anything.
     static = _static_arguments(row)
 
-    @jit
+    @jax.jit
     def derivatives(inside, fixed):
         function = total(row.eager, **fixed, **static)
         losses = row.eager(**inside, **fixed, **static)
@@ -453,7 +452,7 @@ def test_masked_positions_have_no_effect_with_python_exponents(row):
     def orders(options, inside, fixed):
         return _first_and_second(total(row.eager, **fixed, **static, **options), inside)
 
-    @jit
+    @jax.jit
     def derivatives(inside, fixed):
         return [orders(options, inside, fixed) for options in _static(row, 0.5, 2)]
 
@@ -491,7 +490,7 @@ def test_ignore_label(row, ignored):
     inside, fixed = row.split(row.of_logits(jnp.asarray(logits), jnp.asarray(labels)))
     where = jnp.array([False, True, True, True, True])
 
-    @jit
+    @jax.jit
     def outputs(inside, fixed):
         losses = lambda **x: row.eager(**inside, **fixed, ignore_label=ignored, **x)  # noqa: E731
         gradient = jax.grad(total(row.eager, **fixed, ignore_label=ignored))(inside)
@@ -560,7 +559,7 @@ def test_ignored_labels_pass_the_index_checks_of_checkify(row):
     arguments["labels"] = jnp.array([0, 255, 1])
     inside, fixed = row.split(arguments | {"ignore_label": 255})
     both = jax.value_and_grad(total(row.eager, **fixed))
-    error, _ = jit(checkify.checkify(both, errors=checkify.index_checks))(inside)
+    error, _ = jax.jit(checkify.checkify(both, errors=checkify.index_checks))(inside)
     error.throw()
 
 
@@ -568,7 +567,7 @@ def test_a_masked_position_passes_the_float_checks_of_checkify():
     # The options of a masked position are 0, and the loss divides by gamma.
     where = jnp.array([True, False])
     loss = total(focal_jax.sigmoid_focal_loss_star, labels=jnp.array([1.0, 0.0]), where=where)
-    error, _ = jit(checkify.checkify(loss, errors=checkify.float_checks))(
+    error, _ = jax.jit(checkify.checkify(loss, errors=checkify.float_checks))(
         {"logits": jnp.array([1.0, 2.0])}
     )
     error.throw()
@@ -622,7 +621,7 @@ def test_an_invalid_label_is_nan_at_its_position_only(row):
     weights = [jnp.float32(0), *([jnp.zeros(3)] if row.softmax else [])]
     weights = weights if "alpha" in row.options else []
 
-    @jit
+    @jax.jit
     def derivatives(inside, rest):
         out = [(row.eager(**inside, **fixed), jax.grad(total(row.eager, **fixed))(inside))]
         for exponents in _static(row, 0, 2) if row.exponents else ():
@@ -654,7 +653,7 @@ def test_an_invalid_label_whose_loss_is_not_used_has_gradient_zero(row):
     def reduced(inside):
         return jnp.sum(jnp.where(invalid, 0, row.eager(**inside, **fixed)))
 
-    @jit
+    @jax.jit
     def derivatives(inside):
         first = jax.grad(reduced)
         second = jax.grad(lambda x: sum(jnp.sum(v) for v in jax.tree.leaves(first(x))))
@@ -687,7 +686,7 @@ def test_labels_a_few_roundings_outside_their_range_count_as_the_bound(row):
         columns = bounds if len(shape) == 1 else np.concatenate([bounds[:, None], rest], 1)
         return jnp.asarray(columns, dtype)
 
-    @jit
+    @jax.jit
     def of_each(labels):
         given = {dtype: inside | {"labels": y} for dtype, y in labels.items()}
         gradient = jax.grad(total(row.eager, **fixed))(given["float32"])
@@ -721,7 +720,7 @@ def test_empty_batches(row):
     for shape in ((0, 3), (2, 0, 3)):
         inside, fixed = row.split(row.all(7, shape))
 
-        @jit
+        @jax.jit
         def outputs(inside, fixed=fixed):
             return row.eager(**inside, **fixed), jax.grad(total(row.eager, **fixed))(inside)
 
@@ -745,7 +744,7 @@ def test_vmap_over_an_empty_axis(row):
     value, gradient = jax.vmap(one)(*empty)
     assert value.shape == (0,)
     assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, empty[0])
-    assert jit(jax.vmap(one))(*empty)[0].shape == (0,)
+    assert jax.jit(jax.vmap(one))(*empty)[0].shape == (0,)
 
 
 @pytest.mark.parametrize("row", [row for row in PROGRAMS if row.softmax], ids=str)

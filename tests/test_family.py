@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import truth
-from helpers import PROGRAMS, assert_close, jit, published_values_of
+from helpers import PROGRAMS, assert_close, published_values_of
 from jax.sharding import AxisType, PartitionSpec as P
 
 import focal_jax
@@ -32,7 +32,7 @@ def _grid(logits=LOGITS, labels=QUALITIES):
 def _slopes(function, *arguments):
     """Return the derivatives of the sum of the losses in every argument."""
     total = lambda *args: jnp.sum(function(*args))  # noqa: E731
-    return jit(jax.grad(total, tuple(range(len(arguments)))))(*arguments)
+    return jax.jit(jax.grad(total, tuple(range(len(arguments)))))(*arguments)
 
 
 # ---------------------------------------------------------------- published values
@@ -217,7 +217,7 @@ def test_constant_weight_has_no_derivative_of_any_order(name, flags, options):
         first, second = ([f(i)(*args) for i in range(len(args))] for f in (slope, sum_of_slopes))
         return loss(*args), first, second
 
-    (loss, first, second), want = (jit(partial(orders, x))() for x in (focal_jax, reference))
+    (loss, first, second), want = (jax.jit(partial(orders, x))() for x in (focal_jax, reference))
     assert_close((loss, first), want[:2], 1e-5)
     assert_close(second, want[2], 2e-5)
 
@@ -354,7 +354,7 @@ def test_shared_options_equal_the_reference(row, x64):
         return [jax.value_and_grad(total, has_aux=True)(x) for x in (inside, scalar)]
 
     def all_of_them(function):
-        return jit(lambda: [outputs_and_slopes(function, x) for x in _integer_options(row)])()
+        return jax.jit(lambda: [outputs_and_slopes(function, x) for x in _integer_options(row)])()
 
     assert_close(all_of_them(row.eager), all_of_them(row.reference), 1e-9)
 
@@ -419,12 +419,12 @@ def test_sharded_classes(row, check_vma):
     sharded = {k: x for k, x in arrays.items() if k in specs}
     replicated = {k: x for k, x in arrays.items() if k not in specs}
 
-    @jit
+    @jax.jit
     def on_devices(sharded, replicated):
         losses = [_sharded(row, static | x, names, check_vma)[0] for x in settings]
         return [outputs_and_slopes(loss, sharded, replicated) for loss in losses]
 
-    @jit
+    @jax.jit
     def on_one_device(sharded, replicated):
         losses = [lambda a, b, x=x: row.eager(**a, **b, **static, **x) for x in settings]
         return [outputs_and_slopes(loss, sharded, replicated) for loss in losses]
@@ -483,7 +483,7 @@ def test_transposed_kernel(row):
         ]
 
     def all_of_them(function, transpose):
-        return jit(partial(outputs_and_slopes, function, transpose=transpose))(inside)
+        return jax.jit(partial(outputs_and_slopes, function, transpose=transpose))(inside)
 
     want = all_of_them(row.eager, False)
     assert_close(all_of_them(row.eager, True), want, 1e-5)

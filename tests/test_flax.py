@@ -20,6 +20,8 @@ import focal_jax.nnx
 from focal_jax import InputError, engine
 from focal_jax.catalogue import LOSSES
 
+pytestmark = pytest.mark.quick
+
 ALPHA = jnp.array([0.2, 0.5, 0.3])
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from heads import formula, inputs, softmax
-from helpers import EXPONENTS, KINDS, PROGRAMS, assert_close, jit, total
+from helpers import EXPONENTS, KINDS, PROGRAMS, assert_close, total
 
 import focal_jax
 from focal_jax.engine.options import CLASS_WEIGHTS
@@ -41,7 +41,7 @@ def test_gradients_equal_autodiff_of_the_reference(row, x64):
                 for axis, (inside, fixed, cotangent) in zip(axes, cases)
             ]
 
-        return jit(each)
+        return jax.jit(each)
 
     compiled, reference = value_and_gradients(row.eager), value_and_gradients(row.reference)
     for variant in row.variants:
@@ -66,7 +66,7 @@ def test_python_exponents(row, x64):
             static = row.axis(-1) | dict.fromkeys(row.exponents, exponent)
             return jax.grad(total(function, cotangent, **fixed, **static))(inside)
 
-        return jit(lambda *args: [slopes(exponent, *args) for exponent in EXPONENTS])
+        return jax.jit(lambda *args: [slopes(exponent, *args) for exponent in EXPONENTS])
 
     compiled, reference = all_of_them(row.eager), all_of_them(row.reference)
     for variant in row.variants:
@@ -98,7 +98,7 @@ def test_finite_differences_to_second_order(row, x64):
         traced = total(row.eager, weights[0], **fixed)
         return traced(point[0]) + total(row.eager, weights[1], **fixed, **static)(point[1])
 
-    @jit
+    @jax.jit
     def orders(step):
         at = jax.tree.map(lambda x, d: x + step * d, point, direction)
         _, reverse = _second_derivatives(weighted, direction)
@@ -169,7 +169,7 @@ def test_second_derivatives(row, x64):
                 out.append(forward(rest))
             return out
 
-        got, want = (jit(partial(products, f))() for f in (row.eager, row.reference))
+        got, want = (jax.jit(partial(products, f))() for f in (row.eager, row.reference))
         for tree in (*got, *want):  # the reference may divide 0 by 0
             if "labels" in tree:
                 tree["labels"] = np.where(hard, 0, tree["labels"])
@@ -197,7 +197,7 @@ def _orders(loss, dtype, logits, margins, gammas, label):
 
 
 def test_third_derivatives_of_the_asymmetric_loss():
-    orders = jit(_orders, static_argnums=(0, 1))
+    orders = jax.jit(_orders, static_argnums=(0, 1))
     logits, gammas = [-20, -3, -1, 0.5, 3, 8, 14, 20], [0, 0.5, 1, 2, 4]
     points = np.meshgrid(logits, [0, 1e-8, 1e-3, 0.05, 0.3], gammas)
     points = [x.ravel().astype(np.float32) for x in points]
@@ -278,7 +278,7 @@ def _mean_gradients(row, n, dtype, **static):
     def mean(shared, fixed):
         return jnp.mean(row.eager(**fixed, **shared, **static))
 
-    return jit(jax.grad(mean))(shared, fixed)
+    return jax.jit(jax.grad(mean))(shared, fixed)
 
 
 def _assert_mean_does_not_drift(row, n, dtype, **static):
@@ -316,7 +316,7 @@ def test_gradients_do_not_drift_at_four_million_positions(dtype):
     options = {name: jnp.array(x, dtype) for name, x in options.items()}
     pair = jnp.array([[0.3, -0.2]], dtype), jnp.array([[0.7, 0.3]], dtype)
     got, want = (
-        jit(jax.grad(of_region))(options, *(jnp.repeat(x, count, 0) for x in pair))
+        jax.jit(jax.grad(of_region))(options, *(jnp.repeat(x, count, 0) for x in pair))
         for count in (n, 1)
     )
     assert_close(got, want, max(1e-5, float(jnp.finfo(dtype).eps)), 0)
@@ -331,7 +331,7 @@ def test_gradient_of_class_weights_does_not_drift_under_vmap(dtype):
         return jnp.mean(jax.vmap(loss)(logits, labels))
 
     for positions in (1, 500):  # for each example
-        got = jit(jax.grad(mean), static_argnums=1)(jnp.ones(2, dtype), positions)
+        got = jax.jit(jax.grad(mean), static_argnums=1)(jnp.ones(2, dtype), positions)
         assert_close(got, np.array([np.log(2), 0]), max(1e-5, float(jnp.finfo(dtype).eps)), 0)
 
 
@@ -345,7 +345,7 @@ def test_derivatives_of_class_weights_to_third_order(x64):
     def third(function):
         first = jax.grad(lambda a: jnp.sum(jnp.sin(function(a))))
         second = jax.grad(lambda a: jnp.vdot(first(a), alpha))
-        return jit(
+        return jax.jit(
             lambda a: (jax.hessian(function)(a), jax.grad(lambda a: jnp.vdot(second(a), a))(a))
         )
 

@@ -24,7 +24,7 @@ from heads import (
     total,
     value_and_gradients,
 )
-from helpers import assert_close, jit
+from helpers import assert_close
 from jax import lax
 from truth import evaluate, worst_error
 
@@ -85,7 +85,7 @@ def test_gradients_of_a_z_loss(head, smoothing):
         log_sum_exp = jax.nn.logsumexp(product(features, kernel, bias), -1)
         return jnp.sum(jnp.where(where, losses**2 + log_sum_exp**2, 0))
 
-    assert_close(got, jit(jax.value_and_grad(z_loss, range(5)))(*arrays), 1e-5)
+    assert_close(got, jax.jit(jax.value_and_grad(z_loss, range(5)))(*arrays), 1e-5)
 
 
 @pytest.mark.quick(False)
@@ -127,7 +127,7 @@ def test_gradient_of_the_logsumexp_keeps_its_digits(name, smoothing):
 
     wide = logits.astype(np.float64)
     want = np.exp(wide - np.logaddexp.reduce(wide, -1)[:, None])
-    assert worst_error(jit(jax.grad(total))(logits), want, np.finfo(np.float32).tiny) < 1e-5
+    assert worst_error(jax.jit(jax.grad(total))(logits), want, np.finfo(np.float32).tiny) < 1e-5
 
 
 # ---------------------------------------------------------------- label smoothing
@@ -190,7 +190,7 @@ def test_second_derivatives_of_smoothed_losses(head, x64):
 
     def second(head):
         function = total(head, labels, label_smoothing=0.2, return_logsumexp=True)
-        return jit(jax.grad(directional_derivative(function, direction), range(5)))(*arrays)
+        return jax.jit(jax.grad(directional_derivative(function, direction), range(5)))(*arrays)
 
     assert_close(second(head), second(formula), 1e-8)
 
@@ -215,7 +215,7 @@ def test_second_derivatives_with_equal_logits(head, x64):
             reverse = jax.grad(directional_derivative(function, direction), range(5))(*arrays)
             return reverse, jax.jvp(gradient, arrays, tuple(direction))[1]
 
-        return jit(both)(*arrays)
+        return jax.jit(both)(*arrays)
 
     assert_close(second(head), second(formula), 1e-8)
 
@@ -230,7 +230,7 @@ def test_invalid_labels_make_smoothed_losses_nan_at_their_position(head):
             losses = head(features, kernel, bias, labels, label_smoothing=0.1)
             return jnp.sum(losses), losses
 
-        return jit(jax.grad(total, has_aux=True))(features)
+        return jax.jit(jax.grad(total, has_aux=True))(features)
 
     gradient, losses = both(invalid)
     assert np.array_equal(np.isnan(losses), invalid == CLASSES)
@@ -247,7 +247,7 @@ def test_class_at_minus_infinity_counts_unless_its_weight_is_zero(head):
         options = {"alpha": alpha.at[7].set(0), "label_smoothing": 0.1}
         return jnp.sum(head(features, kernel, bias, labels, **options))
 
-    value, gradients = jit(jax.value_and_grad(total, range(4)))(features, kernel, bias, alpha)
+    value, gradients = jax.jit(jax.value_and_grad(total, range(4)))(features, kernel, bias, alpha)
     assert np.isfinite(value)
     assert all(np.all(np.isfinite(g)) for g in gradients)
     assert np.all(gradients[1][:, 7] == 0)
@@ -417,9 +417,9 @@ def test_rounding_of_smoothed_gradients_in_16_bits(dtype, return_logsumexp):
         return jnp.sum(weights * (1 - jnp.exp(-n)) ** 2 * n)
 
     exact = [x.astype(np.float32) for x in arrays]
-    got, want = (jit(jax.grad(smoothed, (0, 1)))(*x) for x in (arrays, exact))
+    got, want = (jax.jit(jax.grad(smoothed, (0, 1)))(*x) for x in (arrays, exact))
     rounding = 0.51 * float(jnp.finfo(dtype).eps)
-    for a, b, part in zip(got, want, jit(jax.grad(with_constant_sums, (0, 1)))(*exact)):
+    for a, b, part in zip(got, want, jax.jit(jax.grad(with_constant_sums, (0, 1)))(*exact)):
         # One rounding; with the log-sum-exp two gradients are rounded, and then their sum.
         magnitude = np.abs(b)
         if return_logsumexp:

@@ -15,7 +15,7 @@ import focal_jax
 from focal_jax import InputError, training
 from focal_jax.compat import keras as compat
 
-pytestmark = pytest.mark.usefixtures("_promotion")
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("_promotion")]
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(6, 4)).astype(np.float32)
 INDICES = RNG.integers(0, 4, 6)

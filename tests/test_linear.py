@@ -19,7 +19,7 @@ from heads import (
     total,
     value_and_gradients,
 )
-from helpers import assert_close, jit
+from helpers import assert_close
 
 import focal_jax
 from focal_jax import engine
@@ -60,7 +60,7 @@ def test_static_gamma_without_other_options(gamma, x64):
         def total(features, kernel):
             return jnp.sum(head(features, kernel, None, labels, gamma=gamma, **options) ** 2)
 
-        return jit(jax.value_and_grad(total, (0, 1)))(features, kernel)
+        return jax.jit(jax.value_and_grad(total, (0, 1)))(features, kernel)
 
     got = both(linear, chunk_size=2)
     assert_close(got, both(softmax), 1e-12)
@@ -173,9 +173,9 @@ def test_second_derivatives_equal_those_of_the_softmax_loss(head, x64):
     arrays, labels = inputs(8, (3,), 2, 5, dtype=np.float64)
     every = tuple(range(len(arrays)))
     function = total(head, labels, chunk_size=2)
-    want = jit(jax.jacrev(jax.grad(total(softmax, labels), every), every))(*arrays)
-    assert_close(jit(jax.jacrev(jax.grad(function, every), every))(*arrays), want, 1e-10)
-    assert_close(jit(jax.jacfwd(jax.grad(function, every), every))(*arrays), want, 1e-10)
+    want = jax.jit(jax.jacrev(jax.grad(total(softmax, labels), every), every))(*arrays)
+    assert_close(jax.jit(jax.jacrev(jax.grad(function, every), every))(*arrays), want, 1e-10)
+    assert_close(jax.jit(jax.jacfwd(jax.grad(function, every), every))(*arrays), want, 1e-10)
 
 
 # ---------------------------------------------------------------- logits of -inf
@@ -203,7 +203,7 @@ def test_class_with_a_bias_of_minus_infinity(chunk_size):
         off = jnp.full_like(labels, 7)
         return jnp.sum(linear(features, kernel, bias, off, chunk_size=chunk_size))
 
-    value, got = jit(jax.value_and_grad(total, (0, 1, 2)))(*with_off[:3])
+    value, got = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*with_off[:3])
     assert value == np.inf
     assert all(np.all(np.isfinite(gradient)) for gradient in got)
 
@@ -310,7 +310,7 @@ def test_third_derivatives_through_the_softcap(x64):
         function = total(head, labels, **options)
         for _ in range(2):
             function = directional_derivative(function, direction)
-        return jit(jax.grad(function))(*arrays)
+        return jax.jit(jax.grad(function))(*arrays)
 
     assert_close(third(linear), third(formula), 1e-8)
 
@@ -329,7 +329,7 @@ def test_softcap_of_any_size_keeps_the_digits(softcap):
     def total(x):
         return jnp.sum(loss(x, jnp.eye(4), jnp.array([0]), gamma=0, logit_softcap=softcap))
 
-    value, gradient = jit(jax.value_and_grad(total))(jnp.asarray(logits))
+    value, gradient = jax.jit(jax.value_and_grad(total))(jnp.asarray(logits))
     exact = np.logaddexp.reduce(capped, -1)[0] - capped[0, 0]
     np.testing.assert_allclose(value, exact, rtol=1e-6)
     np.testing.assert_allclose(gradient, want / cosh**2, rtol=1e-5, atol=1e-37)
@@ -403,7 +403,7 @@ def _sums_and_gradients(form):
         return jnp.sum(jnp.log1p(sums.rest)) + of_label, sums
 
     # JAX differentiates the forms themselves, as it does for second derivatives.
-    return jit(jax.grad(total, has_aux=True))
+    return jax.jit(jax.grad(total, has_aux=True))
 
 
 @pytest.mark.parametrize("logits", JUMPS, ids=str)
@@ -429,7 +429,7 @@ def test_vmapped_sums_in_one_pass_keep_their_conditional():
 
     in_one_pass, in_passes = both(linear_sums._sums_in_one_pass), both(linear_sums._sums_in_passes)
     assert " cond[" in str(jax.make_jaxpr(in_one_pass)(features, biases))
-    got, want = (jit(form)(features, biases) for form in (in_one_pass, in_passes))
+    got, want = (jax.jit(form)(features, biases) for form in (in_one_pass, in_passes))
     assert_close(got, want, 1e-6)
 
 
@@ -473,9 +473,9 @@ def _mapped(head, axis=0):
 @pytest.mark.parametrize("name", LINEAR_HEADS)
 def test_vmap_over_positions(name, x64):
     head, (arrays, labels) = LINEAR_HEADS[name], inputs(13, dtype=np.float64)
-    want = jit(_gradients_of(head, labels))(*arrays[:3])
+    want = jax.jit(_gradients_of(head, labels))(*arrays[:3])
     heads = _mapped(_mapped(head)), _mapped(jax.jit(head), 1)
-    got = jit(lambda *args: [_gradients_of(h, labels)(*args) for h in heads])(*arrays[:3])
+    got = jax.jit(lambda *args: [_gradients_of(h, labels)(*args) for h in heads])(*arrays[:3])
     assert_close(got, [want, want], 1e-10)
 
 
@@ -487,26 +487,28 @@ VMAP_HEADS = ["linear_sigmoid_focal_loss", "statistics", "label smoothing and lo
 def test_vmap_with_every_order_of_transformations(name, x64):
     head, (arrays, labels) = LINEAR_HEADS[name], inputs(14, (2, 2), 3, 7, dtype=np.float64)
     features, kernel, bias = arrays[:3]
-    of_example = jit(_gradients_of(head, labels[0]))
+    of_example = jax.jit(_gradients_of(head, labels[0]))
 
     def stacked(trees):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
     # Reverse over reverse.
-    want = jit(_gradients_of(head, labels, 2))(features, kernel, bias)
-    assert_close(jit(_gradients_of(_mapped(head), labels, 2))(features, kernel, bias), want, 1e-10)
+    want = jax.jit(_gradients_of(head, labels, 2))(features, kernel, bias)
+    assert_close(
+        jax.jit(_gradients_of(_mapped(head), labels, 2))(features, kernel, bias), want, 1e-10
+    )
     # One gradient of the kernel per example.
     want = stacked([of_example(x, kernel, bias) for x in features])
     each = jax.vmap(_gradients_of(head, labels[0]), (0, None, None))
-    assert_close(jit(each)(features, kernel, bias), want, 1e-10)
+    assert_close(jax.jit(each)(features, kernel, bias), want, 1e-10)
     # The same with examples that are mapped over their positions.
     each = jax.vmap(_gradients_of(_mapped(head), labels[0]), (0, None, None))
-    assert_close(jit(each)(features, kernel, bias), want, 1e-10)
+    assert_close(jax.jit(each)(features, kernel, bias), want, 1e-10)
     # Several kernels.
     kernels = jnp.stack([kernel, -kernel])
     want = stacked([of_example(features[0], k, bias) for k in kernels])
     each = jax.vmap(_gradients_of(head, labels[0]), (None, 0, None))
-    assert_close(jit(each)(features[0], kernels, bias), want, 1e-10)
+    assert_close(jax.jit(each)(features[0], kernels, bias), want, 1e-10)
 
 
 @pytest.mark.slow

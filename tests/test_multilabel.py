@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, jit
+from helpers import assert_close
 from jax.sharding import PartitionSpec as P
 from meshes import GATHERS, make_mesh, result_sizes
 
@@ -74,7 +74,7 @@ def _value_and_gradients(head, arrays, labels, options):
         losses = head(*arrays, labels, **options)
         return jnp.sum(jnp.linspace(0.5, 2, losses.size).reshape(losses.shape) * losses), losses
 
-    return jit(jax.value_and_grad(function, (0, 1), has_aux=True))(arrays, options)
+    return jax.jit(jax.value_and_grad(function, (0, 1), has_aux=True))(arrays, options)
 
 
 def _linear(head, **static):
@@ -127,7 +127,9 @@ def test_second_derivatives(name, x64):
 
     heads = _linear(head, chunk_size=7), partial(_plain, loss)
     for transform in (jax.grad, jax.jacfwd):
-        found, want = (jit(transform(partial(along, h), (0, 1)))(arrays, options) for h in heads)
+        found, want = (
+            jax.jit(transform(partial(along, h), (0, 1)))(arrays, options) for h in heads
+        )
         _assert_same(found, want, 1e-9)
 
 
@@ -152,7 +154,7 @@ def test_sharded_classes(name, check_vma):
 
     found = _value_and_gradients(sharded, arrays, labels, options)
     _assert_same(found, _value_and_gradients(_linear(head), arrays, labels, options))
-    text = jit(sharded).lower(*arrays, labels, **options).compile().as_text()
+    text = jax.jit(sharded).lower(*arrays, labels, **options).compile().as_text()
     assert not result_sizes(text, GATHERS)
 
 
@@ -171,7 +173,7 @@ def test_masks_and_invalid_labels(name):
     def total(*arrays):
         return jnp.sum(head(*arrays, labels, where=where, **options))
 
-    gradients = jit(jax.grad(total, (0, 1)))(*arrays[:2])
+    gradients = jax.jit(jax.grad(total, (0, 1)))(*arrays[:2])
     assert all(np.all(np.isfinite(g)) for g in gradients)
     assert not np.any(np.asarray(gradients[0])[~np.asarray(where)])
 
@@ -222,7 +224,7 @@ def test_infinite_logits_have_the_gradient_of_the_dense_loss(name, sign):
         index = jnp.array([[1 if sign < 0 else -1]])
         return jnp.sum(head(features, kernel, index, bias=bias, **options))
 
-    found, want = (jit(jax.grad(f, (0, 1)))(bias, options) for f in (linear, dense))
+    found, want = (jax.jit(jax.grad(f, (0, 1)))(bias, options) for f in (linear, dense))
     assert np.all(np.isfinite(found[0]))
     assert_close(found, want, 1e-6)
 

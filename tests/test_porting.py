@@ -471,6 +471,7 @@ def test_every_row_has_a_formula():
     assert [original for original, _ in ROWS] == list(EXPECTED)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("original", "call"), ROWS)
 def test_call_returns_the_value_of_the_original(original, call):
     names = {"image_shape": image_shape, "prototxt": prototxt}

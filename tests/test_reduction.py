@@ -14,6 +14,8 @@ import focal_jax
 from focal_jax import InputError
 from focal_jax.reduction import NORMALIZATIONS, count_true
 
+pytestmark = pytest.mark.quick
+
 LOSSES = jnp.arange(1.0, 13.0).reshape(4, 3)
 WHERE = LOSSES % 5 != 0
 DENOMINATORS = {

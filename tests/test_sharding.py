@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from heads import inputs, linear, total, value_and_gradients
-from helpers import KINDS, PROGRAMS, assert_close, jit, quick_options
+from helpers import KINDS, PROGRAMS, assert_close, quick_options
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import GATHERS, make_mesh, result_sizes
@@ -57,7 +57,7 @@ def _value_and_grad(function):
 @functools.cache
 def _on_one_device(row, *shape_and_dtype):
     """Return the mean loss and its gradients without a mesh."""
-    return jit(_value_and_grad(_mean_loss(row)))(*_arguments(row, *shape_and_dtype))
+    return jax.jit(_value_and_grad(_mean_loss(row)))(*_arguments(row, *shape_and_dtype))
 
 
 # ---------------------------------------------------------------- shard_map and pmap
@@ -75,7 +75,7 @@ def test_gradient_of_shard_map(row, check_vma):
         out_specs=P(),
         check_vma=check_vma,
     )
-    got = jit(_value_and_grad(mapped))(*_arguments(row))
+    got = jax.jit(_value_and_grad(mapped))(*_arguments(row))
     assert_close(got, _on_one_device(row), 1e-5)
 
 
@@ -108,7 +108,7 @@ def test_gradient_inside_shard_map(row, check_vma):
         out_specs=(P(), (P("data"), P())),
         check_vma=check_vma,
     )
-    assert_close(jit(mapped)(*_arguments(row)), _on_one_device(row), 1e-5)
+    assert_close(jax.jit(mapped)(*_arguments(row)), _on_one_device(row), 1e-5)
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_linear_head_with_positions_over_two_axes(check_vma, inside):
         )
 
     if inside:
-        got = jit(mapped(local, (*specs, split), (whole, specs)))(*arrays, labels)
+        got = jax.jit(mapped(local, (*specs, split), (whole, specs)))(*arrays, labels)
     else:
 
         def sharded(features, kernel, bias, labels, *, alpha, gamma):
@@ -239,7 +239,7 @@ def test_explicit_mesh(row, spec):
         options = row.random_options(0, SHAPE)
         shared |= {name: x for name, x in options.items() if row.options[name].per_class}
     mesh = make_mesh(kind=AxisType.Explicit)
-    function = jit(_value_and_grad(_mean_loss(row)))
+    function = jax.jit(_value_and_grad(_mean_loss(row)))
     want = function(own, shared, fixed)
     with jax.set_mesh(mesh):
         placed = _place(mesh, spec, (own, shared, fixed))

@@ -80,11 +80,12 @@ def _assert_exports(function, shapes, make):
         jax.ShapeDtypeStruct([size if n is None else n for n in shape], dtype)
         for shape, dtype in shapes
     ]
-    program = jax.jit(jax.value_and_grad(lambda *args: jnp.sum(function(*args))))
-    exported = export.export(program)(*structs)
+    value_and_gradient = jax.value_and_grad(lambda *args: jnp.sum(function(*args)))
+    exported = jax.jit(export.export(jax.jit(value_and_gradient))(*structs).call)
+    program = jax.jit(value_and_gradient)
     for size in SIZES:
         args = make(size)
-        for got, want in zip(exported.call(*args), program(*args)):
+        for got, want in zip(exported(*args), program(*args)):
             assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-from helpers import assert_close, jit
+from helpers import assert_close
 from jax.sharding import PartitionSpec as P
 from meshes import GATHERS, make_mesh, result_sizes
 
@@ -80,7 +80,7 @@ def _total(head, *args, **options):
 
 def _gradients(head, arrays, labels, **options):
     function = partial(_total, head, **options)
-    return jit(jax.value_and_grad(lambda *a: function(*a, labels), range(4)))(*arrays[:4])
+    return jax.jit(jax.value_and_grad(lambda *a: function(*a, labels), range(4)))(*arrays[:4])
 
 
 HEADS = pytest.mark.parametrize("head", [_dense, _linear], ids=["dense", "linear"])
@@ -118,7 +118,7 @@ def test_second_derivatives(head, x64):
 
     for transform in (jax.grad, jax.jacfwd):
         got, want = (
-            jit(transform(partial(along, h), range(4)))(*arrays[:4]) for h in (head, _plain)
+            jax.jit(transform(partial(along, h), range(4)))(*arrays[:4]) for h in (head, _plain)
         )
         for a, b in zip(got, want):
             assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -172,7 +172,10 @@ def test_gradients_of_many_classes_keep_their_digits(scale, x64):
         of_labels = jnp.take_along_axis(log_p, labels[:, None], -1)
         return [x.sum() for x in (of_labels, jax.nn.logsumexp(z, -1), -jnp.exp(log_p) * log_p)]
 
-    got, want = jit(jax.jacrev(statistics))(logits), jit(jax.jacrev(plain))(logits.astype("d"))
+    got, want = (
+        jax.jit(jax.jacrev(statistics))(logits),
+        jax.jit(jax.jacrev(plain))(logits.astype("d")),
+    )
     for a, b in zip(got[:2], want[:2]):
         np.testing.assert_allclose(a, b, rtol=1e-5)
     np.testing.assert_allclose(got[2], want[2], rtol=0, atol=2e-6 * np.abs(want[2]).max())
@@ -193,7 +196,7 @@ def test_gradient_of_the_temperature_with_a_class_that_is_switched_off(head):
 
         gradient = jax.grad(total)
         second = jax.grad(lambda t: jnp.sum(gradient(t)))
-        return jit(lambda t: (gradient(t), second(t)))(temperature)
+        return jax.jit(lambda t: (gradient(t), second(t)))(temperature)
 
     bias = arrays[2].at[-1].set(-jnp.inf)
     got, want = of_temperature(head, bias), of_temperature(_plain, bias[:-1])
@@ -219,7 +222,7 @@ def test_masks_and_invalid_labels(head):
     def entropy(*a):
         return jnp.sum(head(*a, labels, **options).entropy)
 
-    gradients = jit(jax.grad(entropy, (0, 1, 2, 3)))(*arrays[:4])
+    gradients = jax.jit(jax.grad(entropy, (0, 1, 2, 3)))(*arrays[:4])
     # The gradient of a plain kernel is a product with the features, NaN included.
     assert all(np.all(np.isfinite(g)) for g in (gradients if head is _linear else gradients[::3]))
     assert not np.any(np.asarray(gradients[0])[masked])
@@ -235,7 +238,7 @@ def test_temperatures_of_masked_positions_may_be_anything(head):
         found = head(*arrays[:3], temperature, labels, where=where)
         return sum(jnp.sum(x) for x in found[:3])
 
-    gradient = jit(jax.grad(total))
+    gradient = jax.jit(jax.grad(total))
     valid = jnp.full(POSITIONS, 2.0)
     want = gradient(valid)
     assert not np.any(want[0])
@@ -284,7 +287,7 @@ def test_second_derivatives_where_classes_tie(x64):
         return -jnp.sum(jnp.exp(log_p) * log_p) * lse - log_p[2] ** 2
 
     for order in (jax.grad, jax.hessian):
-        assert_close(jit(order(statistics))(z), jit(order(plain))(z), 1e-10)
+        assert_close(jax.jit(order(statistics))(z), jax.jit(order(plain))(z), 1e-10)
 
 
 @pytest.mark.one_in(2)
@@ -332,13 +335,16 @@ def test_sharded_classes(head, check_vma):
     labels = indices[..., 0]
     options = {"chunk_size": 4} if head is _linear else {}
     sharded = _sharded(head, check_vma, P("data"))
-    found, want = jit(partial(sharded, **options))(*arrays[:4], labels), head(*arrays[:4], labels)
+    found, want = (
+        jax.jit(partial(sharded, **options))(*arrays[:4], labels),
+        head(*arrays[:4], labels),
+    )
     for x, y in zip(found, want):
         assert_close(x, y, rtol=1e-5, atol=1e-6)
     got = _gradients(sharded, arrays, labels, **options)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(_gradients(head, arrays, labels))):
         assert_close(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b))))
-    text = jit(partial(sharded, **options)).lower(*arrays[:4], labels).compile().as_text()
+    text = jax.jit(partial(sharded, **options)).lower(*arrays[:4], labels).compile().as_text()
     assert not result_sizes(text, GATHERS)
 
 
@@ -395,7 +401,7 @@ def _weighted(head, arrays, indices, **options):
         losses = head(*arrays, indices, **options)
         return jnp.sum(jnp.linspace(0.5, 2, losses.size).reshape(losses.shape) * losses)
 
-    return jit(jax.value_and_grad(function, range(len(arrays))))(*arrays)
+    return jax.jit(jax.value_and_grad(function, range(len(arrays))))(*arrays)
 
 
 @pytest.mark.one_in(3)
@@ -428,7 +434,7 @@ def test_sparse_labels_of_classes_that_tie(head):
         gradient = jax.grad(total)
         direction = jnp.sin(jnp.arange(120.0)).reshape(5, 24)
         second = jax.grad(lambda kernel: jnp.vdot(direction, gradient(kernel)))
-        return jit(lambda kernel: (gradient(kernel), second(kernel)))(arrays[1])
+        return jax.jit(lambda kernel: (gradient(kernel), second(kernel)))(arrays[1])
 
     for a, b in zip(of_kernel(head), of_kernel(_distribution)):
         assert_close(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b))))

@@ -14,6 +14,8 @@ from flax import linen as nn, nnx
 import focal_jax
 from focal_jax import InputError, training
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("prior", [1e-6, 0.01, 0.5, 0.9])
 def test_sigmoid_of_the_initial_bias_is_the_prior(prior, x64):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PROGRAMS, assert_close, gradients, jit, total
+from helpers import PROGRAMS, assert_close, gradients, total
 
 import focal_jax
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.every_form]
 def test_jit_changes_nothing(row):
     inside, fixed = row.split(row.all(0, (5, 3)))
     function = jax.value_and_grad(total(row.eager, **fixed))
-    assert_close(jit(function)(inside), function(inside), 1e-6)
+    assert_close(jax.jit(function)(inside), function(inside), 1e-6)
 
 
 def _slices(tree):
@@ -36,11 +36,11 @@ def test_vmap_equals_a_loop(row):
         function = total(row.eager, **fixed, **arrays)
         return jax.value_and_grad(function)(inside | shared)
 
-    compiled = jit(one)
+    compiled = jax.jit(one)
     results = [compiled(*each, shared) for each in _slices((inside, arrays))]
     want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
-    @jit
+    @jax.jit
     def mapped(inside, arrays, shared):
         last = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), (inside, arrays))
         over_first = jax.vmap(one, (0, 0, None))(inside, arrays, shared)
@@ -61,9 +61,9 @@ def test_vmap_over_one_option(row):
         return [gradient(inside | options | {name: value}) for name in row.exponents]
 
     values = jnp.array([0.5, 2.0])
-    compiled = jit(each)
+    compiled = jax.jit(each)
     want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(compiled, values))
-    assert_close(jit(jax.vmap(each))(values), want, 1e-6)
+    assert_close(jax.jit(jax.vmap(each))(values), want, 1e-6)
 
 
 @pytest.mark.each_kind
@@ -93,13 +93,13 @@ def test_scan_and_checkpoint(row):
         return sum(jnp.sum(row.eager(**own, **shared)) for own in slices)
 
     whole = by_loop if row.region else total(row.eager, **fixed)
-    want = jit(jax.value_and_grad(whole))(inside)
-    assert_close(jit(jax.value_and_grad(by_scan))(inside), want, 1e-5)
+    want = jax.jit(jax.value_and_grad(whole))(inside)
+    assert_close(jax.jit(jax.value_and_grad(by_scan))(inside), want, 1e-5)
 
 
 def _hessian_product(function, x):
     direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), x)
-    return jit(lambda x: jax.jvp(jax.grad(function), (x,), (direction,))[1])(x)
+    return jax.jit(lambda x: jax.jvp(jax.grad(function), (x,), (direction,))[1])(x)
 
 
 @pytest.mark.each_kind
@@ -169,7 +169,7 @@ def test_forward_mode_alone_raises_and_the_reference_has_it(row):
         jax.jvp(total(row.eager, **fixed), (inside,), (inside,))
     assert "focal_jax.reference" in error.value.__notes__[0]
     reference = total(row.reference, **fixed)
-    tangent = jit(lambda x: jax.jvp(reference, (x,), (x,))[1])(inside)
+    tangent = jax.jit(lambda x: jax.jvp(reference, (x,), (x,))[1])(inside)
     gradient = gradients(row.eager, **fixed)(inside)[1]
     assert_close(tangent, sum(jnp.vdot(gradient[k], inside[k]) for k in inside), 1e-4)
 
@@ -184,7 +184,7 @@ def test_derivatives_in_a_closed_over_tracer(row):
             inner = total(function, **fixed, **options)
             return sum(jnp.sum(x**2) for x in jax.tree.leaves(jax.jit(jax.grad(inner))(inside)))
 
-        return jit(jax.grad(penalty))(row.scalars())
+        return jax.jit(jax.grad(penalty))(row.scalars())
 
     assert_close(gradient_of_penalty(row.eager), gradient_of_penalty(row.reference), 1e-4)
 
@@ -201,7 +201,7 @@ def test_the_class_axis_may_be_any_axis(row):
         back = {k: jnp.moveaxis(x, axis, -1) if x.ndim == 3 else x for k, x in gradient.items()}
         return function(moved | static), value, back
 
-    of_all_axes = jit(lambda inside: [outputs(inside, axis) for axis in (-1, 0, 1, -2, -3)])
+    of_all_axes = jax.jit(lambda inside: [outputs(inside, axis) for axis in (-1, 0, 1, -2, -3)])
     want, *others = of_all_axes(inside)
     assert_close(want[0], want[1], 1e-6)
     for got in others:

@@ -17,7 +17,6 @@ from helpers import (
     WITH_PUBLISHED_VALUES,
     Row,
     assert_close,
-    jit,
     near_labels,
     published_values_of,
     range_of,
@@ -187,7 +186,7 @@ def _to_60_digits(row, dtype, limit):
     # One program for all settings with Python numbers.
     settings = _settings(row, static=True)
 
-    @jit
+    @jax.jit
     def static(own):
         return [_value_and_slopes(row, own, shared | setting) for setting in settings]
 
@@ -200,11 +199,11 @@ def _to_60_digits(row, dtype, limit):
     # have no exact value here; so each position also gets arguments of its own, by `vmap`.
     n, classes = len(inside[row.first]), inside[row.first].shape[-1]
 
-    @jit
+    @jax.jit
     def batch(own, shared):
         return _value_and_slopes(row, own, shared | integer)
 
-    @jit
+    @jax.jit
     @jax.vmap
     def one(own, integer):
         return _value_and_slopes(row, own, integer)
@@ -244,11 +243,11 @@ def _region_to_60_digits(row, dtype, limit):
         loss = functools.partial(row.eager, labels=labels, **options)
         return loss(logits=logits), jax.jacrev(lambda z: loss(logits=z))(logits)
 
-    @jit
+    @jax.jit
     def static(logits, labels):
         return [losses_and_slopes(logits, labels, setting) for setting in settings]
 
-    traced = jit(losses_and_slopes)
+    traced = jax.jit(losses_and_slopes)
     for logits, labels in _regions(dtype):
         for setting, of_numbers in zip(settings, static(logits, labels)):
             options = {name: np.full(3, x, dtype) for name, x in setting.items()}
@@ -277,7 +276,7 @@ def test_regions_with_an_absent_class_to_60_digits(row, smooth):
         )
         loss = functools.partial(row.eager, labels=labels, **options)
         assert truth.worst_error(loss(logits=logits), exact.losses, 0) < 1e-5
-        got = jit(jax.jacrev(lambda z, f=loss: f(logits=z)))(logits)
+        got = jax.jit(jax.jacrev(lambda z, f=loss: f(logits=z)))(logits)
         # An entry is a difference of the slopes of all classes.
         scale = np.abs(exact.slopes["logits"]).max((1, 2), keepdims=True)
         assert truth.worst_error(got, exact.slopes["logits"], 0, scale) < 1e-5
@@ -318,7 +317,7 @@ def test_class_weights_of_zero_to_60_digits(row, alpha):
         if not option.per_class:
             arrays[name] = np.float32([0, 0.5, 2, 1.3])[np.arange(n) % 4]
     inside, fixed = row.split(arrays)
-    losses, slopes = jit(_value_and_slopes, static_argnums=0)(row, inside, fixed)
+    losses, slopes = jax.jit(_value_and_slopes, static_argnums=0)(row, inside, fixed)
     repeated = {k: np.repeat(arrays[k][None], n, 0) for k in ("alpha", "kernel") if k in arrays}
     exact = truth.evaluate(row.loss, arrays | repeated, formula=row.formula)
     tiny = 100 * float(np.finfo(np.float32).tiny)
@@ -350,7 +349,7 @@ def test_asymmetric_loss_in_the_label_to_60_digits_close_to_logit_zero(gamma, ma
 def test_class_indices_above_the_integers_of_float32():
     num_classes = 2**24 + 8
     logits = jnp.zeros((1, num_classes)).at[0, 2**24].set(10.0)
-    losses = jit(focal_jax.softmax_focal_loss_with_integer_labels, static_argnames="gamma")
+    losses = jax.jit(focal_jax.softmax_focal_loss_with_integer_labels, static_argnames="gamma")
     got = losses(logits, jnp.array([2**24 + 1]), gamma=0)
     np.testing.assert_allclose(got, np.log(num_classes - 1 + np.exp(10)), rtol=1e-6)
 
@@ -367,7 +366,7 @@ def test_moderate_values_equal_the_reference(row):
         arrays = {k: x for k, x in arguments.items() if k not in static}
         cases.append((arrays, static, row.losses_shape(shape, axis)))
 
-    @jit
+    @jax.jit
     def both(arrays):
         calls = [x | static for x, (_, static, _) in zip(arrays, cases)]
         return [row.eager(**x) for x in calls], [row.reference(**x) for x in calls]

@@ -33,17 +33,20 @@ _ZERO = _Slope(0, 0)
 _Slopes = Mapping[Hashable, _Slope]  # by variable; a variable that is absent has the slope 0
 
 
-def _chain(*links: tuple[_Slopes, Any]) -> _Slopes:
-    """Return the sum of slopes that are each multiplied by a factor (the chain rule)."""
-    out: dict[Hashable, _Slope] = {}
-    for slopes, factor in links:
-        size = abs(factor)
-        for variable, (value, magnitude) in slopes.items():
-            value, magnitude = value * factor, magnitude * size
-            if variable in out:
-                value, magnitude = value + out[variable].value, magnitude + out[variable].magnitude
-            out[variable] = _Slope(value, magnitude)
-    return out
+def _scaled(slopes: _Slopes, factor: Any) -> _Slopes:
+    """Return the slopes times a factor."""
+    size = abs(factor)
+    return {k: _Slope(x.value * factor, x.magnitude * size) for k, x in slopes.items()}
+
+
+def _sum(a: _Slopes, b: _Slopes) -> _Slopes:
+    """Return the sum of the slopes by variable."""
+    both = {
+        k: _Slope(x.value + b[k].value, x.magnitude + b[k].magnitude)
+        for k, x in a.items()
+        if k in b
+    }
+    return {**a, **b, **both}
 
 
 class _Dual:
@@ -55,11 +58,11 @@ class _Dual:
 
     def __add__(self, other: Any) -> "_Dual":
         other = _dual(other)
-        return _Dual(self.value + other.value, _chain((self.slopes, 1), (other.slopes, 1)))
+        return _Dual(self.value + other.value, _sum(self.slopes, other.slopes))
 
     def __mul__(self, other: Any) -> "_Dual":
         other = _dual(other)
-        slopes = _chain((self.slopes, other.value), (other.slopes, self.value))
+        slopes = _sum(_scaled(self.slopes, other.value), _scaled(other.slopes, self.value))
         return _Dual(self.value * other.value, slopes)
 
     def __pow__(self, other: Any) -> "_Dual":
@@ -67,15 +70,14 @@ class _Dual:
         value = self.value**other.value
         if self.value == 0:  # log(0) is infinite, and so may be the slope; both count as 0
             in_base = other.value * self.value ** max(other.value - 1, 0)
-            return _Dual(value, _chain((self.slopes, in_base if other.value >= 1 else 0)))
+            return _Dual(value, _scaled(self.slopes, in_base if other.value >= 1 else 0))
         in_base = other.value / self.value * value
         in_exponent = mpmath.log(self.value) * value if other.slopes else 0
-        return _Dual(value, _chain((self.slopes, in_base), (other.slopes, in_exponent)))
+        slopes = _sum(_scaled(self.slopes, in_base), _scaled(other.slopes, in_exponent))
+        return _Dual(value, slopes)
 
     def __neg__(self) -> "_Dual":
-        return _Dual(
-            -self.value, {k: _Slope(-x.value, x.magnitude) for k, x in self.slopes.items()}
-        )
+        return _Dual(-self.value, _scaled(self.slopes, -1))
 
     def __sub__(self, other: Any) -> "_Dual":
         return self + -_dual(other)
@@ -125,7 +127,7 @@ def _lift(value: Callable[[Any], Any], slope: Callable[[Any], Any]) -> Any:
 
     def lifted(x):
         x = _dual(x)
-        return _Dual(value(x.value), _chain((x.slopes, slope(x.value))) if x.slopes else None)
+        return _Dual(value(x.value), _scaled(x.slopes, slope(x.value)) if x.slopes else None)
 
     return _vectorize(lifted)
 

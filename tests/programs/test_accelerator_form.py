@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_gradients
 import test_values
-from helpers import LOSSES, PROGRAMS, assert_close, gradients, jit
+from helpers import LOSSES, PROGRAMS, assert_close, gradients
 
 from focal_jax import catalogue
 from focal_jax.engine.platform import forced_form
@@ -55,7 +55,7 @@ def _run(function, arguments):
     """Compile and run a loss and its gradients in the form that is selected at the moment."""
     arrays = {k: x for k, x in arguments.items() if hasattr(x, "dtype")}
     static = {k: x for k, x in arguments.items() if k not in arrays}
-    return jit(partial(_outputs_and_gradients, function, static))(arrays)
+    return jax.jit(partial(_outputs_and_gradients, function, static))(arrays)
 
 
 # A case has a name, a loss and a function that makes the arguments. JAX does not start before the
