@@ -54,17 +54,18 @@ def _help(losses: dict[str, tuple[str, dict[str, Any]]]) -> str:
 
 def _file(name: str, is_figure: bool = False) -> Path:
     """Return the path of a file that the command can write."""
-    path, wanted = Path(name), ""
+    path, exists = Path(name), os.path.exists(name)
     if is_figure and not path.suffix.strip("."):  # matplotlib would write to another path
         wanted = f"a name that ends with a format, such as {path.name}.png"
-    elif path.is_dir():
-        wanted = "a file, not a folder"
-    elif not path.parent.is_dir():
-        wanted = "an existing folder"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        wanted = "a file that can be written"
-    if wanted:
         raise argparse.ArgumentTypeError(f"got {name!r}, wanted {wanted}")
+    try:
+        if not exists or path.is_file() or path.is_dir():  # a pipe would be closed
+            path.open("ab").close()
+        if not exists:
+            path.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        wanted = f"a file that can be written: {getattr(error, 'strerror', error)}"
+        raise argparse.ArgumentTypeError(f"got {name!r}, wanted {wanted}") from error
     return path
 
 

@@ -1,9 +1,8 @@
 """Losses followed by `focal_jax.reduce_loss`, as Flax NNX modules without state.
 
-`normalization` and `axis_name` are arguments of `reduce_loss`; `loss_weight` multiplies the result.
-The other arguments are options of the loss. They are static attributes, unless they are traced. A
-mask and an `ignore_label` apply to the losses and to the denominator. A constructor raises
-`InputError` if an argument is invalid for every input.
+The options of the loss are static attributes, unless they are traced. A mask and an `ignore_label`
+apply to the losses and to the denominator. A constructor raises `InputError` if an argument is
+invalid for every input.
 """
 
 from collections.abc import Callable
@@ -28,6 +27,13 @@ class Reduced(reduced.Reduced, nnx.Module):
       >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [5.0, 1.0, 0.0]])
       >>> f"{loss(logits, jnp.array([0, 1, -1])):.4f}"
       '0.3917'
+
+    Args:
+      loss: a name in `focal_jax.catalogue.LOSSES`, or a function.
+      normalization: the denominator, see `focal_jax.reduce_loss`.
+      loss_weight: a number that multiplies the result.
+      axis_name: names of mapped axes, see `focal_jax.reduce_loss`.
+      **options: keyword arguments of the loss.
     """
 
     def __init__(
@@ -58,6 +64,13 @@ class SigmoidFocalLoss(reduced.SigmoidFocalLoss, nnx.Module):
       >>> loss = SigmoidFocalLoss(alpha=0.25, normalization="mean")
       >>> f"{loss(jnp.array([0.0, 20.0]), jnp.array([1, 1])):.4f}"
       '0.0217'
+
+    Args:
+      alpha: weight of the positives; None for no weighting.
+      gamma: focusing exponent.
+      normalization: the denominator, see `focal_jax.reduce_loss`.
+      loss_weight: a number that multiplies the result.
+      axis_name: names of mapped axes, see `focal_jax.reduce_loss`.
     """
 
 
@@ -74,4 +87,13 @@ class SoftmaxFocalLoss(reduced.SoftmaxFocalLoss, nnx.Module):
       >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0], [5.0, 1.0, 0.0]])
       >>> f"{loss(logits, jnp.array([0, 1, -1])):.4f}"
       '0.2496'
+
+    Args:
+      alpha: weight of all classes or `[C]`, one weight per class; None for no weighting.
+      gamma: focusing exponent.
+      normalization: the denominator, see `focal_jax.reduce_loss`.
+      loss_weight: a number that multiplies the result.
+      axis_name: names of mapped axes, see `focal_jax.reduce_loss`.
+      axis: the class axis of the logits.
+      ignore_label: class index of ignored positions.
     """

@@ -110,10 +110,6 @@ def _weighted(alpha: Array | None, loss: Array) -> Array:
     return loss if alpha is None else alpha * loss
 
 
-def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return shape[:axis] + shape[axis + 1 :]
-
-
 # ---------------------------------------------------------------- from a formula to a loss
 # Each function takes the formula, the declaration, and the arguments of the call as attributes.
 
@@ -131,11 +127,8 @@ def _elementwise(formula, declared, a) -> Array:
 
 
 def _distribution(formula, declared, a) -> Array:
-    z, y = _float("logits", a.logits), arguments.real_array("labels", a.labels)
-    axis = arguments.static_axis(a.axis, z.ndim)
-    arguments.check_shape("labels", y, z.shape, "a distribution over the classes, as the logits")
-    arguments.warn_of_one_class(z.shape[axis])
-    where = _mask(a.where, _without(z.shape, axis))
+    z, y, axis, losses = checks.distribution_over_classes(a.logits, a.labels, a.axis)
+    z, where = _float("logits", z), _mask(a.where, losses)
     inside = jnp.broadcast_to(jnp.expand_dims(where, axis), z.shape)
     y, invalid = arguments.clip_labels(y, jnp.where(inside, y.astype(z.dtype), 0), jnp.inf)
     z = jnp.where(inside, z, 0)
@@ -168,7 +161,7 @@ def _integer(formula, declared, a) -> Any:
     axis = arguments.static_axis(a.axis, z.ndim)
     smoothing = LABEL_SMOOTHING.static("label_smoothing", getattr(a, "label_smoothing", 0.0))
     z = z if name is None else _gather_shards(z, axis, name)
-    num_classes, losses = z.shape[axis], _without(z.shape, axis)
+    num_classes, losses = z.shape[axis], z.shape[:axis] + z.shape[axis + 1 :]
     labels = arguments.integer_labels(a.labels, z.shape, axis, a.ignore_label)
     where: Any = arguments.not_ignored(labels, a.ignore_label, _mask(a.where, losses))
     z = jnp.where(jnp.expand_dims(where, axis), z, 0)
@@ -267,12 +260,9 @@ def _interval(formula, declared, a) -> Array:
 
 
 def _region(formula, declared, a) -> Array:
-    z, y = _float("logits", a.logits), arguments.real_array("labels", a.labels)
-    axis = arguments.static_axis(a.axis, z.ndim)
-    arguments.check_shape("labels", y, z.shape, "one-hot, or a distribution over the classes")
-    arguments.warn_of_one_class(z.shape[axis])
+    z, y, axis, losses = checks.distribution_over_classes(a.logits, a.labels, a.axis)
     arguments.check_axis_name("axis_name", a.axis_name)
-    where = jnp.expand_dims(_mask(a.where, _without(z.shape, axis)), axis)
+    z, where = _float("logits", z), jnp.expand_dims(_mask(a.where, losses), axis)
     where = jnp.broadcast_to(where, z.shape)
     y, invalid = arguments.clip_labels(y, jnp.where(where, y.astype(z.dtype), 0), 1)
     z = jnp.where(where, z, 0)

@@ -77,9 +77,6 @@ def token_statistics(
 
     Returns:
       `TokenStatistics`, with arrays of the labels' shape.
-
-    Raises:
-      InputError: for an invalid argument.
     """
     logits = arguments.floating_array("logits", logits)
     axis = arguments.static_axis(axis, logits.ndim)
@@ -136,9 +133,6 @@ def linear_token_statistics(
 
     Returns:
       `TokenStatistics`, with arrays `[...]`.
-
-    Raises:
-      InputError: for an invalid argument.
     """
     of_logits = bias, transpose_kernel, logit_softcap, chunk_size, mesh, class_axis_name
     source, arrays, name = linear_source(features, kernel, *of_logits, temperature)

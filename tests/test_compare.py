@@ -484,7 +484,7 @@ def test_invalid_arguments(loss, arguments, message):
         ([*QUICK, "--json", "/nowhere/report.json"], "/nowhere/report.json"),
         ([*QUICK, "--plot", "figure"], "--plot: got 'figure', wanted a name that ends with a form"),
         (["plot", "--out", "a.b/figure."], "--out: got 'a.b/figure.', wanted a name that ends"),
-        (["plot", "--gamma", "-1"], "gamma: got [-1.0], wanted finite numbers >= 0"),
+        (["plot", "--gamma", "-1"], "gamma: got [-1.0], wanted numbers in [0, 1000]"),
         (["plot", "--gamma", "1", "--family"], "not allowed with"),
         (
             ["plot", "--out", "figure.nonsense"],
@@ -503,11 +503,12 @@ def test_invalid_command_lines_exit_with_code_2(arguments, message, capsys):
 
 
 FILES = [
-    ("--json", "/nowhere/report.json", "wanted an existing folder"),
-    ("--json", "/", "a file, not"),
+    ("--json", "/nowhere/report.json", "can be written: No such file or directory"),
+    ("--json", "/proc/report.json", "can be written: No such file or directory"),
+    ("--json", "/", "can be written: Is a directory"),
 ]
 FILES += [
-    ("--plot", "/nowhere/a.png", "an existing folder"),
+    ("--plot", "/nowhere/a.png", "can be written: No such file or directory"),
     ("--plot", "a.zip", "the format 'zip'"),
 ]
 
@@ -521,8 +522,9 @@ def test_files_are_checked_before_the_measurement(option, path, message, capsys,
     assert message in capsys.readouterr().err
 
 
-def test_default_figure_is_checked_before_the_drawing(capsys, monkeypatch):
-    monkeypatch.setattr("os.access", lambda *_: False)
+def test_default_figure_is_checked_before_the_drawing(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "focal_loss.png").mkdir()
     monkeypatch.setattr(command_line, "_plot", None)
     with pytest.raises(SystemExit) as stopped:
         main(["plot"])

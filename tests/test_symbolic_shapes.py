@@ -9,7 +9,7 @@ from jax import export
 
 import focal_jax
 from focal_jax import catalogue, detection, engine, linen, nnx
-from focal_jax.compat import caffe, mindspore
+from focal_jax.compat import caffe, mindspore, pytorch_retinanet
 
 pytestmark = [pytest.mark.quick, pytest.mark.every_form]
 
@@ -155,6 +155,35 @@ def test_detection_with_a_symbolic_number_of_images(normalization):
 
     shapes = [((None, *shape), "float32") for shape in ((3, CLASSES), (3, 4), (1, 5))]
     _assert_exports(function, shapes, make)
+
+
+def test_pytorch_retinanet_with_a_symbolic_number_of_images():
+    anchors = np.array([[[0, 0, 9, 9], [5, 5, 20, 20], [30, 30, 50, 60]]], np.float32)
+
+    def function(p, offsets, annotations):
+        return sum(pytorch_retinanet.FocalLoss()(p, offsets, anchors, annotations))
+
+    def make(size):
+        rng = np.random.default_rng(0)
+        annotations = np.tile(np.array([[0, 0, 10, 10, 1]], np.float32), (size, 1, 1))
+        p = rng.uniform(0.1, 0.9, (size, 3, CLASSES)).astype(np.float32)
+        return p, rng.normal(size=(size, 3, 4)).astype(np.float32), annotations
+
+    shapes = [((None, *shape), "float32") for shape in ((3, CLASSES), (3, 4), (1, 5))]
+    _assert_exports(function, shapes, make)
+
+
+@pytest.mark.parametrize("name", ["box_iou", "encode_boxes", "decode_boxes"])
+def test_a_symbolic_number_of_boxes(name):
+    function = getattr(detection, name)
+
+    def make(size):
+        rng = np.random.default_rng(0)
+        corners = rng.uniform(0, 50, (size, 2))
+        boxes, anchors = (np.hstack([corners, corners + x]).astype(np.float32) for x in (9, 12))
+        return (boxes / 10 if name == "decode_boxes" else boxes), anchors
+
+    _assert_exports(function, [((None, 4), "float32")] * 2, make)
 
 
 def test_matching_with_a_symbolic_number_of_annotations():

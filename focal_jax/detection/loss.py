@@ -44,7 +44,12 @@ __all__ = ["RetinaNetLoss", "retinanet_loss"]
 
 
 class RetinaNetLoss(NamedTuple):
-    """The two losses of a RetinaNet. Training minimizes their sum."""
+    """The two losses of a RetinaNet. Training minimizes their sum.
+
+    Attributes:
+      classification: a scalar in the dtype of the loss of the logits.
+      regression: a scalar in the dtype of the loss of the offsets.
+    """
 
     classification: Array
     regression: Array

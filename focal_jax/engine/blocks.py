@@ -51,7 +51,8 @@ def in_blocks(function: Callable[..., Any], axis: int, logits: Array, *others: A
 
     def pack_block(x):
         # XLA may copy an array with an axis of size 1 that a loop reads.
-        return _as_bits(jnp.squeeze(x, axis) if x.shape[axis] == 1 else x)
+        x = jnp.squeeze(x, axis) if x.shape[axis] == 1 else x
+        return lax.bitcast_convert_type(x, _bits(x.dtype)) if x.dtype.itemsize == 2 else x
 
     def pack(x):
         leading = x.shape[: axis + 1]
@@ -59,7 +60,7 @@ def in_blocks(function: Callable[..., Any], axis: int, logits: Array, *others: A
         return pack_block(jnp.broadcast_to(x, leading + trailing).reshape(*leading, -1))
 
     def unpack(x, dtype):
-        x = _from_bits(x, dtype)
+        x = x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
         return x if x.ndim == axis + 2 else jnp.expand_dims(x, axis)
 
     def blocked(*args):
@@ -100,11 +101,3 @@ def in_blocks(function: Callable[..., Any], axis: int, logits: Array, *others: A
 def _bits(dtype: Any) -> jnp.dtype:
     dtype = jnp.dtype(dtype)
     return jnp.dtype("uint16") if dtype.itemsize == 2 else dtype
-
-
-def _as_bits(x: Array) -> Array:
-    return lax.bitcast_convert_type(x, _bits(x.dtype)) if x.dtype.itemsize == 2 else x
-
-
-def _from_bits(x: Array, dtype: Any) -> Array:
-    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)

@@ -44,6 +44,19 @@ def class_index_lists(name: str, indices: ArrayLike, positions: tuple[int, ...])
     return arguments.as_int32(array)
 
 
+def distribution_over_classes(
+    logits: ArrayLike, labels: ArrayLike, axis: int
+) -> tuple[Array, Array, int, tuple[int, ...]]:
+    """Return floating logits, real labels of their shape, the class axis, and the losses' shape."""
+    logits = arguments.floating_array("logits", logits)
+    labels = arguments.real_array("labels", labels)
+    axis = arguments.static_axis(axis, logits.ndim)
+    why = "a distribution over the classes, as the logits; jax.nn.one_hot converts class indices"
+    arguments.check_shape("labels", labels, logits.shape, why)
+    arguments.warn_of_one_class(logits.shape[axis])
+    return logits, labels, axis, logits.shape[:axis] + logits.shape[axis + 1 :]
+
+
 def check_holds_class(name: str, x: Array, largest: Any) -> None:
     """Raise if `x` is a floating array of fewer than 32 bits that rounds large class indices."""
     if x.dtype.itemsize < 4 and jnp.issubdtype(x.dtype, jnp.floating):

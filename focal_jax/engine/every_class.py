@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from focal_jax.engine import arguments, scalar
+from focal_jax.engine import arguments, checks, scalar
 from focal_jax.engine.blocks import in_blocks
 from focal_jax.engine.class_axis import cast_logits, class_index, pick_class, reduce_classes
 from focal_jax.engine.cpu import compile_separately
@@ -358,13 +358,7 @@ def distribution_losses(
 ) -> Array:
     """Return `sum over c of alpha_c y_c f(p_c)`, see `PositionLoss.of_distribution`."""
     check_names(loss.__name__, loss.options, options)
-    logits = arguments.floating_array("logits", logits)
-    axis = arguments.static_axis(axis, logits.ndim)
-    labels = arguments.real_array("labels", labels)
-    why = "a distribution over the classes, as the logits"
-    arguments.check_shape("labels", labels, logits.shape, why)
-    arguments.warn_of_one_class(logits.shape[axis])
-    losses = logits.shape[:axis] + logits.shape[axis + 1 :]
+    logits, labels, axis, losses = checks.distribution_over_classes(logits, labels, axis)
     dtype, num_classes = arguments.compute_dtype(logits), logits.shape[axis]
     alpha = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     alpha = alpha.reshape([alpha.size if i == axis else 1 for i in range(logits.ndim)])

@@ -53,16 +53,11 @@ def _sums_in_passes(spec: ChunkSpec, linear: Linear, labels: Array) -> ClassSums
         e = jnp.where(chunk.class_index == labels, 0, jnp.exp(z - top))
         return ClassSums(
             top,
-            sums.label_logit + pick_class(z, _in_chunk(chunk, labels), z.ndim - 1),
+            sums.label_logit + pick_class(z, labels - chunk.class_index[..., :1], z.ndim - 1),
             sums.rest * jnp.exp(sums.max_logit - top) + jnp.sum(e, -1, keepdims=True),
         )
 
     return fold(step, _no_sums(linear), spec, linear)
-
-
-def _in_chunk(chunk: Chunk, labels: Array) -> Array:
-    """Return the class index within the chunk."""
-    return labels - chunk.class_index[..., :1]
 
 
 # In one pass, a logit may exceed the largest logit of the earlier chunks by at most this.

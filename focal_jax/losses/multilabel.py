@@ -65,9 +65,6 @@ def linear_sigmoid_focal_loss(
     Returns:
       The sums of the losses over the classes, `[...]`.
 
-    Raises:
-      InputError: for an invalid argument.
-
     References:
       [Lin et al. 2017, Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002).
     """

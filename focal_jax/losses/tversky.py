@@ -117,17 +117,13 @@ def focal_tversky_loss(
       [Salehi et al. 2017, Tversky loss function for image segmentation using 3D fully convolutional
       deep networks](https://arxiv.org/abs/1706.05721).
     """
-    logits = arguments.floating_array("logits", logits)
-    axis = arguments.static_axis(axis, logits.ndim)
-    labels = arguments.real_array("labels", labels)
-    why = "the shape of the logits; jax.nn.one_hot converts class indices"
-    arguments.check_shape("labels", labels, logits.shape, why)
-    arguments.warn_of_one_class(logits.shape[axis])
+    from focal_jax.engine import checks  # not loaded with the package
+
+    logits, labels, axis, positions = checks.distribution_over_classes(logits, labels, axis)
     arguments.check_axis_name("axis_name", axis_name)
     given = {"alpha": alpha, "beta": beta, "gamma": gamma, "smooth": smooth}
     dtype, num_classes = arguments.compute_dtype(logits), logits.shape[axis]
     options = prepare_options(_OPTIONS, given, (num_classes,), dtype)
-    positions = logits.shape[:axis] + logits.shape[axis + 1 :]
     mask = arguments.mask_array(where, positions, axis)
     # The options are not cast, because the sums over the devices do not vary over the mesh axes.
     logits, labels, mask = cast_to_common_varying(logits, labels, mask)

@@ -66,8 +66,8 @@ def _compare(json_file: Path | None = None, plot: Path | None = None, **argument
 
 
 def _plot(out: Path, gamma: Sequence[float] = curves.GAMMAS, family: bool = False) -> None:
-    if any(not 0 <= g < math.inf for g in gamma):
-        raise InputError(f"gamma: got {list(gamma)}, wanted finite numbers >= 0")
+    if any(not 0 <= g <= 1000 for g in gamma):
+        raise InputError(f"gamma: got {list(gamma)}, wanted numbers in [0, 1000]")
     require_extra("matplotlib.figure")
     _check_format(out)
     _save(curves.family_figure() if family else curves.gammas_figure(gamma), out)

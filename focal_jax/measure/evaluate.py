@@ -41,11 +41,7 @@ def _scaled(slopes: _Slopes, factor: Any) -> _Slopes:
 
 def _sum(a: _Slopes, b: _Slopes) -> _Slopes:
     """Return the sum of the slopes by variable."""
-    both = {
-        k: _Slope(x.value + b[k].value, x.magnitude + b[k].magnitude)
-        for k, x in a.items()
-        if k in b
-    }
+    both = {k: _Slope(*map(operator.add, a[k], b[k])) for k in a.keys() & b.keys()}
     return {**a, **b, **both}
 
 

@@ -1,5 +1,7 @@
 """The linear head beside those of other packages: numbers, and digits in bfloat16."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,10 +33,10 @@ def jax_cce(features, kernel):
     return cce.linear_cross_entropy(features, kernel.T, jnp.asarray(LABELS), chunk_size=128)
 
 
-def tokamax(features, kernel):
+def tokamax(features, kernel, **options):
     module = pytest.importorskip("tokamax")
     loss = module.linear_softmax_cross_entropy_loss
-    return loss(features, jnp.asarray(LABELS), kernel, reduction="mean")
+    return loss(features, jnp.asarray(LABELS), kernel, reduction="mean", **options)
 
 
 PEERS = [plain, jax_cce, tokamax]
@@ -44,6 +46,19 @@ PEERS = [plain, jax_cce, tokamax]
 def test_values_and_gradients(peer):
     got, want = (jax.value_and_grad(f, (0, 1))(FEATURES, KERNEL) for f in (with_focal_jax, peer))
     assert_equal_trainings(want, got)
+
+
+def _temporary_bytes(head):
+    arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2048, 512), (512, 32000)))
+    compiled = jax.jit(jax.value_and_grad(head, (0, 1))).lower(*arrays).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+# The table of docs/which-head.md. tokamax holds the logits on a CPU, unless it computes chunks.
+@pytest.mark.parametrize("peer", [*PEERS, partial(tokamax, implementation="chunked_xla")])
+def test_temporaries(peer, monkeypatch):
+    monkeypatch.setitem(globals(), "LABELS", np.zeros(2048, np.int32))
+    assert _temporary_bytes(with_focal_jax) < 0.12 * _temporary_bytes(peer)
 
 
 @pytest.mark.parametrize("peer", PEERS)
