@@ -90,6 +90,18 @@ def test_set_loss(page, name):
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
+def test_mean_over_devices_is_the_set_loss_of_the_batch(page):
+    # The images have different numbers of objects, and each device has one image.
+    def local(logits, boxes, classes, objects):
+        loss = page["set_loss"](logits, boxes, classes, objects, axis_name="images")
+        return jax.lax.pmean(loss, "images")
+
+    batch = LOGITS, BOXES, CLASSES, OBJECTS
+    shards = [np.expand_dims(x, 1 + i) for x, i in zip(batch, (1, 1, 0, 0))]
+    found = jax.pmap(local, axis_name="images", in_axes=(1, 1, 0, 0))(*shards)
+    np.testing.assert_allclose(found, page["set_loss"](*batch), rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", CLASS_LOSSES)
 def test_padding_rows_do_not_change_the_set_loss(page, name):
     padded = np.insert(CLASSES, [1, 2], -1, 1), np.insert(OBJECTS, [1, 2], -7, 1)
