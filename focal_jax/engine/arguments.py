@@ -29,6 +29,8 @@ class InputError(AssertionError, ValueError, TypeError):
     `AssertionError`, NumPy raises `ValueError` for a shape and `TypeError` for a dtype.
     """
 
+    __module__ = "focal_jax"  # the public name in tracebacks
+
 
 # ---------------------------------------------------------------- arrays
 
