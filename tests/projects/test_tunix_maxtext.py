@@ -1,6 +1,7 @@
 """The toy model of tunix with its trainers and with the losses of docs/llm-trainers.md."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from pages import run
 from steps import assert_equal_trainings
 
 pytest.importorskip("tunix")
+from tunix.rl import algo_core, common
 from tunix.sft import peft_trainer
 from tunix.sft.dpo import dpo_trainer
 from tunix.tests.test_common import ModelConfig
@@ -99,6 +101,68 @@ def test_dpo_trains_as_with_the_loss_of_tunix(page):
         return _trained(make(_model(page), _model(page), optax.sgd(0.1), config), batches)
 
     assert_equal_trainings(trained(dpo_trainer.DPOTrainer), trained(page["dpo"]))
+
+
+def _value_and_gradient(loss, model):
+    value, gradient = nnx.jit(nnx.value_and_grad(loss))(model)
+    return value, nnx.to_pure_dict(gradient)
+
+
+def test_orpo_equals_the_loss_of_tunix(page):
+    ids = jnp.asarray(rng.integers(1, 256, (4, 9)), jnp.int32)
+    mask = jnp.asarray(rng.random((4, 5)) < 0.8).astype(jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(9), ids.shape)
+    example = dpo_trainer.TrainExample(
+        input_ids=ids,
+        positions=positions,
+        attention_mask=jnp.ones((4, 9, 9), bool),
+        ref_chosen_logps=None,
+        ref_rejected_logps=None,
+        completion_mask=mask,
+        logits_to_keep=5,
+    )
+    options = {"lambda_orpo": 0.3, "label_smoothing": 0.1}
+
+    def original(model):
+        return dpo_trainer.dpo_loss_fn(model, example, algorithm="orpo", **options)[0]
+
+    found = _value_and_gradient(
+        lambda model: page["orpo_loss"](model, example, **options), _model(page)
+    )
+    assert_equal_trainings(_value_and_gradient(original, _model(page)), found)
+
+
+def test_grpo_equals_the_loss_of_tunix(page):
+    prompt, completion = (jnp.asarray(rng.integers(1, 256, (4, n)), jnp.int32) for n in (4, 5))
+    mask = jnp.arange(5) < jnp.array([5, 3, 1, 4])[:, None]
+    near = [jnp.asarray(rng.normal(-5.5, 0.3, (4, 5)), jnp.float32) for _ in range(2)]
+    example = common.TrainExample(
+        prompt_ids=prompt,
+        prompt_mask=jnp.ones_like(prompt),
+        completion_ids=completion,
+        completion_mask=mask.astype(jnp.int32),
+        advantages=jnp.array([1.0, -0.5, 0.7, -1.2]),
+        ref_per_token_logps=near[0],
+        old_per_token_logps=near[1],
+    )
+    config = SimpleNamespace(
+        beta=0.1,
+        epsilon=0.3,
+        loss_algo="grpo",
+        loss_agg_mode="token-mean",
+        temperature=0.8,
+        kl_loss_mode="low_var_kl",
+        kl_clamp_value=None,
+    )
+
+    def original(model):
+        return algo_core.grpo_loss_fn(model, example, config, pad_id=0, eos_id=1)[0]
+
+    def with_focal_jax(model):
+        return page["grpo_loss"](model, example, ratio_bound=0.3, beta=0.1, temperature=0.8)
+
+    found = _value_and_gradient(with_focal_jax, _model(page))
+    assert_equal_trainings(_value_and_gradient(original, _model(page)), found)
 
 
 def test_sft_takes_an_eighth_of_the_memory(page):
