@@ -5,10 +5,12 @@ import ast
 import difflib
 import functools
 import importlib
+import io
 import os
 import re
 import shutil
 import signal
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,6 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. An invalid argument ends the program with a message and exit code 2."""
     if arguments is None:  # as a program: a callback of JAX may swallow KeyboardInterrupt
         signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, _INTERRUPTED) and 130))
+    for stream in (sys.stdout, sys.stderr):  # an encoding may lack characters of the tables
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     if (command := options.pop("command", None)) is None:

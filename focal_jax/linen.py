@@ -33,6 +33,13 @@ class _Fields(reduced.Reduced, nn.Module):
 class Reduced(_Fields):
     """Reduce any loss, given by its name or as a function. See `focal_jax.nnx.Reduced`."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Keep the constructor: linen generates another one for subclasses, as of `nn.remat`."""
+        has_own = "__init__" in vars(cls)
+        super().__init_subclass__(**options)
+        if not has_own:
+            cls.__init__ = Reduced.__init__
+
     def __init__(
         self,
         loss: str | Callable[..., Array],

@@ -93,7 +93,7 @@ def checked_option(loss: Callable[..., Any], name: str, value: Any) -> Any:
             arguments.bool_array(name, value)
         if option.differentiable and value is not None:
             shape = checks.check_number(name, value, option)
-            if option.per_class and len(shape) > 1:
+            if option.per_class and (len(shape) > 1 or shape == (0,)):
                 raise InputError(f"{name}: got shape {shape}, wanted one number per class")
     return value
 

@@ -109,7 +109,7 @@ def reduce_loss(
     r"""Reduce losses per position to one number.
 
         sum(losses) / max(1, denominator)
-        sum(weights * losses) / denominator        with weights; 0 / 0 is 0
+        sum(weights * losses) / denominator        with weights; a denominator of 0 counts as 1
 
     Example:
       >>> import jax.numpy as jnp

@@ -3,6 +3,7 @@
 Invalid arguments raise `focal_jax.InputError`.
 """
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -82,21 +83,37 @@ def prior_bias_init(prior: float = 0.01) -> Initializer:
       Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
       Detection](https://arxiv.org/abs/1708.02002), section 3.3. ICCV 2017.
     """
-    prior = _static(_INSIDE, "prior", prior)
-    constant: Any = jax.nn.initializers.constant(math.log(prior) - math.log1p(-prior))
+    return PriorBias(_static(_INSIDE, "prior", prior))
 
-    def init(*args, **options):
+
+@dataclasses.dataclass(frozen=True)
+class PriorBias:
+    """The initializer of `prior_bias_init`. Keras saves and loads it by its config."""
+
+    prior: float
+
+    def __call__(self, *args: Any, **options: Any) -> Array:
+        """Return the bias for `(key, shape, dtype)` or `(shape, dtype)`."""
         arguments.require(bool(args or options), "shape: got no shape, wanted a tuple of integers")
         if args and isinstance(args[0], tuple | list):  # a shape, not a key
             args = (None, *args)
         elif not args:
             options.setdefault("key", None)
+        logit = math.log(self.prior) - math.log1p(-self.prior)
+        constant: Any = jax.nn.initializers.constant(logit)
         bias = constant(*args, **options)
         is_floating = jnp.issubdtype(bias.dtype, jnp.floating)
         arguments.require(is_floating, f"dtype: got {bias.dtype}, wanted a floating dtype")
         return bias
 
-    return init
+    def get_config(self) -> dict[str, float]:
+        """Return the arguments of the constructor."""
+        return {"prior": self.prior}
+
+    @classmethod
+    def from_config(cls, config: dict[str, float]) -> "PriorBias":
+        """Return the initializer of a config."""
+        return cls(**config)
 
 
 @check_call

@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -484,6 +485,8 @@ def test_invalid_arguments(loss, arguments, message):
         ([*QUICK, "--json", "/nowhere/report.json"], "/nowhere/report.json"),
         ([*QUICK, "--plot", "figure"], "--plot: got 'figure', wanted a name that ends with a form"),
         (["plot", "--out", "a.b/figure."], "--out: got 'a.b/figure.', wanted a name that ends"),
+        (["plot", "--out", "figure.pgf"], "figure.pgf: got the format 'pgf', wanted one of"),
+        ([*QUICK[:-1], "9" * 20], f"repeats: got {'9' * 20}, wanted at most 1000000"),
         (["plot", "--gamma", "-1"], "gamma: got [-1.0], wanted numbers in [0, 1000]"),
         (["plot", "--gamma", "1", "--family"], "not allowed with"),
         (
@@ -520,6 +523,22 @@ def test_files_are_checked_before_the_measurement(option, path, message, capsys,
         main([*QUICK, option, path])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_encoding_without_the_characters_of_the_tables():
+    command = [sys.executable, "-m", "focal_jax", *QUICK]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "float32 40, gamma 0.5" in done.stdout
+
+
+def test_unknown_backend_is_one_line():
+    command = [sys.executable, "-m", "focal_jax", "doctor"]
+    environment = os.environ | {"JAX_PLATFORMS": "nothing"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert re.fullmatch(r"focal-jax: Unable to initialize backend 'nothing'.*\n", done.stderr)
 
 
 def test_default_figure_is_checked_before_the_drawing(capsys, monkeypatch, tmp_path):

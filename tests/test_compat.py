@@ -507,6 +507,18 @@ def test_prototxt_round_trip(layer):
     assert text.count("top:") == text.count("loss_weight:") == 1 + layer.return_prob
 
 
+@pytest.mark.parametrize("make", [list, np.array])
+def test_caffe_layer_with_a_weight_per_class_is_hashable(make):
+    alpha = make([1.0, 2.0, 3.0])
+    layer = FocalLossLayer(alpha=alpha, gamma=np.array(2.0), loss_weight=np.float32(0.5))
+    assert layer == FocalLossLayer(alpha=(1.0, 2.0, 3.0), loss_weight=0.5)
+    assert FocalLossLayer.from_prototxt(layer.to_prototxt()) == layer
+    logits, labels = jnp.ones((2, 3)), jnp.array([0, 2])
+    np.testing.assert_allclose(jax.jit(layer)(logits, labels), layer(logits, labels), rtol=1e-6)
+    with pytest.raises(InputError, match=r"alpha: got shape \(0,\), wanted one number, or one per"):
+        FocalLossLayer(alpha=[])
+
+
 # ---------------------------------------------------------------- MindSpore
 
 
@@ -615,6 +627,16 @@ def test_mindspore_rejects_invalid_options_at_construction():
     for weight in ([-1.0, 1.0], "2", {}, [None, 1]):
         with pytest.raises(ValueError, match=r"weight: got .*, wanted a finite number >= 0"):
             mindspore.FocalLoss(weight=weight)
+
+
+@pytest.mark.parametrize("weight", [None, [2.0, 1.0, 1.0]], ids=["no weight", "weight"])
+def test_mindspore_terms_of_classes_with_large_negative_logits(weight):
+    logits = jnp.array([[-jnp.inf, 0, 1], [-1e20, 0, 1], [-1e30, -1e25, 1]], jnp.float32)
+    target = jnp.array([[1.0, 0, 0], [1, 0, 0], [0.5, 0.5, 0]], jnp.float32)
+    first = 1 if weight is None else 2
+    got = mindspore.FocalLoss(weight, reduction="none")(logits, target)
+    want = [[np.inf, 0, 0], [first * 1e20, 0, 0], [first * 5e29, 5e24, 0]]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- pytorch-retinanet

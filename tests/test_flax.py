@@ -671,3 +671,18 @@ def test_modules_name_the_argument_that_is_no_array(framework, data):
     for axis_name in (0, ["i"], {"i": 1}, np.zeros(1)):
         with pytest.raises(InputError, match=r"^axis_name: got .*, wanted the name of a mapped ax"):
             framework.Reduced("sigmoid_focal_loss", axis_name=axis_name)
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit], ids=["remat", "jit"])
+def test_lifted_reduced_has_the_constructor_of_reduced(lift):
+    logits, labels = jnp.array([0.5, -1.0]), jnp.array([1, 0])
+    want = focal_jax.linen.Reduced("sigmoid_focal_loss", alpha=0.25)(logits, labels)
+    module = lift(focal_jax.linen.Reduced)("sigmoid_focal_loss", alpha=0.25)
+    np.testing.assert_allclose(module.apply({}, logits, labels), want, rtol=1e-6)
+
+
+def test_subclass_of_reduced_keeps_the_constructor():
+    class Own(focal_jax.linen.Reduced):
+        pass
+
+    assert Own("sigmoid_focal_loss", gamma=1.0).clone().options == (("gamma", 1.0),)

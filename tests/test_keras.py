@@ -312,3 +312,31 @@ def test_prior_bias_init_in_three_forms():
     for bias in forms:
         assert bias.dtype == jnp.float32
         np.testing.assert_allclose(bias, np.full(2, -np.log(9)), rtol=1e-6)
+
+
+def test_initializer_of_the_prior_is_saved_and_cloned(tmp_path):
+    layer = keras.layers.Dense(8, bias_initializer=training.prior_bias_init(0.02))
+    model = keras.Sequential([keras.Input((4,)), layer])
+    model.compile("sgd", loss=compat.SigmoidFocalLoss(alpha=0.25))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for other in (
+        loaded,
+        keras.models.clone_model(model),
+        type(model).from_config(model.get_config()),
+    ):
+        assert other.layers[0].bias_initializer == training.prior_bias_init(0.02)
+    found, want = (keras.ops.convert_to_numpy(each(np.ones((1, 4)))) for each in (loaded, model))
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+def test_one_hot_labels_for_a_loss_of_the_label_only():
+    loss = compat.Loss("dual_focal_loss_with_integer_labels")
+    with pytest.raises(InputError, match=r"y_true: got shape \(6, 4\), wanted class indices"):
+        loss(ONE_HOT, LOGITS)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "uint8"])
+def test_dtype_of_a_loss_is_floating(dtype):
+    with pytest.raises(InputError, match=f"dtype: got '{dtype}'.* wanted a floating dtype"):
+        compat.SoftmaxFocalLoss(dtype=dtype)

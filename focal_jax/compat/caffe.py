@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from focal_jax.compat._arguments import check_calls, check_options, class_indices
 from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError, shown
-from focal_jax.engine.options import Option
+from focal_jax.engine.options import Option, known_numbers
 from focal_jax.losses.softmax import softmax_focal_loss_with_integer_labels
 from focal_jax.reduction import reduce_loss
 
@@ -36,6 +36,7 @@ _NORMALIZATIONS = {"full": "mean", "valid": "valid", "batch_size": None, "none":
 _MODES = tuple(word.upper() for word in _NORMALIZATIONS)
 _PHASES = ("TRAIN", "TEST")
 _ENUMS = {"NormalizationMode": _MODES, "FocalLossType": ("ORIGIN", "LINEAR"), "Phase": _PHASES}
+_FLOAT32 = jnp.dtype(jnp.float32)
 _ALPHA = Option("number", 0.25, low=0.0, above_low=True, per_class=True)
 _MAX_RANK = 32  # of a blob
 
@@ -242,12 +243,17 @@ class FocalLossLayer:
             raise InputError(f"{got}, wanted one of {tuple(_NORMALIZATIONS)}")
         _ALPHA.check("alpha", self.alpha)
         check_options(softmax_focal_loss_with_integer_labels, alpha=self.alpha, gamma=self.gamma)
-        for name in ("gamma", "loss_weight"):
-            option = getattr(self, name)
-            checks.check_known_numbers(name, option, -math.inf)
-            if not isinstance(option, float):
-                option = arguments.number_array(name, option, jnp.dtype(jnp.float32))
-                arguments.check_shape(name, option, (), "one number")
+        for name, most in (("alpha", 1), ("gamma", 0), ("loss_weight", 0)):
+            value = getattr(self, name)
+            checks.check_known_numbers(name, value, -math.inf)
+            is_number = isinstance(value, float)  # may be too large for float32
+            shape = () if is_number else arguments.number_array(name, value, _FLOAT32).shape
+            if len(shape) > most or 0 in shape:
+                wanted = "one number" + ", or one per class" * most
+                raise InputError(f"{name}: got shape {shape}, wanted {wanted}")
+            known = known_numbers(value, name, "numbers")
+            if known is not None:  # hashable and comparable, unless it is traced
+                object.__setattr__(self, name, tuple(known.tolist()) if shape else float(known))
         is_integer = isinstance(self.axis, numbers.Integral) and not isinstance(self.axis, bool)
         if not is_integer or not -_MAX_RANK <= self.axis < _MAX_RANK:
             raise InputError(f"axis: got {shown(self.axis)}, wanted an integer in [-32, 32)")

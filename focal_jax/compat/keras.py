@@ -24,6 +24,7 @@ from focal_jax.compat._arguments import check_calls, class_indices
 from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.options import LABEL_SMOOTHING
+from focal_jax.training import PriorBias
 
 __all__ = ["LinearHead", "Loss", "SigmoidFocalLoss", "SoftmaxFocalLoss"]
 
@@ -41,6 +42,7 @@ if keras.backend.backend() != "jax":
     raise InputError(f"keras.backend: got {keras.backend.backend()!r}, wanted 'jax': {_SWITCH}")
 
 _register = keras.saving.register_keras_serializable(package="focal_jax")
+_register(PriorBias)
 # Options that Keras passes in another way.
 _HINTS = {
     "where": "Keras passes masks with the predictions",
@@ -189,6 +191,8 @@ class Loss(keras.losses.Loss):
             raise InputError(f"reduction: {error}") from error
         try:
             super().__init__(name=name or loss, reduction=reduction, dtype=dtype)
+            if not jnp.issubdtype(self.dtype, jnp.floating):
+                raise TypeError("wanted a floating dtype")
         except (TypeError, ValueError) as error:
             raise InputError(f"dtype: got {arguments.shown(dtype)}: {error}") from error
 
@@ -235,6 +239,9 @@ class Loss(keras.losses.Loss):
         if kind in ("position", "distribution") and self.loss.engine_loss is not None:
             engine = self.loss.engine_loss
             function = engine if is_sparse else engine.of_distribution
+            if not is_sparse and engine.row_option is not None:
+                got = f"y_true: got shape {y.shape}, wanted class indices"
+                raise InputError(f"{got}: {self.loss.name} is defined for one class only")
         if is_sparse and kind == "region":
             invalid = (y < 0) | (y >= num_classes)
             y = jax.nn.one_hot(y, num_classes, axis=axis, dtype=arguments.compute_dtype(x))
@@ -368,7 +375,7 @@ class LinearHead(keras.layers.Dense):
     """Compute logits as `keras.layers.Dense`, or a loss of the features without the logits.
 
     `head(features)` returns logits. `head.loss(loss, y_true, features)` applies
-    `Loss("linear_softmax_focal_loss_with_integer_labels")` or another loss of a linear head.
+    `Loss("linear_softmax_focal_loss_with_integer_labels")`.
     The products are those of the layer's compute dtype.
     """
 

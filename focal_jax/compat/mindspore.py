@@ -25,9 +25,14 @@ def _loss_per_class(predict: Array, target: Array, **options) -> Array:
 
     The loss is linear in the target, so each term is the target times the derivative in it.
     """
-    target = target.astype(arguments.compute_dtype(predict))
-    slope = jax.grad(lambda target: jnp.sum(softmax_focal_loss(predict, target, **options)))
-    return target * slope(target)
+    dtype = arguments.compute_dtype(predict)
+    target, alpha = target.astype(dtype), options["alpha"]
+    slope = jax.grad(lambda target: jnp.sum(softmax_focal_loss(predict, target, **options)))(target)
+    # The derivative in the target is limited. If p underflows, the term is -log p.
+    far = -jax.nn.log_softmax(predict.astype(dtype), 1)
+    weight = 1 if alpha is None else alpha.reshape(1, -1, *(1,) * (predict.ndim - 2)).astype(dtype)
+    slope = jnp.where(far > 1e6, weight * far, slope)
+    return jnp.where(target == 0, 0, target * slope)
 
 
 @check_calls

@@ -56,7 +56,7 @@ class FocalLoss:
           regressions: `[B, A, 4]`, floating: offsets in the units of `encode_boxes`.
           anchors: `[1, A, 4]`, real: boxes `(x1, y1, x2, y2)`.
           annotations: `[B, M, 5]`, real: `(x1, y1, x2, y2, class)`, class -1 for padding. Both
-            losses of an image without annotations are 0.
+            losses of an image without annotations are 0, as in versions up to June 2020.
         """
         p = arguments.floating_array("classifications", classifications)
         if p.ndim != 3:

@@ -34,9 +34,10 @@ def _json(report: GradientComparison) -> str:
 
 def _check_format(path: Path) -> None:
     """Raise before a measurement if matplotlib cannot write the format of a figure."""
-    known = require_extra("matplotlib.backend_bases").FigureCanvasBase.filetypes
+    types = require_extra("matplotlib.backend_bases").FigureCanvasBase.filetypes
+    known = [name for name in types if name != "pgf"]  # requires LaTeX
     if path.suffix[1:].lower() not in known:
-        raise InputError(f"{path}: got the format {path.suffix[1:]!r}, wanted one of {list(known)}")
+        raise InputError(f"{path}: got the format {path.suffix[1:]!r}, wanted one of {known}")
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -139,7 +140,9 @@ def run(parser: argparse.ArgumentParser, command: str, options: dict[str, Any]) 
         raise SystemExit(141) from None
     except (InputError, OSError) as error:
         parser.error(str(error))
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXH" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXH" in str(error):
+            raise SystemExit(f"out of memory: {error}; use a smaller --shape") from error
+        if "backend" not in str(error):
             raise
-        raise SystemExit(f"out of memory: {error}; use a smaller --shape") from error
+        parser.error(str(error).partition("\n")[0])  # such as a wrong JAX_PLATFORMS

@@ -160,9 +160,11 @@ def _find(loss: Any, formula: Any) -> tuple[Loss, Callable, Callable]:
     return found, function, reference.from_formula(found, formula)
 
 
-def _integer(name: str, value: Any, low: int) -> int:
+def _integer(name: str, value: Any, low: int, high: int = 2**63) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
         raise InputError(f"{name}: got {shown(value)}, wanted an integer of at least {low}")
+    if int(value) > high:
+        raise InputError(f"{name}: got {shown(value)}, wanted at most {high}")
     return int(value)
 
 
@@ -288,7 +290,7 @@ def compare_gradients(
     if is_scalar or not isinstance(shape, Sequence | np.ndarray):
         raise InputError(f"shape: got {shown(shape)}, wanted a sequence of integers")
     shape = tuple(_integer("shape", n, 1) for n in shape)
-    seed, repeats = _integer("seed", seed, 0), _integer("repeats", repeats, 1)
+    seed, repeats = _integer("seed", seed, 0), _integer("repeats", repeats, 1, 10**6)
     axis = static_axis(axis, len(shape)) if found.has_class_axis else axis
     if found.kind == "linear" and axis != len(shape) - 1:
         raise InputError(f"axis: got {axis}, wanted the last axis: the loss is linear")
