@@ -103,6 +103,31 @@ def test_batch_of_symbolic_size(name):
     _assert_exports(FUNCTIONS[name], shapes, make)
 
 
+# Functions of features, class indices and weights, with a kernel.
+LABELS = {
+    "sparse labels": lambda z, i, w: focal_jax.softmax_focal_loss_with_sparse_labels(z, i, w),
+    "linear sparse labels": lambda z, i, w: focal_jax.linear_softmax_focal_loss_with_sparse_labels(
+        z, KERNEL, i, w
+    ),
+    "linear sigmoid": lambda z, i, w: focal_jax.linear_sigmoid_focal_loss(z, KERNEL, i),
+    "linear asymmetric": lambda z, i, w: focal_jax.linear_asymmetric_loss(z, KERNEL, i),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_symbolic_number_of_labels_per_position(name):
+    def make(size):
+        rng = np.random.default_rng(0)
+        return (
+            rng.normal(size=(4, CLASSES)).astype(np.float32),
+            rng.integers(-1, CLASSES, (4, size)).astype(np.int32),
+            rng.uniform(size=(4, size)).astype(np.float32),
+        )
+
+    shapes = ((4, CLASSES), "float32"), ((4, None), "int32"), ((4, None), "float32")
+    _assert_exports(LABELS[name], shapes, make)
+
+
 # One loss for each computation over the classes.
 DENSE = [
     "softmax_focal_loss_with_integer_labels",

@@ -566,3 +566,19 @@ def test_errors_of_sparse_labels(change, message):
     arguments = {"indices": indices, "weights": arrays[4]} | change
     with pytest.raises((focal_jax.InputError, TypeError), match=message):
         focal_jax.softmax_focal_loss_with_sparse_labels(_logits(*arrays[:4]), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("head", ["dense", "linear"])
+def test_masked_weights_of_nan_do_not_trigger_debug_nans_in_eager_calls(head, dtype):
+    indices, where = jnp.array([[0, 2], [1, 3]]), jnp.array([True, False])
+    weights = jnp.array([[0.5, 0.5], [jnp.nan, 0.0]], dtype)
+    jax.clear_caches()  # JAX checks the results of a program when it is new
+    with jax.debug_nans(True):
+        if head == "dense":
+            function = focal_jax.softmax_focal_loss_with_sparse_labels
+            losses = function(jnp.zeros((2, 4)), indices, weights, where=where)
+        else:
+            function = focal_jax.linear_softmax_focal_loss_with_sparse_labels
+            losses = function(jnp.zeros((2, 3)), jnp.zeros((3, 4)), indices, weights, where=where)
+    np.testing.assert_allclose(losses, [0.75**2 * np.log(4), 0], rtol=1e-6)

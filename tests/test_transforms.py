@@ -1,5 +1,7 @@
 """The losses under the transformations of JAX."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,15 +99,40 @@ def test_scan_and_checkpoint(row):
     assert_close(jax.jit(jax.value_and_grad(by_scan))(inside), want, 1e-5)
 
 
-def _hessian_product(function, x):
-    direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), x)
-    return jax.jit(lambda x: jax.jvp(jax.grad(function), (x,), (direction,))[1])(x)
+def _along(x):
+    return jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), x)
+
+
+def _second(function, x):
+    return jax.jvp(jax.grad(function), (x,), (_along(x),))[1]
+
+
+def _second_and_third(function, x):
+    """Return forward over reverse, and forward and reverse over reverse over reverse."""
+
+    def along(x):
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.grad(function)(x), _along(x))))
+
+    return _second(function, x), _second(along, x), jax.grad(lambda x: along(x) ** 2)(x)
+
+
+def _assert_equal_derivatives(derivatives, got, want, x):
+    got, want = (jax.jit(partial(derivatives, f))(x) for f in (got, want))
+    assert_close(got, want, 1e-9)
 
 
 @pytest.mark.each_kind
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
-@pytest.mark.parametrize("mapped", [False, True], ids=["map", "vmap inside map"])
-def test_second_derivatives_inside_a_loop(row, mapped, x64):
+@pytest.mark.parametrize(
+    ("mapped", "derivatives"),
+    [
+        (False, _second),
+        (True, _second),
+        pytest.param(False, _second_and_third, marks=pytest.mark.slow),
+    ],
+    ids=["map", "vmap inside map", "map, third order"],
+)
+def test_derivatives_inside_a_loop(row, mapped, derivatives, x64):
     # To differentiate a loop, JAX splits its body, and drops the `custom_jvp` rules of one part.
     arguments = row.all(3, (2, 5, 3), dtype=np.float64)
     inside, _ = row.split(arguments)
@@ -126,11 +153,20 @@ def test_second_derivatives_inside_a_loop(row, mapped, x64):
             return jax.lax.map(squares, own)
         return jax.lax.map(jax.vmap(squares), {k: x[:, None] for k, x in own.items()})
 
-    want = _hessian_product(total_of_slices(lambda f, own: sum(map(f, _slices(own)))), inside)
-    assert_close(_hessian_product(total_of_slices(by_loop), inside), want, 1e-9)
+    by_slices = total_of_slices(lambda f, own: sum(map(f, _slices(own))))
+    _assert_equal_derivatives(derivatives, total_of_slices(by_loop), by_slices, inside)
 
 
-_STATISTICS = {
+_HEADS = {
+    "smoothing": lambda z, w: focal_jax.softmax_focal_loss_with_integer_labels(
+        z @ w, jnp.array([0, 1, 2]), label_smoothing=0.1
+    ),
+    "linear smoothing": lambda z, w: focal_jax.linear_softmax_focal_loss_with_integer_labels(
+        z, w, jnp.array([0, 1, 2]), label_smoothing=0.1, chunk_size=2, return_logsumexp=True
+    ),
+    "linear sigmoid": lambda z, w: focal_jax.linear_sigmoid_focal_loss(
+        z, w, jnp.array([[0, 2]] * 3), chunk_size=2
+    ),
     "statistics": lambda z, w: focal_jax.token_statistics(z @ w, jnp.array([0, 1, 2]))[:3],
     "linear statistics": lambda z, w: focal_jax.linear_token_statistics(
         z, w, jnp.array([0, 1, 2]), chunk_size=2
@@ -144,13 +180,16 @@ _STATISTICS = {
 }
 
 
-@pytest.mark.parametrize("name", _STATISTICS)
-def test_second_derivatives_of_statistics_inside_a_loop(name, x64):
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.slow] * x.startswith("linear")) for x in _HEADS],
+)
+def test_derivatives_of_heads_inside_a_loop(name, x64):
     rng = np.random.default_rng(5)
     features, kernel = jnp.asarray(rng.normal(size=(2, 3, 4))), jnp.asarray(rng.normal(size=(4, 5)))
 
     def squares(z, w):
-        return sum(jnp.sum(x**2) for x in jax.tree.leaves(_STATISTICS[name](z, w)))
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(_HEADS[name](z, w)))
 
     def by_loop(x):
         return jnp.sum(jax.lax.map(lambda z: squares(z, x[1]), x[0]))
@@ -158,8 +197,7 @@ def test_second_derivatives_of_statistics_inside_a_loop(name, x64):
     def by_slices(x):
         return sum(squares(z, x[1]) for z in x[0])
 
-    want = _hessian_product(by_slices, (features, kernel))
-    assert_close(_hessian_product(by_loop, (features, kernel)), want, 1e-9)
+    _assert_equal_derivatives(_second_and_third, by_loop, by_slices, (features, kernel))
 
 
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)

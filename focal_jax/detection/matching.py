@@ -161,7 +161,8 @@ def match_anchors(
     annotations = annotation_array(annotations, anchors)
     (anchors,) = box_arrays(anchors=anchors)
     anchors = replicate_on_mesh(anchors, annotations)
-    return _match(positive_iou, negative_iou, force_match, anchors, annotations)
+    args = lax.stop_gradient((anchors, annotations))
+    return _match(positive_iou, negative_iou, force_match, *args)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))  # `jax_debug_nans` would report a NaN of a padding row

@@ -22,7 +22,7 @@ from focal_jax.engine.class_axis import (
     zero_at,
 )
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.rules import keep_rules
+from focal_jax.engine.rules import with_gradient
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying
 
 # ---------------------------------------------------------------- the form for accelerators
@@ -84,7 +84,6 @@ def _forward(axis, *args):
     return sums, (args, lax.stop_gradient(sums.max_logit))
 
 
-@partial(jax.jit, static_argnums=0)
 def _backward(axis, residuals, cts):
     from focal_jax.engine import cpu_sums
 
@@ -105,9 +104,7 @@ def _backward(axis, residuals, cts):
     return by_platform(on_cpu, select, dz, labels, of_labels), None, None
 
 
-_core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_core.defvjp(_forward, _backward)
-_kept = keep_rules(_core, num_static=1)
+_core = with_gradient(_primal, _forward, _backward, num_static=1)
 
 
 def class_sums(axis: int, logits: Array, labels: Labels, where: Array | None) -> ClassSums:
@@ -115,7 +112,7 @@ def class_sums(axis: int, logits: Array, labels: Labels, where: Array | None) ->
 
     The exponentials are recomputed in the backward pass and not stored.
     """
-    return _kept(axis, *cast_to_common_varying(logits, labels, where))
+    return _core(axis, *cast_to_common_varying(logits, labels, where))
 
 
 def sum_over_shards(sums: ClassSums, class_axis_name: AxisName | None) -> ClassSums:

@@ -27,7 +27,7 @@ from focal_jax.engine.options import (
     prepare_options,
     unwrap,
 )
-from focal_jax.engine.rules import keep_rules
+from focal_jax.engine.rules import with_gradient
 from focal_jax.engine.sharding import cast_to_common_varying, place_like
 
 Slopes = tuple[Any, ...]  # arrays, and None for a derivative that is 0
@@ -257,7 +257,6 @@ def _with_slopes(losses: Callable[..., Array], all_slopes: Callable[..., Any]):
         result = primal(*args)
         return result, (args, result)
 
-    @jax.jit
     def backward(residuals, ct):
         args, result = residuals
 
@@ -267,9 +266,7 @@ def _with_slopes(losses: Callable[..., Array], all_slopes: Callable[..., Any]):
         scaled = jax.tree.map(partial(arguments.scale_cotangent, ct), slopes)
         return *jax.tree.map(arguments.cotangent_like, args[:-1], scaled), None
 
-    core = jax.custom_vjp(primal)
-    core.defvjp(forward, backward)
-    return keep_rules(core)
+    return with_gradient(primal, forward, backward)
 
 
 def elementwise_loss(

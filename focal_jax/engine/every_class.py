@@ -34,7 +34,7 @@ from focal_jax.engine.rows import (
     whole_gradient,
     zero_near_max,
 )
-from focal_jax.engine.rules import keep_rules
+from focal_jax.engine.rules import with_gradient
 from focal_jax.engine.sharding import cast_to_common_varying, place_like
 
 
@@ -276,7 +276,6 @@ def _forward(spec: _Spec, args: ClassArgs):
     return losses, (args, row, slopes, losses)
 
 
-@partial(jax.jit, static_argnums=0)
 def _backward(spec: _Spec, residuals, ct: Array):
     args, row, slopes, losses = residuals
     args = _with_index(spec, args)
@@ -314,9 +313,7 @@ def _backward(spec: _Spec, residuals, ct: Array):
     return (of_args,)
 
 
-_core = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-_core.defvjp(_forward, _backward)
-_kept = keep_rules(_core, num_static=1)
+_core = with_gradient(_primal, _forward, _backward, num_static=1)
 
 
 def sum_over_classes(loss: Any, axis: int, args: ClassArgs, smoothing: Smoothing | None) -> Array:
@@ -326,7 +323,7 @@ def sum_over_classes(loss: Any, axis: int, args: ClassArgs, smoothing: Smoothing
     class index `args.labels`. If `args.row` is given, its derivative is returned separately: the
     logits may then be a slice of the classes, and the caller adds up the slices.
     """
-    return _kept(_Spec(loss, axis, smoothing), cast_to_common_varying(args)[0])
+    return _core(_Spec(loss, axis, smoothing), cast_to_common_varying(args)[0])
 
 
 def smoothed_losses(
@@ -406,11 +403,11 @@ def _probabilities_backward(axis, args, cts):
     return dz.astype(logits.dtype), None
 
 
-_probabilities_core = jax.custom_vjp(_probabilities, nondiff_argnums=(0,))
-_probabilities_core.defvjp(_probabilities_forward, _probabilities_backward)
-_kept_probabilities = keep_rules(_probabilities_core, num_static=1)
+_probabilities_core = with_gradient(
+    _probabilities, _probabilities_forward, _probabilities_backward, num_static=1
+)
 
 
 def class_probabilities(axis: int, logits: Array, where: Array | None) -> tuple[Array, Array]:
     """Return the softmax probability p of each class, and `1 - p` without cancellation."""
-    return _kept_probabilities(axis, logits, where)
+    return _probabilities_core(axis, logits, where)

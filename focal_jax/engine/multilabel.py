@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from focal_jax.engine import arguments, checks, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
 from focal_jax.engine.cpu import compile_separately
+from focal_jax.engine.cpu_sums import is_at_most
 from focal_jax.engine.linear import linear_source
 from focal_jax.engine.options import check_names, prepare_options, unwrap
 from focal_jax.engine.sharding import AxisName, check_not_varying, class_range, place_like
@@ -35,7 +36,7 @@ class _Spec(NamedTuple):
 
 def _is_positive(class_index: Array, positives: Array, z: Array) -> Array:
     """Return which classes of a chunk are labels, in the shape of the chunk's logits."""
-    if positives.shape[-1] > chunks.MAX_COMPARISONS:
+    if not is_at_most(positives.shape[-1], chunks.MAX_COMPARISONS):
         local = positives - class_index[..., :1]
         local = jnp.where(local < 0, z.shape[-1], local)  # -1 would be the last class
         labels = jnp.zeros(z.shape, bool)

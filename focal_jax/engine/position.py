@@ -28,7 +28,7 @@ from focal_jax.engine.elementwise import (
     slopes_of,
 )
 from focal_jax.engine.options import CLASS_WEIGHTS, Option, check_call, declared, number, unwrap
-from focal_jax.engine.rules import keep_rules
+from focal_jax.engine.rules import with_gradient
 from focal_jax.engine.scalar import Terms
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying
 
@@ -173,7 +173,6 @@ def _with_slopes(loss: PositionLoss):
     def forward(*args):
         return primal(*args), args
 
-    @jax.jit
     def backward(args, ct):
         label_logit, rest, weight, options, where, invalid = args
         t, w, given = _prepare(label_logit, rest, weight, options, where)
@@ -203,9 +202,7 @@ def _with_slopes(loss: PositionLoss):
             None,
         )
 
-    core = jax.custom_vjp(primal)
-    core.defvjp(forward, backward)
-    return keep_rules(core)
+    return with_gradient(primal, forward, backward)
 
 
 def _prepare(label_logit, rest, weight, options, where):

@@ -27,7 +27,7 @@ from focal_jax.engine.cpu_sums import MAX_FLOAT_INDEX, is_at_most, minimum_with_
 from focal_jax.engine.next_class import is_first_with
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.rows import RowSums, Split
-from focal_jax.engine.rules import keep_rules
+from focal_jax.engine.rules import with_gradient
 from focal_jax.engine.sharding import AxisName, cast_to_common_varying, class_range, place_like
 
 
@@ -109,7 +109,7 @@ def _spread_jvp(primals, tangents):
 
 def _columns(indices: Array | None, axis: int) -> list[Array]:
     """Return the indices one by one if there are few."""
-    if indices is None or indices.shape[axis] > chunks.MAX_COMPARISONS:
+    if indices is None or not is_at_most(indices.shape[axis], chunks.MAX_COMPARISONS):
         return []
     return [lax.index_in_dim(indices, k, axis) for k in range(indices.shape[axis])]
 
@@ -248,7 +248,6 @@ def _dense(axis: int, logits: Array, indices: Array | None, where: Array | None)
     return of_classes(axis, z, 0, indices)
 
 
-@partial(jax.jit, static_argnums=0)
 def _dense_backward(axis, residuals, cts):
     (logits, indices, where), row = residuals
     z = cast_logits(logits, where)
@@ -261,14 +260,12 @@ def _forward(function, static, *args):
     return row, (args, row)
 
 
-_dense_core = jax.custom_vjp(_dense, nondiff_argnums=(0,))
-_dense_core.defvjp(partial(_forward, _dense), _dense_backward)
-_kept = keep_rules(_dense_core, num_static=1)
+_dense_core = with_gradient(_dense, partial(_forward, _dense), _dense_backward, num_static=1)
 
 
 def of_array(axis: int, logits: Array, indices: Any, where: Array | None) -> RowStatistics:
     """Return the statistics of an array of logits; `indices` has K along the class axis."""
-    return _kept(axis, *cast_to_common_varying(logits, indices, where))
+    return _dense_core(axis, *cast_to_common_varying(logits, indices, where))
 
 
 # ---------------------------------------------------------------- features @ kernel

@@ -22,3 +22,15 @@ def keep_rules(function: Callable[..., Any], num_static: int = 0) -> Callable[..
         return bind(partial(function, *args[:num_static]), args[num_static:])
 
     return kept
+
+
+def with_gradient(
+    primal: Callable[..., Any],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    num_static: int = 0,
+) -> Callable[..., Any]:
+    """Return a `jax.custom_vjp` of the functions that keeps the rules inside both passes."""
+    core = jax.custom_vjp(primal, nondiff_argnums=range(num_static))
+    core.defvjp(forward, keep_rules(backward, num_static))
+    return keep_rules(core, num_static)

@@ -135,7 +135,8 @@ def _losses(
     arguments.warn_of_one_class(num_classes)
     weight = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     classes = jnp.moveaxis(classes, -1, axis)
-    y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)
+    with jax.debug_nans(False):  # before the mask is applied
+        y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)
     given = classes, y, weight, prepared, mask
     classes, y, weight, prepared, mask = place_like(jax.tree.leaves(logits)[0], given)
     row = row_statistics.of_source(source, logits, class_axis_name, classes, mask)
