@@ -314,6 +314,8 @@ def test_prior_bias_init_in_three_forms():
         np.testing.assert_allclose(bias, np.full(2, -np.log(9)), rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
 def test_initializer_of_the_prior_is_saved_and_cloned(tmp_path):
     layer = keras.layers.Dense(8, bias_initializer=training.prior_bias_init(0.02))
     model = keras.Sequential([keras.Input((4,)), layer])
