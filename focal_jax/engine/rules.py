@@ -24,12 +24,7 @@ def keep_rules(function: Callable[..., Any], num_static: int = 0) -> Callable[..
     return kept
 
 
-def with_gradient(
-    primal: Callable[..., Any],
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    num_static: int = 0,
-) -> Callable[..., Any]:
+def with_gradient(primal: Any, forward: Any, backward: Any, num_static: int = 0) -> Any:
     """Return a `jax.custom_vjp` of the functions that keeps the rules inside both passes."""
     core = jax.custom_vjp(primal, nondiff_argnums=range(num_static))
     core.defvjp(forward, keep_rules(backward, num_static))
