@@ -151,7 +151,9 @@ def reduce_loss(
         labels = arguments.integer_labels(labels, losses.shape, None, ignore_label)
         where = arguments.not_ignored(labels, ignore_label, where)
     elif ignore_label is not None:
-        raise InputError(f"ignore_label: got {ignore_label} without labels, wanted labels too")
+        raise InputError(
+            f"ignore_label: got {arguments.shown(ignore_label)} without labels, wanted labels too"
+        )
     arguments.check_axis_name("axis_name", axis_name)
     with jax.debug_nans(False):  # until the mask is applied
         losses = mask_to_zero(losses.astype(dtype), where)

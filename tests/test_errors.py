@@ -12,6 +12,7 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -647,3 +648,41 @@ def test_invalid_denominators(module):
 def test_axis_name_that_is_not_bound():
     with pytest.raises(NameError, match="batch"):
         focal_jax.reduce_loss(jnp.ones(3), axis_name="batch")
+
+
+_ZERO = np.zeros(1, np.float32)
+
+
+def _bfloat16(x):
+    return np.asarray(x, ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    list(
+        {
+            "alpha": lambda: focal_jax.sigmoid_focal_loss(_ZERO, _ZERO, alpha=_bfloat16(-1)),
+            "alpha of a list": lambda: focal_jax.sigmoid_focal_loss(
+                _ZERO, _ZERO, alpha=[_bfloat16(2)]
+            ),
+            "alpha of an int4": lambda: focal_jax.sigmoid_focal_loss(
+                _ZERO, _ZERO, alpha=np.array(-1, ml_dtypes.int4)
+            ),
+            "gamma": lambda: focal_jax.sigmoid_focal_loss(_ZERO, _ZERO, gamma=_bfloat16(-2)),
+            "alpha of classes": lambda: focal_jax.softmax_focal_loss_with_integer_labels(
+                np.zeros((2, 2), np.float32), [0, 1], alpha=_bfloat16([-1, 1])
+            ),
+            "temperature": lambda: focal_jax.token_statistics(
+                np.zeros((1, 2), np.float32), [0], temperature=_bfloat16(-2)
+            ),
+            "normalization": lambda: focal_jax.reduce_loss(_ZERO, normalization=_bfloat16(-4)),
+            "weights": lambda: focal_jax.reduce_loss(_ZERO, weights=_bfloat16([-1])),
+            "annotations": lambda: focal_jax.detection.match_anchors(
+                np.float32([[0, 0, 4, 4]]), _bfloat16([[0, 0, 4, 4, 257]])
+            ),
+        }.items()
+    ),
+)
+def test_ranges_of_numbers_in_dtypes_that_numpy_does_not_have(name, call):
+    with pytest.raises(focal_jax.InputError, match=f"^{name.split()[0]}: got "):
+        call()

@@ -777,3 +777,15 @@ def test_a_single_position_without_axes(row):
         got = row.compiled(**arguments)
         assert got.shape == row.losses_shape(shape)
         assert_close(got, row.reference_compiled(**arguments), 1e-5)
+
+
+@pytest.mark.parametrize("gamma", [5.0, 20.0])
+@pytest.mark.parametrize("name", ["sigmoid_focal_loss", "sigmoid_poly_focal_loss"])
+def test_third_derivatives_in_soft_labels_whose_probability_underflows(name, gamma):
+    def loss(z, y):
+        return getattr(focal_jax, name)(z, y, gamma=gamma)
+
+    in_label = jax.grad(jax.grad(loss, 1), 1)
+    for argument in (0, 1):
+        for logit, label in ((-200.0, 0.0), (-104.0, 0.0), (200.0, 1.0)):
+            assert jax.jit(jax.grad(in_label, argument))(logit, label) == 0

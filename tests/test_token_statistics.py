@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import GATHERS, make_mesh, result_sizes
 
 import focal_jax
-from focal_jax import engine
+from focal_jax import InputError, engine
 
 pytestmark = pytest.mark.quick
 
@@ -582,3 +582,50 @@ def test_masked_weights_of_nan_do_not_trigger_debug_nans_in_eager_calls(head, dt
             function = focal_jax.linear_softmax_focal_loss_with_sparse_labels
             losses = function(jnp.zeros((2, 3)), jnp.zeros((3, 4)), indices, weights, where=where)
     np.testing.assert_allclose(losses, [0.75**2 * np.log(4), 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [np.nan, np.inf, 1.0])
+def test_masked_log_probabilities_have_gradient_zero(hidden):
+    loss = focal_jax.softmax_focal_loss_with_integer_labels
+
+    def total(log_p):
+        where = jnp.array([True, False])
+        return jnp.sum(engine.of_log_probability(loss, log_p, where=where))
+
+    for order in (jax.grad(total), jax.hessian(total)):
+        got, want = (jax.jit(order)(jnp.array([-1.0, x])) for x in (hidden, -2.0))
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_gradient_of_class_weights_of_sparse_labels_does_not_drift(dtype):
+    n = 20_000
+    weights = jnp.tile(jnp.array([0.7, 0.3]), (n, 1))
+    indices, alpha = jnp.tile(jnp.array([0, 1]), (n, 1)), jnp.ones(2, dtype)
+
+    def dense(alpha):
+        function = focal_jax.softmax_focal_loss_with_sparse_labels
+        return function(jnp.zeros((n, 2)), indices, weights, alpha=alpha, gamma=0).mean()
+
+    def linear(alpha):
+        function = focal_jax.linear_softmax_focal_loss_with_sparse_labels
+        arrays = jnp.zeros((n, 1)), jnp.zeros((1, 2)), indices, weights
+        return function(*arrays, alpha=alpha, gamma=0).mean()
+
+    want = (np.log(2) * jnp.array([0.7, 0.3])).astype(dtype)
+    for function in (dense, linear):
+        got = jax.jit(jax.grad(function))(alpha)
+        rtol = 1e-5 if dtype == jnp.float32 else 0
+        np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=rtol)
+
+
+def test_sparse_labels_without_classes_and_ambiguous_gamma():
+    logits, pairs = jnp.zeros((2, 4, 4)), (jnp.zeros((2, 4, 1), int), jnp.ones((2, 4, 1)))
+    function = focal_jax.softmax_focal_loss_with_sparse_labels
+    with pytest.raises(InputError, match=r"gamma: got shape \(4,\), which fits the classes"):
+        function(logits, *pairs, gamma=jnp.ones(4))
+    with pytest.raises(InputError, match="logits: got 0 classes"):
+        function(jnp.zeros((3, 0)), jnp.full((3, 1), -1), jnp.ones((3, 1)))
+    with pytest.raises(InputError, match=r"gamma: got shape \(4,\), which fits the classes"):
+        arrays = jnp.zeros((2, 4, 3)), jnp.zeros((3, 4)), pairs[0]
+        focal_jax.linear_sigmoid_focal_loss(*arrays, gamma=jnp.ones(4))

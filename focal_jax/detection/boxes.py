@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments
-from focal_jax.engine.arguments import InputError
+from focal_jax.engine.arguments import InputError, shown
 from focal_jax.engine.layout import replicate_on_mesh
 from focal_jax.engine.options import check_call, number
 from focal_jax.engine.sharding import on_explicit_mesh
@@ -111,9 +111,8 @@ def box_offsets(
 def check_weights(weights: Sequence[float]) -> tuple[float, ...]:
     """Return the weights of the four offsets as floats."""
     if not isinstance(weights, (tuple, list)) or len(weights) != 4:
-        raise InputError(
-            f"weights: got {weights}, wanted a tuple of four numbers, for x, y, width and height"
-        )
+        wanted = "a tuple of four numbers, for x, y, width and height"
+        raise InputError(f"weights: got {shown(weights)}, wanted {wanted}")
     return tuple(POSITIVE.static("weights", weight) for weight in weights)
 
 

@@ -61,6 +61,6 @@ def of_log_probability(
     prepared = prepare_options(position.options, options, log_p.shape, dtype)
     mask = arguments.mask_array(where, log_p.shape)
     prepared, mask = place_like(log_p, (prepared, mask))
-    log_p = log_p.astype(dtype)
+    log_p = arguments.mask_to_zero(log_p.astype(dtype), mask)
     one = jnp.ones((1,) * log_p.ndim, dtype)
     return position.of_sums(log_p, -scalar.expm1(log_p), one, prepared, mask, ~(log_p <= 0))

@@ -126,10 +126,11 @@ def linear_losses(
     check_names(loss.__name__, loss.options, options)
     of_logits = bias, transpose_kernel, None, chunk_size, mesh, class_axis_name
     source, linear, name = linear_source(features, kernel, *of_logits)
-    *positions, _ = source.logits_shape(linear)
+    *positions, local = source.logits_shape(linear)
     positives = checks.class_index_lists("labels", labels, tuple(positions))
+    num_classes, _ = class_range(local, name)
     prepared = prepare_options(
-        loss.options, options, tuple(positions), source.dtype(linear), len(positions)
+        loss.options, options, tuple(positions), source.dtype(linear), len(positions), num_classes
     )
     mask = arguments.mask_array(where, tuple(positions), len(positions))
     check_not_varying({"labels": positives, "where": mask, **prepared}, name)

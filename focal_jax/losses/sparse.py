@@ -127,13 +127,16 @@ def _losses(
     classes = checks.class_index_lists("indices", indices, losses)
     given = arguments.real_array("weights", weights)
     arguments.check_shape("weights", given, classes.shape, "one weight per class index")
-    prepared = prepare_options(_LOSS.options, {"gamma": gamma}, losses, dtype, axis)
     mask = arguments.mask_array(where, losses, axis)
+    num_classes, _ = class_range(shape[axis], class_axis_name)
+    arguments.require(shape[axis], "logits: got 0 classes, wanted at least one")
+    options = {"gamma": gamma}
+    prepared = prepare_options(_LOSS.options, options, losses, dtype, axis, num_classes)
     same = {"indices": classes, "weights": given, "where": mask, **prepared}
     check_not_varying(same, class_axis_name)
-    num_classes, _ = class_range(shape[axis], class_axis_name)
     arguments.warn_of_one_class(num_classes)
     weight = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
+    weight = weight.astype(dtype)  # its cotangents are added up in the dtype of the loss
     classes = jnp.moveaxis(classes, -1, axis)
     with jax.debug_nans(False):  # before the mask is applied
         y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)
@@ -145,6 +148,6 @@ def _losses(
     padding = classes == -1
     invalid = (invalid & ~padding) | ~(y >= 0)
     keep = ~padding if mask is None else mask & ~padding
-    weight = of_class.astype(dtype) * jnp.where(invalid, 0, y)
+    weight = of_class * jnp.where(invalid, 0, y)
     found = _LOSS.of_sums(x, rest, weight, prepared, keep, invalid)
     return jnp.sum(found, axis)
