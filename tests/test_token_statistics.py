@@ -626,6 +626,6 @@ def test_sparse_labels_without_classes_and_ambiguous_gamma():
         function(logits, *pairs, gamma=jnp.ones(4))
     with pytest.raises(InputError, match="logits: got 0 classes"):
         function(jnp.zeros((3, 0)), jnp.full((3, 1), -1), jnp.ones((3, 1)))
+    arrays = jnp.zeros((2, 4, 3)), jnp.zeros((3, 4)), pairs[0]
     with pytest.raises(InputError, match=r"gamma: got shape \(4,\), which fits the classes"):
-        arrays = jnp.zeros((2, 4, 3)), jnp.zeros((3, 4)), pairs[0]
         focal_jax.linear_sigmoid_focal_loss(*arrays, gamma=jnp.ones(4))
