@@ -27,7 +27,7 @@ test test-all: $(READY)
 
 # Trains with packages of other projects, in an environment of their own with Python 3.12 or newer.
 test-projects: $(PROJECTS)/.projects
-	$(PROJECTS)/bin/python -m pytest -rs --durations=5 tests/projects
+	$(PROJECTS)/bin/python -m pytest -n $(WORKERS) --dist loadfile -rs --durations=5 tests/projects
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -59,7 +59,7 @@ $(PROJECTS)/.projects: pyproject.toml $(wildcard tests/projects/*.txt)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is required: make test-projects PYTHON=...")'
 	$(PYTHON) -m venv $(PROJECTS)
 	$(PROJECTS)/bin/python -m pip install --quiet --upgrade pip
-	$(PROJECTS)/bin/python -m pip install --quiet --editable '.[benchmarks,compat]' pytest hypothesis
+	$(PROJECTS)/bin/python -m pip install --quiet --editable '.[benchmarks,compat]' pytest pytest-xdist hypothesis
 	install() { $(PROJECTS)/bin/python -m pip install --quiet "$$@" || echo "not installed: $$*"; }; \
 	  grep -v '^#' tests/projects/requirements.txt | while read -r package; do install "$$package"; done; \
 	  while read -r package; do install --no-deps "$$package"; done < tests/projects/without-dependencies.txt

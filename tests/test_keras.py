@@ -283,7 +283,7 @@ print(loss_after(None), loss_after(keras.distribution.DataParallel()))
 @pytest.mark.parametrize(
     ("setup", "match"),
     [
-        ("sys.modules['keras'] = None", "install Keras 3 with pip install"),
+        ("sys.modules['keras'] = None", "install Keras 3 in a checkout: pip install"),
         ("import os; os.environ['KERAS_BACKEND'] = 'numpy'", "'numpy', wanted 'jax'"),
     ],
 )

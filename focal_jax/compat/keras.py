@@ -34,7 +34,7 @@ try:
     # Keras has no public functions for the masks of traced arrays, which have no attributes.
     _masks: Any = importlib.import_module("keras.src.backend")
 except ImportError as error:
-    _HINT = 'install Keras 3 with pip install "keras>=3.12"'
+    _HINT = "install Keras 3 in a checkout: pip install '.[compat]'"
     if (error.name or "").partition(".")[0] != "keras":  # the default backend is TensorFlow
         _HINT = f"Keras failed to import its backend: {_SWITCH}"
     raise ImportError(f"focal_jax.compat.keras: {error}; {_HINT}", name=error.name) from error
