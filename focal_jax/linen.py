@@ -34,7 +34,7 @@ class Reduced(_Fields):
     """Reduce any loss, given by its name or as a function. See `focal_jax.nnx.Reduced`."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Keep the constructor: linen generates another one for subclasses, as of `nn.remat`."""
+        """Keep the constructor. linen generates one for every subclass, such as `nn.remat`'s."""
         has_own = "__init__" in vars(cls)
         super().__init_subclass__(**options)
         if not has_own:

@@ -144,9 +144,6 @@ def _statistics(
 ) -> TokenStatistics:
     """Return the statistics; `divisor` is the temperature of an array of logits."""
     axis = source.axis(logits)
-    arguments.require(
-        source.logits_shape(logits)[axis], "logits: got 0 classes, wanted at least one"
-    )
     labels, mask, num_classes = labels_and_mask(
         source, logits, labels, ignore_label, where, class_axis_name
     )

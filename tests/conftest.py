@@ -50,7 +50,6 @@ def _compilation(request):
     form = platform._forced if platform._forced in ("accelerator", "tpu") else None
     wanted = None if quick else _SINGLE_DEVICE, "cpu" if only_cpu else form
     if (cpu.single_device_primitive, platform._forced) != wanted:
-        helpers.compiler_options = {}
         helpers.compiler_options = helpers.quick_options() if quick else {}
         cpu.single_device_primitive, platform._forced = wanted
         jax.clear_caches()

@@ -285,8 +285,8 @@ _get_compile_options = compiler.get_compile_options
 
 
 def _with_compiler_options(*args: Any, **others: Any) -> Any:
-    # JAX has no public default of these options. They would also be refused for a function that is
-    # called inside another `jax.jit`.
+    # JAX has no public default for these options. As arguments of `jax.jit`, JAX refuses them for a
+    # function that is called inside another `jax.jit`.
     own = others.pop("env_options_overrides", None) or {}
     return _get_compile_options(*args, env_options_overrides=compiler_options | own, **others)
 

@@ -103,7 +103,7 @@ def test_batch_of_symbolic_size(name):
     _assert_exports(FUNCTIONS[name], shapes, make)
 
 
-# Functions of features, class indices and weights, with a kernel.
+# Losses of several classes per position: functions of logits or features, class indices, weights.
 LABELS = {
     "sparse labels": lambda z, i, w: focal_jax.softmax_focal_loss_with_sparse_labels(z, i, w),
     "linear sparse labels": lambda z, i, w: focal_jax.linear_softmax_focal_loss_with_sparse_labels(
@@ -164,35 +164,26 @@ def test_linear_heads_name_a_symbolic_number_of_classes():
         jax.eval_shape(loss, np.ones((4, 5), np.float32), kernel, np.zeros(4, int))
 
 
-@pytest.mark.parametrize("normalization", ["image", "batch"])
-def test_detection_with_a_symbolic_number_of_images(normalization):
-    anchors = np.array([[0, 0, 9, 9], [5, 5, 20, 20], [30, 30, 50, 60]], np.float32)
+ANCHORS = np.array([[0, 0, 9, 9], [5, 5, 20, 20], [30, 30, 50, 60]], np.float32)
+DETECTION = {
+    "image": lambda z, x, y: detection.retinanet_loss(z, x, ANCHORS, y, normalization="image"),
+    "batch": lambda z, x, y: detection.retinanet_loss(z, x, ANCHORS, y, normalization="batch"),
+    "pytorch-retinanet": lambda z, x, y: pytorch_retinanet.FocalLoss()(
+        jax.nn.sigmoid(z), x, ANCHORS[None], y
+    ),
+}
 
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_detection_with_a_symbolic_number_of_images(name):
     def function(logits, offsets, annotations):
-        options = {"normalization": normalization}
-        return sum(detection.retinanet_loss(logits, offsets, anchors, annotations, **options))
+        return sum(DETECTION[name](logits, offsets, annotations))
 
     def make(size):
         rng = np.random.default_rng(0)
         annotations = np.tile(np.array([[0, 0, 10, 10, 1]], np.float32), (size, 1, 1))
         logits, offsets = (rng.normal(size=(size, 3, n)).astype(np.float32) for n in (CLASSES, 4))
         return logits, offsets, annotations
-
-    shapes = [((None, *shape), "float32") for shape in ((3, CLASSES), (3, 4), (1, 5))]
-    _assert_exports(function, shapes, make)
-
-
-def test_pytorch_retinanet_with_a_symbolic_number_of_images():
-    anchors = np.array([[[0, 0, 9, 9], [5, 5, 20, 20], [30, 30, 50, 60]]], np.float32)
-
-    def function(p, offsets, annotations):
-        return sum(pytorch_retinanet.FocalLoss()(p, offsets, anchors, annotations))
-
-    def make(size):
-        rng = np.random.default_rng(0)
-        annotations = np.tile(np.array([[0, 0, 10, 10, 1]], np.float32), (size, 1, 1))
-        p = rng.uniform(0.1, 0.9, (size, 3, CLASSES)).astype(np.float32)
-        return p, rng.normal(size=(size, 3, 4)).astype(np.float32), annotations
 
     shapes = [((None, *shape), "float32") for shape in ((3, CLASSES), (3, 4), (1, 5))]
     _assert_exports(function, shapes, make)

@@ -241,7 +241,8 @@ class Loss(keras.losses.Loss):
             function = engine if is_sparse else engine.of_distribution
             if not is_sparse and engine.row_option is not None:
                 got = f"y_true: got shape {y.shape}, wanted class indices"
-                raise InputError(f"{got}: {self.loss.name} is defined for one class only")
+                why = "is defined for the class of the label only"
+                raise InputError(f"{got}: {self.loss.name} {why}")
         if is_sparse and kind == "region":
             invalid = (y < 0) | (y >= num_classes)
             y = jax.nn.one_hot(y, num_classes, axis=axis, dtype=arguments.compute_dtype(x))

@@ -28,7 +28,7 @@ def _loss_per_class(predict: Array, target: Array, **options) -> Array:
     dtype = arguments.compute_dtype(predict)
     target, alpha = target.astype(dtype), options["alpha"]
     slope = jax.grad(lambda target: jnp.sum(softmax_focal_loss(predict, target, **options)))(target)
-    # The derivative in the target is limited. If p underflows, the term is -log p.
+    # The derivative in the target is limited to about 1e19. Where p underflows, it is -log p.
     far = -jax.nn.log_softmax(predict.astype(dtype), 1)
     weight = 1 if alpha is None else alpha.reshape(1, -1, *(1,) * (predict.ndim - 2)).astype(dtype)
     slope = jnp.where(far > 1e6, weight * far, slope)

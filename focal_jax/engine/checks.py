@@ -24,7 +24,7 @@ def check_known_numbers(name: str, x: Any, low: float = 0) -> None:
     wanted = "finite numbers" if low == -math.inf else f"finite numbers >= {low}"
     real = real_number(x)
     known = arguments.numpy_array(name, x if real is None else real, wanted)
-    if known is not None and known.dtype.kind in "iufV":
+    if known is not None and known.dtype.kind in "iufV" and jnp.issubdtype(known.dtype, jnp.number):
         known = known.astype(np.float64)
         wrong = known[~((known >= low) & (np.abs(known) < math.inf))].ravel()
         if wrong.size:

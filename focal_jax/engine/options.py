@@ -176,7 +176,7 @@ def known_numbers(value: Any, name: str, wanted: str) -> np.ndarray | None:
         known = np.asarray(value)  # first: `value.astype` is traced inside `jit`
     else:
         known = arguments.numpy_array(name, value if number is None else number, wanted)
-    if known is not None and jnp.issubdtype(known.dtype, jnp.number) and known.dtype.kind == "V":
+    if known is not None and known.dtype.kind == "V" and jnp.issubdtype(known.dtype, jnp.number):
         known = known.astype(np.float32)  # a dtype that NumPy does not have, such as bfloat16
     return known.astype(np.float64) if known is not None and known.dtype.kind in "biuf" else None
 

@@ -25,7 +25,7 @@ def keep_rules(function: Callable[..., Any], num_static: int = 0) -> Callable[..
 
 
 def with_gradient(primal: Any, forward: Any, backward: Any, num_static: int = 0) -> Any:
-    """Return a `jax.custom_vjp` of the functions that keeps the rules inside both passes."""
+    """Return the `jax.custom_vjp` of the functions, with `keep_rules` for both passes."""
     core = jax.custom_vjp(primal, nondiff_argnums=range(num_static))
     core.defvjp(forward, keep_rules(backward, num_static))
     return keep_rules(core, num_static)

@@ -51,7 +51,8 @@ def _soft_terms_jvp(primals, tangents):
     dq_dy = -scalar.p_minus_q(z)
     dn_dz = (1 - y) * t.p - y * t.q
     dlogq_dz = (1 - 2 * y) * s.pq_over_q
-    # Finite, so that its product with 0 is 0. If q underflows, its square is finite too.
+    # The bound is finite, so that its product with 0 is 0. Where q underflows, third derivatives
+    # multiply by the square of the bound, which is finite there too.
     largest = float(jnp.finfo(z.dtype).max)
     large = 1e-3 * jnp.where(s.q == 0, largest**0.5, largest).astype(z.dtype)
     dlogq_dy = jnp.clip(scalar.divide(dq_dy, s.q), -large, large)

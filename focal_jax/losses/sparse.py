@@ -129,7 +129,6 @@ def _losses(
     arguments.check_shape("weights", given, classes.shape, "one weight per class index")
     mask = arguments.mask_array(where, losses, axis)
     num_classes, _ = class_range(shape[axis], class_axis_name)
-    arguments.require(shape[axis], "logits: got 0 classes, wanted at least one")
     options = {"gamma": gamma}
     prepared = prepare_options(_LOSS.options, options, losses, dtype, axis, num_classes)
     same = {"indices": classes, "weights": given, "where": mask, **prepared}

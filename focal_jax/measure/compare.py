@@ -160,7 +160,7 @@ def _find(loss: Any, formula: Any) -> tuple[Loss, Callable, Callable]:
     return found, function, reference.from_formula(found, formula)
 
 
-def _integer(name: str, value: Any, low: int, high: int = 2**63) -> int:
+def _integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
         raise InputError(f"{name}: got {shown(value)}, wanted an integer of at least {low}")
     if int(value) > high:
