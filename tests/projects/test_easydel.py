@@ -70,7 +70,7 @@ def test_trains_as_with_the_loss_of_easydel(llama, easydel_loss):
     ids = jnp.asarray(rng.integers(0, 256, (4, 12)), jnp.int32)
     lengths = jnp.array([12, 9, 6, 3])
     labels = jnp.where(jnp.arange(12) < lengths[:, None], ids, -100)
-    sizes = dict(vocab_size=256, hidden_size=32, intermediate_size=64)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64}
     trainings = []
     for loss in _default_loss, easydel_loss:
         loss_of, params, mesh = _loss_of_parameters(llama, loss, ids, labels, **sizes)
@@ -82,7 +82,7 @@ def test_trains_as_with_the_loss_of_easydel(llama, easydel_loss):
 
 def test_takes_a_tenth_of_the_memory(llama, easydel_loss):
     ids = jnp.zeros((4, 256), jnp.int32)
-    sizes = dict(vocab_size=32_000, hidden_size=256, intermediate_size=256)
+    sizes = {"vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 256}
 
     def temporaries(loss):
         loss_of, params, mesh = _loss_of_parameters(llama, loss, ids, ids, **sizes)
