@@ -120,7 +120,7 @@ def _elementwise(formula, declared, a) -> Array:
     labels = arguments.real_array("labels", a.labels)
     y, invalid = arguments.clip_labels(labels, _real("labels", labels, where, z.dtype), 1)
     z = jnp.where(where, z, 0)
-    channels = z.shape[1] if z.ndim > 3 else 1  # axis 1 of images may be the classes
+    channels = z.shape[1] if z.ndim > 2 else 1  # axis 1 may be the classes
     losses = formula(_JAX, z, y, **_options(declared, a, where, z.dtype, channels))
     losses = jnp.where(invalid, jnp.nan, losses)
     return jnp.where(where, losses, 0)

@@ -8,6 +8,7 @@ import copy
 import inspect
 import math
 import re
+from functools import partial
 
 import chex
 import jax
@@ -400,6 +401,19 @@ def test_weights_that_fit_two_axes():
         assert module.reduce_loss(jnp.ones((3, 3)), weights=np.ones((3, 1))) == 1
         with pytest.raises(focal_jax.InputError, match=r"reshape\(1, 2, 2\).*reshape\(2, 2, 1\)"):
             module.reduce_loss(jnp.ones((2, 2, 2)), weights=np.ones((2, 2)))
+
+
+def test_masks_that_fit_two_axes():
+    mask, images = np.ones(3, bool), np.ones((3, 3, 3), np.float32)
+    for module in (focal_jax, focal_jax.reference):
+        for call in (
+            partial(module.reduce_loss, images[0]),
+            partial(module.sigmoid_focal_loss, images[0], images[0]),
+            partial(module.softmax_focal_loss, images, images),
+        ):
+            with pytest.raises(focal_jax.InputError, match=r"^where: got .*batch.*reshape\(1, 3\)"):
+                call(where=mask)
+            call(where=mask[None])
 
 
 def test_bool_weights_are_numbers():

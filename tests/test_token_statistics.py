@@ -619,6 +619,16 @@ def test_gradient_of_class_weights_of_sparse_labels_does_not_drift(dtype):
         np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=rtol)
 
 
+def test_sparse_weights_a_few_roundings_below_0_count_as_0():
+    logits, indices = jnp.zeros((3, 4)), jnp.array([[0, 1]] * 3)
+    for roundings, is_nan in ((3, False), (9, True)):
+        below = -roundings * float(jnp.finfo(jnp.float32).eps)
+        weights = jnp.array([[1, 0.0], [1, below], [1, 2]])
+        losses = focal_jax.softmax_focal_loss_with_sparse_labels(logits, indices, weights)
+        assert np.isnan(losses).tolist() == [False, is_nan, False]
+        assert is_nan or losses[0] == losses[1]
+
+
 def test_sparse_labels_without_classes_and_ambiguous_gamma():
     logits, pairs = jnp.zeros((2, 4, 4)), (jnp.zeros((2, 4, 1), int), jnp.ones((2, 4, 1)))
     function = focal_jax.softmax_focal_loss_with_sparse_labels

@@ -142,6 +142,7 @@ def mask_array(
         return None
     where = bool_array(name, where)
     check_broadcastable(name, where, losses, "the losses")
+    check_unambiguous(name, where, losses, losses[: where.ndim], "the batch")
     return align(where, losses, axis)
 
 

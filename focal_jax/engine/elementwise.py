@@ -210,8 +210,8 @@ class ElementwiseLoss(CopiedAsFunction):
         dtype = arguments.compute_dtype(logits)
         mask = arguments.mask_array(where, logits.shape)
         with jax.debug_nans(False):  # the mask is applied in the core
-            # Axis 1 of images may be the classes.
-            channels = logits.shape[1] if logits.ndim > 3 else 1
+            # Axis 1 may be the classes, as in images.
+            channels = logits.shape[1] if logits.ndim > 2 else 1
             prepared = prepare_options(
                 self.options, options, logits.shape, dtype, num_classes=channels
             )

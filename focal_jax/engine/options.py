@@ -164,7 +164,7 @@ class Option:
 
 
 def known_numbers(value: Any, name: str, wanted: str) -> np.ndarray | None:
-    """Return the numbers of a Python, NumPy or concrete JAX value; None if they are not known."""
+    """Return the numbers of a Python, NumPy or concrete JAX value; None for bools and tracers."""
     if not isinstance(value, Array) and hasattr(value, "__jax_array__"):  # such as an nnx.Param
         value = value.__jax_array__()
     if isinstance(value, jax.core.Tracer):
@@ -178,7 +178,7 @@ def known_numbers(value: Any, name: str, wanted: str) -> np.ndarray | None:
         known = arguments.numpy_array(name, value if number is None else number, wanted)
     if known is not None and known.dtype.kind == "V" and jnp.issubdtype(known.dtype, jnp.number):
         known = known.astype(np.float32)  # a dtype that NumPy does not have, such as bfloat16
-    return known.astype(np.float64) if known is not None and known.dtype.kind in "biuf" else None
+    return known.astype(np.float64) if known is not None and known.dtype.kind in "iuf" else None
 
 
 def exponent(default: float | None, *, low: float = 0.0, per_class: bool = False) -> Option:

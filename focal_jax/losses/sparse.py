@@ -138,14 +138,17 @@ def _losses(
     weight = weight.astype(dtype)  # its cotangents are added up in the dtype of the loss
     classes = jnp.moveaxis(classes, -1, axis)
     with jax.debug_nans(False):  # before the mask is applied
-        y = arguments.cast_and_mask(jnp.moveaxis(given, -1, axis), dtype, mask)
-    given = classes, y, weight, prepared, mask
-    classes, y, weight, prepared, mask = place_like(jax.tree.leaves(logits)[0], given)
+        given = jnp.moveaxis(given, -1, axis)
+        y = arguments.cast_and_mask(given, dtype, mask)
+        y, negative = arguments.clip_labels(given, y, jnp.inf)
+    given = classes, y, negative, weight, prepared, mask
+    given = place_like(jax.tree.leaves(logits)[0], given)
+    classes, y, negative, weight, prepared, mask = given
     row = row_statistics.of_source(source, logits, class_axis_name, classes, mask)
     x, rest = row_statistics.of_picked(row, classes)
     of_class, invalid = label_weight(weight, classes, num_classes)
     padding = classes == -1
-    invalid = (invalid & ~padding) | ~(y >= 0)
+    invalid = (invalid & ~padding) | negative
     keep = ~padding if mask is None else mask & ~padding
     weight = of_class * jnp.where(invalid, 0, y)
     found = _LOSS.of_sums(x, rest, weight, prepared, keep, invalid)
