@@ -541,6 +541,20 @@ def test_unknown_backend_is_one_line():
     assert re.fullmatch(r"focal-jax: Unable to initialize backend 'nothing'.*\n", done.stderr)
 
 
+def test_unknown_backend_of_matplotlib(tmp_path):
+    command = [sys.executable, "-m", "focal_jax", "plot", "--out", str(tmp_path / "x.png")]
+    environment = os.environ | {"MPLBACKEND": "nothing"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert re.fullmatch(r"focal-jax: .*backend: 'nothing' is not a valid value.*\n", done.stderr)
+
+
+def test_compares_compiled_programs_where_jit_is_disabled():
+    with jax.disable_jit():
+        report = compare_gradients("sigmoid_focal_loss", shape=(8,), repeats=1)
+    assert report.focal_jax.saturated.relative < 1e-5
+
+
 def test_default_figure_is_checked_before_the_drawing(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "focal_loss.png").mkdir()

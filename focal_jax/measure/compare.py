@@ -305,7 +305,8 @@ def compare_gradients(
     rng = np.random.default_rng(seed)
 
     x64 = jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
-    with x64, jax.default_matmul_precision("highest"):  # the default is lower on accelerators
+    precision = jax.default_matmul_precision("highest")  # the default is lower on accelerators
+    with x64, precision, jax.disable_jit(False):
         say("compile for the sample")
         cases = _cases(found, sample, axis, dtype, rng)
         calls = [_compile(each, keywords, *cases[0]) for each in (function, plain)]
