@@ -175,13 +175,10 @@ API = {
         ["focal_jax.reference", "focal_jax.measure"],
     ),
 }  # fmt: skip
-# The table of the page on losses: every task, and the functions for it.
+# The table of the page on losses: every task, and the functions for it. The losses without another
+# task are those of detectors.
 TASKS = {
-    "Detectors and heat maps": [
-        "sigmoid_focal_loss", "quality_focal_loss", "varifocal_loss", "matchability_aware_loss",
-        "gaussian_focal_loss", "distribution_focal_loss", "sigmoid_focal_loss_star",
-        "sigmoid_poly_focal_loss",
-    ],
+    "Detectors and heat maps": [],
     "Classifiers and segmenters": [
         "softmax_focal_loss_with_integer_labels", "softmax_focal_loss", "focal_tversky_loss",
         "dual_focal_loss_with_integer_labels", "softmax_poly_focal_loss_with_integer_labels",
@@ -207,6 +204,9 @@ def _page_of(module: str, name: str) -> str:
     """Return the page that documents a name, in the folder `api`."""
     return f"{module}.{name}".removeprefix("focal_jax.") + ".md"
 
+
+_named = {name for names in TASKS.values() for name in names}
+TASKS["Detectors and heat maps"] += [x for x in _public("focal_jax") if x not in _named]
 
 # The page of every name. A name without its module is one of `focal_jax`, `training`, `detection`.
 PAGE_OF: dict[str, str] = {}

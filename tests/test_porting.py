@@ -20,7 +20,7 @@ import focal_jax
 
 DOCS = Path(__file__).parents[1] / "docs"
 GUIDE = "".join((DOCS / page).read_text() for page in ("porting.md", "porting-losses.md"))
-(IMPORTS,) = code_blocks(GUIDE)
+IMPORTS = "".join(code_blocks(GUIDE))
 ROWS = [  # the call of the other library, and the call of focal_jax
     (original.strip(), call)
     for original, call in re.findall(r"^\| (?!---)(.*?) \| `(.*)` \|$", GUIDE, re.MULTILINE)

@@ -138,7 +138,9 @@ def test_api_documents_every_public_module():
 def test_every_public_name_has_a_task():
     listed = [name for names in _hooks_constant("TASKS").values() for name in names]
     public = {n for n in focal_jax.__all__ if not inspect.ismodule(getattr(focal_jax, n))}
-    assert sorted(listed) == sorted(public)
+    assert len(listed) == len(set(listed) & public)
+    kinds = {LOSSES[name].kind for name in public - set(listed)}  # under detectors
+    assert kinds == {"elementwise", "interval"}
 
 
 # ---------------------------------------------------------------- gallery, figures, numbers

@@ -366,7 +366,9 @@ def test_logit_adjustment_of_large_counts():
     chex.assert_trees_all_close(training.logit_adjustment(counts), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("invalid", [True, False, np.True_, jnp.array(True), np.ma.array(0.5), [0.5], "0.5"])
+@pytest.mark.parametrize(
+    "invalid", [True, False, np.True_, jnp.array(True), np.ma.array(0.5), [0.5], "0.5"]
+)
 def test_numbers_that_are_bools_masked_or_lists(invalid):
     calls = {
         "prior": training.prior_bias_init,
