@@ -17,6 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax import catalogue, reduced
+from focal_jax.engine import arguments
 
 __all__ = ["Reduced", "SigmoidFocalLoss", "SoftmaxFocalLoss"]
 
@@ -52,7 +53,11 @@ class Reduced(_Fields):
         """Check and store the options."""
         # Every linen module has the fields `parent` and `name`. `clone` passes all fields.
         fields = {name: options.pop(name) for name in ("parent", "name") if name in options}
-        options = {**dict(options.pop("options", ())), **options}
+        pairs: Any = options.pop("options", ())
+        wanted = "pairs of a name and a value"
+        got = f"options: got {arguments.shown(pairs)}"
+        arguments.require(isinstance(pairs, tuple | dict), f"{got}, wanted {wanted}")
+        options = {**dict(pairs), **options}
         loss = catalogue.function_of(loss)
         reduced.check_reserved(loss)
         reduced.check_option_names(loss, options)

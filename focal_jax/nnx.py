@@ -32,7 +32,8 @@ class Reduced(reduced.Reduced, nnx.Module):
       loss: a name in `focal_jax.catalogue.LOSSES`, or a function.
       normalization: the denominator, see `focal_jax.reduce_loss`.
       loss_weight: a number that multiplies the result.
-      axis_name: names of mapped axes, see `focal_jax.reduce_loss`.
+      axis_name: names of mapped axes, see `focal_jax.reduce_loss`. A loss that has a parameter of
+        this name gets it, and applies masks and sums over the devices itself.
       **options: keyword arguments of the loss.
     """
 

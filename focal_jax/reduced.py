@@ -51,13 +51,13 @@ def constant(value: Any) -> Any:
     """
     is_sequence = isinstance(value, list | tuple)
     is_array = isinstance(value, np.ndarray | Array) and not isinstance(value, jax.core.Tracer)
-    if not (is_sequence or is_array) or arguments.is_masked(value):
-        return value
     try:
+        if not (is_sequence or is_array) or arguments.is_masked(value):
+            return value
         array = np.asarray(value)
     except jax.errors.TracerArrayConversionError:  # a list of traced numbers
         return jnp.asarray(value)
-    except Exception:  # such as a ragged list, which the check of the option rejects
+    except Exception:  # such as a ragged or very deep list, which the check rejects
         return value
     if array.dtype.kind in "OSUMm" or (is_sequence and not array.size):
         return tuple(value) if is_sequence else value  # for example names of mapped axes
@@ -86,7 +86,7 @@ def checked_option(loss: Callable[..., Any], name: str, value: Any) -> Any:
     declaration = catalogue.declaration_of(loss)
     if declaration and name in _STATIC:
         _STATIC[name](value)
-    if declaration and name in declaration.options:
+    elif declaration and name in declaration.options:
         option = declaration.options[name]
         option.check(name, value)
         if option.kind == "mask" and value is not None:
@@ -196,14 +196,15 @@ class Reduced:
         for name, value in dict(self.options).items():
             array = np.asarray(value) if isinstance(value, ConstantArray) else value
             options.setdefault(name, array)
-        signature = inspect.signature(self.loss)
-        masks: dict[str, Any] = {"axis_name": self.axis_name, "where": options.get("where")}
-        if "axis_name" in signature.parameters:
+        bound = inspect.signature(self.loss).bind_partial(*arrays, **options)
+        bound.apply_defaults()  # those of `functools.partial` too
+        given = bound.arguments | options
+        masks: dict[str, Any] = {"axis_name": self.axis_name, "where": given.get("where")}
+        if "axis_name" in given:
             # A region loss applies the mask and sums over the devices itself.
             masks, options = {}, {"axis_name": self.axis_name, **options}
-        elif options.get("ignore_label") is not None:
-            masks["labels"] = signature.bind_partial(*arrays).arguments.get("labels")
-            masks["ignore_label"] = options["ignore_label"]
+        elif given.get("ignore_label") is not None:
+            masks |= {name: given.get(name) for name in ("labels", "ignore_label")}
         losses = self.loss(*arrays, **options)
         reduced = reduce_loss(losses, normalization=self.normalization, weights=weights, **masks)
         loss_weight = arguments.number_array("loss_weight", self.loss_weight, reduced.dtype)

@@ -55,7 +55,8 @@ def weight_array(weights: ArrayLike, losses: Array) -> Array:
     A weight may be NaN: its position may be masked.
     """
     array = arguments.number_array("weights", weights, losses.dtype, allow_bool=True)
-    known = arguments.numpy_array("weights", weights, "numbers >= 0")
+    real = arguments.real_number(weights)
+    known = arguments.numpy_array("weights", weights if real is None else real, "numbers >= 0")
     if known is not None and np.any(known < 0):
         raise InputError(f"weights: got {np.nanmin(known)}, wanted numbers >= 0")
     arguments.check_broadcastable("weights", array, losses.shape, "the losses")
@@ -144,6 +145,8 @@ def reduce_loss(
       InputError: if an argument is invalid, or a Python or NumPy weight is negative.
       NameError: if `axis_name` is not bound.
     """
+    if isinstance(losses, tuple) and any(isinstance(x, Array) for x in losses):
+        raise InputError("losses: got a tuple of arrays, wanted one array: unpack the tuple first")
     losses = arguments.floating_array("losses", losses)
     dtype = arguments.compute_dtype(losses)
     where = arguments.mask_array(where, losses.shape)

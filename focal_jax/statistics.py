@@ -148,10 +148,10 @@ def _statistics(
         source, logits, labels, ignore_label, where, class_axis_name
     )
     check_not_varying({} if divisor is None else {"temperature": divisor}, class_axis_name)
+    labels, mask, divisor = place_like(jax.tree.leaves(logits)[0], (labels, mask, divisor))
     if divisor is not None:  # XLA fuses the division into the reductions
-        divisor, placed = place_like(logits, (divisor, mask))
-        divisor = divisor if placed is None else jnp.where(placed, divisor, 1)
-        logits = scale_logits(cast_logits(logits, placed), 1 / divisor)
+        divisor = divisor if mask is None else jnp.where(mask, divisor, 1)
+        logits = scale_logits(cast_logits(logits, mask), 1 / divisor)
     row = row_statistics.of_source(source, logits, class_axis_name, labels, mask)
     invalid = (labels < 0) | (labels >= num_classes)
     return TokenStatistics(*(y.squeeze(axis) for y in _of_row(row, labels, invalid, mask)))

@@ -83,7 +83,7 @@ def prior_bias_init(prior: float = 0.01) -> Initializer:
       Lin, Goyal, Girshick, He, Dollar. [Focal Loss for Dense Object
       Detection](https://arxiv.org/abs/1708.02002), section 3.3. ICCV 2017.
     """
-    return PriorBias(_static(_INSIDE, "prior", prior))
+    return PriorBias(prior)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +92,22 @@ class PriorBias:
 
     prior: float
 
+    def __post_init__(self):
+        """Check the prior."""
+        object.__setattr__(self, "prior", _static(_INSIDE, "prior", self.prior))
+
     def __call__(self, *args: Any, **options: Any) -> Array:
         """Return the bias for `(key, shape, dtype)` or `(shape, dtype)`."""
-        arguments.require(bool(args or options), "shape: got no shape, wanted a tuple of integers")
         if args and isinstance(args[0], tuple | list):  # a shape, not a key
             args = (None, *args)
         elif not args:
             options.setdefault("key", None)
         logit = math.log(self.prior) - math.log1p(-self.prior)
         constant: Any = jax.nn.initializers.constant(logit)
-        bias = constant(*args, **options)
+        try:
+            bias = constant(*args, **options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"shape or dtype: {error}, wanted ([key,] shape, dtype)") from error
         is_floating = jnp.issubdtype(bias.dtype, jnp.floating)
         arguments.require(is_floating, f"dtype: got {bias.dtype}, wanted a floating dtype")
         return bias

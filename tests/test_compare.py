@@ -22,6 +22,7 @@ from helpers import NOT_AN_OPTION, assert_errors_name
 
 import focal_jax
 from focal_jax import (
+    InputError,
     catalogue,
     engine,
     reference,
@@ -931,3 +932,29 @@ def test_measure_imports_neither_rich_nor_matplotlib_nor_mpmath():
 
 def test_dtypes_are_floating():
     assert all(jnp.issubdtype(jnp.dtype(name), jnp.floating) for name in DTYPES)
+
+
+def test_formula_with_a_constant():
+    loss = engine.elementwise_loss(lambda z, y: jnp.log(2.0) * engine.cross_entropy(z, y))
+
+    def formula(ops, z, y):
+        return ops.log(2.0) * cross_entropy_formula(ops, z, y, 1) + 0 * ops.stop_gradient(1)
+
+    report = compare_gradients(loss, formula=formula, shape=(20,), repeats=1)
+    assert report.focal_jax.saturated.relative < 1e-5
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda ops, z, y: None,
+        lambda ops, z, y: "a",
+        lambda ops, z, y: [z],
+        lambda ops, z, y: 1j * z,
+        lambda ops, z, y: jnp.exp(z),  # not a function of ops
+    ],
+)
+def test_formula_that_returns_no_array_of_numbers(formula):
+    loss = engine.elementwise_loss(engine.cross_entropy)
+    with pytest.raises(InputError, match=r"formula: got .*, wanted an array, computed by"):
+        compare_gradients(loss, formula=formula, shape=(7,), repeats=1)

@@ -741,3 +741,19 @@ def test_only_caffe_loads_protobuf():
         "assert 'google.protobuf' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_a_caffe_layer_with_a_list_of_jax_numbers():
+    layer = FocalLossLayer(alpha=list(jnp.array([0.5, 1.0, 2.0])))
+    assert hash(layer) == hash(FocalLossLayer(alpha=[0.5, 1.0, 2.0]))
+    with pytest.raises(InputError, match="alpha: got -1"):
+        FocalLossLayer(alpha=[jnp.array(-1.0), 1.0])
+    layer = FocalLossLayer(alpha=[0.5])
+    assert FocalLossLayer.from_prototxt(layer.to_prototxt()) == layer
+
+
+def test_integer_weights_of_mindspore_are_not_rounded_to_16_bits():
+    logits, target = jnp.zeros((1, 2), jnp.bfloat16), jnp.array([[1]])
+    for weight in ([1, 100001], [1.0, 100001.0]):
+        loss = mindspore.FocalLoss(weight=weight, gamma=0.0)(logits, target)
+        np.testing.assert_allclose(loss, 100001 * np.log(2), rtol=1e-6)

@@ -813,6 +813,7 @@ def shapes(logits=(2, 5, 3), regression=(2, 5, 4), anchors=(5, 4), annotations=(
         ("gamma", shapes(), {"class_loss": "asymmetric_loss", "gamma": 1.0}),
         ("alpha", shapes(), {"class_loss": "asymmetric_loss", "alpha": jnp.float32(0.25)}),
         ("class_loss", shapes(), {"class_loss": lambda z, y, where: jnp.sum(z, -1)}),
+        ("class_loss", shapes(), {"class_loss": lambda z, y, where: z > 0}),
         ("class_logits", (None, *shapes()[1:]), {}),
         ("anchors", (*shapes()[:2], "a", shapes()[3]), {}),
         ("annotations", (*shapes()[:3], None), {}),

@@ -539,6 +539,9 @@ def test_losses_of_the_engine():
         for options, message in (
             ({"where": 1.0}, "where: got the name of an argument"),
             ({"labels": 1.0}, "labels: got the name of an argument"),
+            ({"axis_name": 1.0}, "axis_name: got the name of an argument"),
+            ({"chunk_size": 1.0}, "chunk_size: got the name of an argument"),
+            ({"value": 1.0}, r"loss: got multiple values for argument 'value', wanted \w+_loss\("),
             ({"gamma": "2"}, "gamma: got '2', wanted a finite number"),
             ({"gamma": engine.exponent(-1)}, "gamma: got -1, wanted"),
             ({"gamma": engine.exponent(1, per_class=True)}, "gamma: got per_class=True"),
@@ -552,6 +555,8 @@ def test_losses_of_the_engine():
             loss = make(lambda *args: result)  # noqa: B023
             with pytest.raises(focal_jax.InputError, match=r"^value: got .*, wanted an array"):
                 loss(jnp.ones((4, 2)), jnp.zeros((4, 2)[:arrays], int))
+            with pytest.raises(focal_jax.InputError, match=r"^value: got .*, wanted an array"):
+                loss.linear(jnp.ones((4, 3)), jnp.ones((3, 2)), jnp.zeros((4, 1)[:arrays], int))
         assert copy.deepcopy(loss) is loss
         # A parameter with a default that is not declared keeps its default.
         twice = lambda *args, gamma, scale=2.0: scale * value(*args)  # noqa: E731, B023
@@ -561,6 +566,13 @@ def test_losses_of_the_engine():
     for name in ("alpha", "axis", "label_smoothing", "kernel"):
         with pytest.raises(focal_jax.InputError, match=f"{name}: got the name of an argument"):
             engine.position_loss(lambda *args: args[0].n, **{name: 1.0})
+
+
+@pytest.mark.parametrize("result", [None, jnp.ones(5, bool), jnp.ones(2)])
+def test_invalid_labels_of_the_engine_are_a_mask(result):
+    loss = engine.elementwise_loss(lambda z, y: z * y, label_is_invalid=lambda y: result)
+    with pytest.raises(focal_jax.InputError, match="label_is_invalid: got"):
+        loss(jnp.ones(2), jnp.ones(2))
 
 
 @pytest.mark.parametrize("slope", [np.ones(4), np.ones((4, 1, 1)), np.ones(7), "a", 1j])
@@ -700,3 +712,30 @@ def _bfloat16(x):
 def test_ranges_of_numbers_in_dtypes_that_numpy_does_not_have(name, call):
     with pytest.raises(focal_jax.InputError, match=f"^{name.split()[0]}: got "):
         call()
+
+
+def test_numbers_in_lists_of_jax_arrays_are_checked():
+    z, y = jnp.zeros(2), jnp.ones(2)
+    with pytest.raises(focal_jax.InputError, match="gamma: got -3"):
+        focal_jax.sigmoid_focal_loss(z, y, gamma=[jnp.array(-3.0), 1.0])
+    want = focal_jax.sigmoid_focal_loss(z, y, gamma=jnp.array([0.5, 1.0]))
+    got = jax.jit(lambda g: focal_jax.sigmoid_focal_loss(z, y, gamma=[g, 1.0]))(0.5)
+    assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_class_indices_without_an_axis(axis):
+    x, kernel = jnp.ones(3), jnp.ones((3, 2))
+    calls = {
+        "indices": (
+            lambda: focal_jax.softmax_focal_loss_with_sparse_labels(x, 0, 1.0),
+            lambda: focal_jax.linear_softmax_focal_loss_with_sparse_labels(x, kernel, 0, 1.0),
+        ),
+        "labels": (
+            lambda: focal_jax.linear_sigmoid_focal_loss(x, kernel, 0),
+            lambda: focal_jax.linear_asymmetric_loss(x, kernel, 1),
+        ),
+    }
+    for name, functions in calls.items():
+        with pytest.raises(focal_jax.InputError, match=rf"^{name}: got shape \(\), wanted \(1,\)"):
+            functions[axis]()

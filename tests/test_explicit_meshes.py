@@ -1,5 +1,6 @@
 """Tests of losses over meshes outside of `shard_map`: explicit meshes, and the argument `mesh`."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -134,6 +135,56 @@ def test_kernels_of_every_layout(name, kernel, features):
     want = jax.jit(jax.value_and_grad(total, (0, 1)))(x, w)
     for a, b in zip((value, of_x, of_w), jax.tree.leaves(want)):
         assert_close(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
+
+
+def _linear_statistics(x, w, labels, temperature):
+    found = focal_jax.linear_token_statistics(x, w, labels, temperature=temperature)
+    return found.log_probability + 2 * found.entropy
+
+
+_LINEAR = focal_jax.linear_softmax_focal_loss_with_integer_labels
+WITH_TEMPERATURE = {
+    "integer": lambda x, w, y, t: _LINEAR(x, w, y, temperature=t),
+    "smoothed": lambda x, w, y, t: _LINEAR(x, w, y, temperature=t, label_smoothing=0.1),
+    "statistics": _linear_statistics,
+}
+
+
+@pytest.mark.parametrize("name", WITH_TEMPERATURE)
+def test_temperatures_and_labels_of_every_placement(name):
+    mesh, arrays = make_mesh((8,), AxisType.Explicit), _arrays()
+    x, labels, temperature = arrays["logits"], arrays["indices"], arrays["gamma"]
+    w = np.eye(CLASSES, dtype=np.float32)
+
+    def total(x, labels, temperature):
+        return jnp.sum(WITH_TEMPERATURE[name](x, w, labels, temperature))
+
+    compute = jax.jit(jax.value_and_grad(total, (0, 2)))
+    want = compute(x, labels, temperature)
+    places = lambda v: [v, *(jax.device_put(v, NamedSharding(mesh, s)) for s in (P(), P("data")))]  # noqa: E731
+    with jax.sharding.set_mesh(mesh):
+        for args in itertools.product(*map(places, (x, labels, temperature))):
+            assert_close(compute(*args), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_statistics_and_losses_with_labels_placed_in_another_way(jit):
+    mesh, arrays = make_mesh((4, 2), AxisType.Explicit), _arrays()
+
+    def total(logits, labels, where):
+        losses = INTEGER(logits, labels, where=where)
+        return jnp.sum(losses + focal_jax.token_statistics(logits, labels, where=where).entropy)
+
+    compute = jax.value_and_grad(total)
+    compute = jax.jit(compute) if jit else compute
+    where = arrays["indices"] > 0
+    want = compute(arrays["logits"], arrays["indices"], where)
+    put = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    with jax.sharding.set_mesh(mesh):
+        labels, where = put(arrays["indices"], "data"), put(where)
+        z = arrays["logits"]
+        for logits in (z, put(z), put(z, "data"), put(z, None, "model")):
+            assert_close(compute(logits, labels, where), want, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- detection

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -789,3 +790,22 @@ def test_third_derivatives_in_soft_labels_whose_probability_underflows(name, gam
     for argument in (0, 1):
         for logit, label in ((-200.0, 0.0), (-104.0, 0.0), (200.0, 1.0)):
             assert jax.jit(jax.grad(in_label, argument))(logit, label) == 0
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_third_derivatives_beside_a_class_of_probability_0(gamma):
+    z, one_hot = jnp.array([1.0, -2.0, -jnp.inf]), jnp.array([1.0, 0.0, 0.0])
+
+    def third(loss, labels):
+        derivative = jax.jacrev(jax.jacrev(jax.grad(partial(loss, gamma=gamma))))
+        return jax.jit(derivative)(z, labels)
+
+    want = third(focal_jax.softmax_focal_loss_with_integer_labels, 0)
+    assert _all_finite(want)
+    assert_close(third(focal_jax.softmax_focal_loss, one_hot), want, 1e-5, atol=1e-7)
+
+
+def test_dual_loss_of_the_least_probable_class_has_no_infinite_intermediate():
+    loss = focal_jax.dual_focal_loss_with_integer_labels
+    with jax.debug_infs(True):
+        jax.grad(lambda z: loss(z, 2))(jnp.array([2.0, 0.0, -1.0]))

@@ -304,6 +304,32 @@ def test_constructors_reject_invalid_options_of_softmax(framework, options, mess
             make(**options)
 
 
+def test_masks_of_bound_arguments(framework, data):
+    logits, labels = data
+    bound = functools.partial(
+        focal_jax.softmax_focal_loss_with_integer_labels, axis=1, ignore_label=2
+    )
+    logits = jnp.moveaxis(logits, -1, 1)
+    losses = framework.Reduced(bound)(logits, labels)
+    assert losses == framework.SoftmaxFocalLoss(axis=1, ignore_label=2)(logits, labels)
+    region = functools.partial(focal_jax.focal_tversky_loss, smooth=0.5)
+    one_hot = jax.nn.one_hot(labels, 3, axis=1)
+    got = framework.Reduced(region, axis=1)(logits, one_hot, where=labels > 0)
+    losses = region(logits, one_hot, axis=1, where=labels > 0)
+    np.testing.assert_allclose(got, losses.mean(), rtol=1e-6)
+    pairs = functools.partial(bound, return_logsumexp=True)
+    with pytest.raises(InputError, match="losses: got a tuple of arrays"):
+        framework.Reduced(pairs)(logits, labels)
+
+
+def test_very_deep_lists(framework):
+    deep = [1.0]
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(InputError, match="alpha: got list"):
+        framework.SoftmaxFocalLoss(alpha=deep)
+
+
 def test_wide_labels_are_not_the_smallest_ignore_label(framework):
     loss = framework.SoftmaxFocalLoss(ignore_label=-(2**31))
     assert jnp.isnan(loss(jnp.zeros((2, 3)), np.array([2**40, 1])))
@@ -686,3 +712,8 @@ def test_subclass_of_reduced_keeps_the_constructor():
         pass
 
     assert Own("sigmoid_focal_loss", gamma=1.0).clone().options == (("gamma", 1.0),)
+
+
+def test_linen_options_are_pairs():
+    with pytest.raises(InputError, match="options: got 1, wanted pairs"):
+        focal_jax.linen.Reduced("sigmoid_focal_loss", options=1)

@@ -195,6 +195,12 @@ def test_invalid_sample_weights(weight):
         compat.SoftmaxFocalLoss()(INDICES[:2], LOGITS[:2], weight)
 
 
+def test_sample_weights_of_dtype_bool():
+    weights = np.arange(len(INDICES)) > 0
+    loss = compat.SoftmaxFocalLoss()
+    assert loss(INDICES, LOGITS, weights) == loss(INDICES, LOGITS, weights.astype("float32"))
+
+
 @pytest.mark.parametrize("y_pred", [None, 3.0, (), (LOGITS,)])
 def test_a_linear_loss_names_its_predictions(y_pred):
     loss = compat.Loss("linear_softmax_focal_loss_with_integer_labels")

@@ -1,5 +1,6 @@
 """`reduce_loss`: the denominators, on one device and on several devices."""
 
+import fractions
 import math
 
 import jax
@@ -311,3 +312,16 @@ def test_pmean_over_devices_equals_the_result_on_one_device(transform, valid):
         )(flat, mask)
     assert_close((values, gradients), jax.jit(one)(flat, mask), 1e-6)
     assert valid == "none" or len(set(values.tolist())) > 4
+
+
+def test_tuples_of_arrays_are_no_losses():
+    losses = focal_jax.softmax_focal_loss_with_integer_labels(
+        jnp.zeros((2, 3)), jnp.array([0, 1]), return_logsumexp=True
+    )
+    with pytest.raises(focal_jax.InputError, match="losses: got a tuple of arrays"):
+        focal_jax.reduce_loss(losses)
+
+
+def test_a_fraction_is_a_weight():
+    losses = jnp.array([1.0, 3.0])
+    assert focal_jax.reduce_loss(losses, weights=fractions.Fraction(1, 2)) == 2

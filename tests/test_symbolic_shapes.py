@@ -114,17 +114,20 @@ LABELS = {
 }
 
 
+@pytest.mark.parametrize("positions", [4, None])
 @pytest.mark.parametrize("name", LABELS)
-def test_a_symbolic_number_of_labels_per_position(name):
+def test_a_symbolic_number_of_labels_per_position(name, positions):
     def make(size):
         rng = np.random.default_rng(0)
+        n = positions or size
         return (
-            rng.normal(size=(4, CLASSES)).astype(np.float32),
-            rng.integers(-1, CLASSES, (4, size)).astype(np.int32),
-            rng.uniform(size=(4, size)).astype(np.float32),
+            rng.normal(size=(n, CLASSES)).astype(np.float32),
+            rng.integers(-1, CLASSES, (n, size)).astype(np.int32),
+            rng.uniform(size=(n, size)).astype(np.float32),
         )
 
-    shapes = ((4, CLASSES), "float32"), ((4, None), "int32"), ((4, None), "float32")
+    pairs = (positions, None)
+    shapes = ((positions, CLASSES), "float32"), (pairs, "int32"), (pairs, "float32")
     _assert_exports(LABELS[name], shapes, make)
 
 

@@ -327,6 +327,19 @@ def test_positive_count_ema_errors(options, message):
         training.positive_count_ema(**options)
 
 
+@pytest.mark.parametrize(
+    "args", [(), (jax.random.key(0),), ((-1,),), ("ab",), ((2,), "foo"), (None, (2,), "foo")]
+)
+def test_prior_bias_init_of_invalid_shapes_and_dtypes(args):
+    with pytest.raises(focal_jax.InputError, match=r"shape or dtype: .*wanted"):
+        training.prior_bias_init(0.1)(*args)
+
+
+def test_prior_of_a_config_is_checked():
+    with pytest.raises(focal_jax.InputError, match=r"prior: got 1\.5"):
+        training.PriorBias.from_config({"prior": 1.5})
+
+
 def test_prior_bias_init_of_integers():
     with pytest.raises(InputError, match="dtype: got int32, wanted a floating dtype"):
         training.prior_bias_init(0.1)(jax.random.key(0), (2,), jnp.int32)

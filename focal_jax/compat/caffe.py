@@ -253,7 +253,8 @@ class FocalLossLayer:
                 raise InputError(f"{name}: got shape {shape}, wanted {wanted}")
             known = known_numbers(value, name, "numbers")
             if known is not None:  # hashable and comparable, unless it is traced
-                object.__setattr__(self, name, tuple(known.tolist()) if shape else float(known))
+                value = tuple(known.tolist()) if known.size > 1 else known.item()
+                object.__setattr__(self, name, value)
         is_integer = isinstance(self.axis, numbers.Integral) and not isinstance(self.axis, bool)
         if not is_integer or not -_MAX_RANK <= self.axis < _MAX_RANK:
             raise InputError(f"axis: got {shown(self.axis)}, wanted an integer in [-32, 32)")

@@ -289,7 +289,9 @@ class Loss(keras.losses.Loss):
         reduction = _Reduction(name=self.name, reduction=self.reduction, dtype=self.dtype)
         if sample_weight is None:
             return reduction(losses, losses)
-        weights = arguments.number_array("sample_weight", sample_weight, losses.dtype)
+        weights = arguments.number_array(
+            "sample_weight", sample_weight, losses.dtype, allow_bool=True
+        )
         try:
             return reduction(losses, losses, weights)
         except (TypeError, ValueError) as error:

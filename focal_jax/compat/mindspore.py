@@ -94,7 +94,7 @@ class FocalLoss:
         samples, num_classes, *positions = predict.shape
         weight = self.weight
         if weight is not None:
-            weight = arguments.number_array("weight", weight, predict.dtype)
+            weight = arguments.number_array("weight", weight, arguments.compute_dtype(predict))
             arguments.check_shape("weight", weight, (num_classes,), "one weight per class")
         options = {"alpha": weight, "gamma": self.gamma, "axis": 1}
         if target.shape == (samples, 1, *positions):

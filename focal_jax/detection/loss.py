@@ -219,7 +219,7 @@ def retinanet_loss(
       `RetinaNetLoss(classification, regression)`: two scalars.
 
     Raises:
-      InputError: if an argument is invalid, or `class_loss` returns an invalid shape.
+      InputError: if an argument is invalid, or `class_loss` returns an invalid shape or dtype.
       NameError: if `axis_name` is not bound.
 
     References:
@@ -257,10 +257,11 @@ def retinanet_loss(
     # Check the options of the loss before the matching.
     any_of = partial(jnp.any, axis=2, keepdims=True)
     losses = jax.eval_shape(lambda z: loss(z, z > 0, where=any_of(z > 0)), class_logits)
-    if getattr(losses, "shape", None) != class_logits.shape:
+    has_shape = getattr(losses, "shape", None) == class_logits.shape
+    if not (has_shape and jnp.issubdtype(losses.dtype, jnp.floating)):
         raise InputError(
-            f"class_loss: got a function that returns {losses}, wanted one loss per logit, of "
-            f"shape {class_logits.shape}"
+            f"class_loss: got a function that returns {losses}, wanted one floating loss per "
+            f"logit, of shape {class_logits.shape}"
         )
 
     anchors = replicate_on_mesh(anchors, class_logits)

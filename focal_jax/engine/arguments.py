@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 import chex
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -41,13 +42,13 @@ def is_masked(x: Any) -> bool:
 
 
 def numpy_array(name: str, x: Any, wanted: str) -> np.ndarray | None:
-    """Return `x` as a NumPy array of numbers; None for a JAX array or a list that contains one."""
+    """Return `x` as a NumPy array of numbers; None for a JAX array or a list with traced ones."""
     if hasattr(x, "__jax_array__"):
         return None
     try:
         masked, leaves = is_masked(x), jax.tree.leaves(x)
-        is_numpy = not any(isinstance(leaf, Array) for leaf in leaves)
-        array = np.asarray(x) if is_numpy and not masked else None
+        is_known = not any(isinstance(leaf, jax.core.Tracer) for leaf in [x, *leaves])
+        array = np.asarray(x) if is_known and not (masked or isinstance(x, Array)) else None
     except Exception:  # a ragged list, or an object that is not an array
         raise InputError(f"{name}: got {shown(x)}, wanted {wanted}") from None
     if masked:  # NumPy and JAX would ignore the mask

@@ -41,7 +41,7 @@ def class_index_lists(name: str, indices: ArrayLike, positions: tuple[int, ...])
     array = arguments.as_array(name, indices, "an array of integers")
     arguments.check_integer(name, array)
     why = "K class indices for each position, on the last axis, padded with -1"
-    arguments.check_shape(name, array, (*positions, *array.shape[-1:]), why)
+    arguments.check_shape(name, array, (*positions, *(array.shape[-1:] or (1,))), why)
     return arguments.as_int32(array)
 
 

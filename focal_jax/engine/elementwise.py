@@ -60,28 +60,6 @@ def parameter_order(
     return tuple(names)
 
 
-def slopes_of(value: Callable[..., Array], names: Sequence[str], options: Mapping[str, Option]):
-    """Return the slopes of a value, differentiated by JAX (see `elementwise_loss`)."""
-    differentiable = [options[name].differentiable for name in names]
-
-    def slopes(*arrays, **given):
-        args, leading = (*arrays, *(given[name] for name in names)), len(arrays)
-        wanted = [i for i in range(len(args)) if i < leading or differentiable[i - leading]]
-        moved = [i for i in wanted if isinstance(args[i], Array)]
-        shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in jax.tree.leaves(args)))
-
-        def total(*arrays):
-            all_args = list((dict(enumerate(args)) | dict(zip(moved, arrays))).values())
-            return value(*all_args[:leading], **dict(zip(names, all_args[leading:])))
-
-        full = (jnp.broadcast_to(args[i], shape) for i in moved)
-        losses, transpose = jax.vjp(total, *full)
-        found = dict(zip(moved, transpose(jnp.ones_like(losses))))
-        return tuple(found.get(i) for i in wanted)
-
-    return slopes
-
-
 def slopes_by_name(
     found: Slopes, like: Array, leading: int, names: Sequence[str], options: Mapping[str, Option]
 ) -> tuple[list[Array], dict[str, Array]]:
@@ -160,7 +138,10 @@ class ElementwiseLoss(CopiedAsFunction):
         self.options = dict(options)
         names = parameter_order("value", value, 2, options)
         slope_names = names if slopes is None else parameter_order("slopes", slopes, 2, options)
-        slopes = slopes_of(value, names, options) if slopes is None else slopes
+        if slopes is None:
+            from focal_jax.engine.autodiff import slopes_of  # the losses of the package have slopes
+
+            slopes = slopes_of(value, names, options)
         self._value, self._slopes, self._slope_names = value, slopes, slope_names
         self.__name__ = getattr(value, "__name__", "loss").strip("_")
         self.__doc__ = value.__doc__
@@ -175,13 +156,13 @@ class ElementwiseLoss(CopiedAsFunction):
             options = {name: unwrap(option) for name, option in options.items()}
             if label_is_invalid is None or labels.dtype == bool:
                 return z, *arguments.clip_labels(labels, y, 1), options
-            invalid = label_is_invalid(y)
+            invalid = arguments.bool_array("label_is_invalid", label_is_invalid(y))
+            arguments.check_shape("label_is_invalid", invalid, y.shape, "the shape of the labels")
             return z, jnp.where(invalid, 0, y), invalid, options
 
         def losses(*args):
             z, y, invalid, options = prepare(False, *args)
             result = self.value_of(z, y, options)
-            check_value(result, z)
             return arguments.mask_and_invalidate(result, invalid, args[-1])
 
         def all_slopes(logits, labels, options, where):
@@ -234,7 +215,9 @@ class ElementwiseLoss(CopiedAsFunction):
 
     def value_of(self, z: Array, y: Array, options: Mapping[str, Any]) -> Array:
         """Return the value for options by name."""
-        return self._value(z, y, **options)
+        result = self._value(z, y, **options)
+        check_value(result, z)
+        return result
 
     def slopes_of(
         self, z: Array, y: Array, options: Mapping[str, Any]
@@ -269,6 +252,7 @@ def _with_slopes(losses: Callable[..., Array], all_slopes: Callable[..., Any]):
     return with_gradient(primal, forward, backward)
 
 
+@check_call
 def elementwise_loss(
     value: Callable[..., Array],
     slopes: Callable[..., Slopes] | None = None,
@@ -308,7 +292,7 @@ def elementwise_loss(
     Raises:
       InputError: if the parameters of `value` or `slopes` are not the declared options.
     """
-    options = declared(options, ElementwiseLoss.__call__)
+    options = declared(options, ElementwiseLoss.__call__, ElementwiseLoss.linear)
     if not (label_is_invalid is None or callable(label_is_invalid)):
         got = arguments.shown(label_is_invalid)
         raise InputError(f"label_is_invalid: got {got}, wanted None or a function")

@@ -77,7 +77,10 @@ class ClassSlopes(NamedTuple):
 
 def class_values(loss: Any, x: Array, exps: Split, y: Array, alpha: Array, options: Any) -> Array:
     """Return each class's summand, `alpha_c y_c f(p_c)`."""
-    return scalar.weigh(alpha * y, loss.value_of(class_terms(x, exps), options))
+    weight, t = alpha * y, class_terms(x, exps)
+    # With an infinite n, higher derivatives would multiply it by slopes of 0.
+    t = t._replace(n=jnp.where(weight == 0, scalar.clip_inf(t.n), t.n))
+    return scalar.weigh(weight, loss.value_of(t, options))
 
 
 def class_slopes(

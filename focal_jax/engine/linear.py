@@ -14,7 +14,7 @@ from focal_jax.engine.class_axis import ClassSums
 from focal_jax.engine.every_class import ClassArgs, Smoothing
 from focal_jax.engine.layout import layout_of, on_mesh, replicate_on_mesh, whole_on_mesh
 from focal_jax.engine.options import TEMPERATURE
-from focal_jax.engine.sharding import AxisName, check_not_varying
+from focal_jax.engine.sharding import AxisName, check_not_varying, place_like
 
 
 class LinearSource(chunks.ChunkSpec):
@@ -93,16 +93,19 @@ def linear_source(
     softcap = checks.static_logit_softcap(logit_softcap)
     linear = Linear(features, kernel, bias)
     layout = layout_of(linear, class_axis, mesh, class_axis_name)
+    source = LinearSource(chunk_size, softcap, 0 if class_axis == 0 else -1, layout)
+    positions = features.shape[:-1]
+    dtype, axis = source.dtype(linear), len(positions)
+    divisor = prepare_temperature(temperature, positions, dtype, axis, num_classes)
+    if divisor is not None and jax.typeof(features).sharding.mesh.empty:
+        features = replicate_on_mesh(features, divisor)
     if layout is None:
         linear = linear._replace(
             features=whole_on_mesh(features, -1),
             kernel=replicate_on_mesh(kernel, features),
             bias=None if bias is None else replicate_on_mesh(bias, features),
         )
-    source = LinearSource(chunk_size, softcap, 0 if class_axis == 0 else -1, layout)
-    positions = features.shape[:-1]
-    dtype, axis = source.dtype(linear), len(positions)
-    divisor = prepare_temperature(temperature, positions, dtype, axis, num_classes)
+    divisor = place_like(features, divisor)
     linear = linear._replace(temperature=divisor)
     same = {"features": features} | ({} if divisor is None else {"temperature": divisor})
     check_not_varying(same, class_axis_name)

@@ -36,6 +36,8 @@ class _Spec(NamedTuple):
 
 def _is_positive(class_index: Array, positives: Array, z: Array) -> Array:
     """Return which classes of a chunk are labels, in the shape of the chunk's logits."""
+    if not all(isinstance(n, int) for n in (*z.shape, *positives.shape)):  # symbolic
+        return jnp.any(class_index[..., None] == positives[..., None, :], -1)
     if not is_at_most(positives.shape[-1], chunks.MAX_COMPARISONS):
         local = positives - class_index[..., :1]
         local = jnp.where(local < 0, z.shape[-1], local)  # -1 would be the last class
@@ -113,6 +115,7 @@ def linear_losses(
     features: ArrayLike,
     kernel: ArrayLike,
     labels: ArrayLike,
+    /,
     *,
     bias: ArrayLike | None = None,
     where: ArrayLike | None = None,

@@ -217,6 +217,11 @@ TEMPERATURE = number(1.0, low=0.0, above_low=True)
 LABEL_SMOOTHING = number(0.0, low=0.0, high=1.0, below_high=True)
 
 
+# Arguments of some losses and of the Flax modules.
+_RESERVED = {"axis", "axis_name", "bias", "chunk_size", "class_axis_name", "ignore_label", "mesh"}
+_RESERVED |= {"label_smoothing", "return_logsumexp", "transpose_kernel", "weights"}
+
+
 def declared(options: Mapping[str, Any], *functions: Callable[..., Any]) -> dict[str, Option]:
     """Return declarations by name; a plain number or None is the default of a `number`.
 
@@ -224,6 +229,7 @@ def declared(options: Mapping[str, Any], *functions: Callable[..., Any]) -> dict
     """
     out: dict[str, Option] = {}
     used = {name for function in functions for name in inspect.signature(function).parameters}
+    used |= _RESERVED
     for name, option in options.items():
         if name in used - {"options"}:
             raise InputError(f"{name}: got the name of an argument of every loss, wanted another")
@@ -275,7 +281,8 @@ def check_call(function: F) -> F:
         try:
             signature.bind(*args, **keywords)
         except TypeError as error:
-            check_names(name, named, keywords)
+            if all(p.kind is not p.VAR_KEYWORD for p in names):
+                check_names(name, named, keywords)
             wanted = f"{name}{inspect.Signature(names)}"
             raise InputError(f"{name}: got {error}, wanted {wanted}") from None
         try:

@@ -4,7 +4,7 @@ A loss is its value and its slopes, two functions of the terms of the true class
 a loss of class indices, a loss of features and a kernel, and a loss of a distribution from them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,6 @@ from focal_jax.engine.elementwise import (
     parameter_order,
     signature_of,
     slopes_by_name,
-    slopes_of,
 )
 from focal_jax.engine.options import CLASS_WEIGHTS, Option, check_call, declared, number, unwrap
 from focal_jax.engine.rules import with_gradient
@@ -56,7 +55,11 @@ class PositionLoss(CopiedAsFunction):
         names = parameter_order("value", value, 1, inner)
         slope_names = names if slopes is None else parameter_order("slopes", slopes, 1, inner)
         self._value, self._inner, self._slope_names = value, inner, slope_names
-        self._slopes = _slopes_of(value, names, inner) if slopes is None else slopes
+        if slopes is None:
+            from focal_jax.engine.autodiff import slopes_of_terms  # see `ElementwiseLoss`
+
+            slopes = slopes_of_terms(value, names, inner)
+        self._slopes = slopes
         self._core = _with_slopes(self)
         self.__name__ = getattr(value, "__name__", "loss").strip("_")
         self.__doc__ = value.__doc__
@@ -146,18 +149,6 @@ class PositionLoss(CopiedAsFunction):
         return self._core(*cast_to_common_varying(*args))
 
 
-def _slopes_of(value: Callable[..., Array], names: Sequence[str], options: Mapping[str, Option]):
-    """Return the slopes of a value, differentiated by JAX (see `position_loss`)."""
-
-    def slopes(t, **given):
-        def shifted(n, **given):
-            return value(scalar.shift_log_p(t, -n), **given)
-
-        return slopes_of(shifted, names, options)(jnp.zeros_like(t.n), **given)
-
-    return slopes
-
-
 def _with_slopes(loss: PositionLoss):
     """Return the losses as a function of the class sums, with a `custom_vjp`."""
 
@@ -213,6 +204,7 @@ def _prepare(label_logit, rest, weight, options, where):
     return scalar.softmax_terms(label_logit, rest), weight, options
 
 
+@check_call
 def position_loss(
     value: Callable[..., Array], slopes: Callable[..., Slopes] | None = None, **options: Any
 ) -> PositionLoss:

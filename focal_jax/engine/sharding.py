@@ -77,14 +77,16 @@ def place_like(like: Array, tree: Any) -> Any:
     JAX rejects a select and the cotangents of a `custom_vjp` whose operands are sharded in
     different ways. Without an explicit mesh the arrays are returned unchanged.
     """
-    sharding = jax.typeof(like).sharding
-    if sharding.mesh.empty or not on_explicit_mesh(jax.tree.leaves((like, tree))):
+    arrays = jax.tree.leaves((like, tree))
+    if not on_explicit_mesh(arrays):
         return tree
+    # In a jitted function a NumPy array has no mesh.
+    mesh = next(mesh for x in arrays if not (mesh := jax.typeof(x).sharding.mesh).empty)
 
     def place(x: Array, spec: PartitionSpec) -> Array:
-        return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, tree, specs_like(sharding.spec, like, tree))
+    return jax.tree.map(place, tree, specs_like(jax.typeof(like).sharding.spec, like, tree))
 
 
 def specs_like(spec: PartitionSpec, like: Array, tree: Any) -> Any:

@@ -23,12 +23,13 @@ def _gap(
 ) -> Array:
     """Return `log(p_j / p_t)`, the largest logit below that of the label's class minus the latter.
 
-    It is -inf if no logit is below.
+    It is the smallest finite number if no logit is below.
     """
     from focal_jax.engine.next_class import largest_below  # most programs do not use it
 
     below = largest_below(axis, logits, sums.label_logit, where, class_axis_name)
-    return jnp.where(below == -jnp.inf, below, below - sums.label_logit)
+    least = -scalar.max_finite(below)
+    return jnp.where(below == -jnp.inf, least, below - sums.label_logit)
 
 
 def _shifted(t: Terms, gap: Array) -> tuple[Terms, Array]:

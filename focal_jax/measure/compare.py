@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -160,6 +161,26 @@ def _find(loss: Any, formula: Any) -> tuple[Loss, Callable, Callable]:
     return found, function, reference.from_formula(found, formula)
 
 
+def _with_named_errors(formula: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Return the formula with errors that name it."""
+    if not callable(formula):
+        return formula
+
+    @functools.wraps(formula)
+    def checked(*args, **options):
+        wanted = "an array, computed by arithmetic and by the functions of ops"
+        try:
+            found = formula(*args, **options)
+        except Exception as error:
+            got = str(error).partition("\n")[0]
+            raise InputError(f"formula: got {got}, wanted {wanted}") from error
+        if found is None or isinstance(found, str | list | tuple) or np.iscomplexobj(found):
+            raise InputError(f"formula: got {type(found).__name__}, wanted {wanted}")
+        return found
+
+    return checked
+
+
 def _integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
         raise InputError(f"{name}: got {shown(value)}, wanted an integer of at least {low}")
@@ -268,7 +289,8 @@ def compare_gradients(
       formula: the formula of a loss made by `focal_jax.engine`: `formula(ops, logit, label,
         **options)` if it is elementwise, `formula(ops, log_p, **options)` without `alpha` if it is
         a position loss. `ops` has `exp`, `log`, `sigmoid`, `log_sigmoid`, `where` and
-        `stop_gradient`. A large relative error shows that slopes and formula disagree.
+        `stop_gradient`. A large relative error shows that the slope in the logits and the formula
+        disagree. The slopes in the label and in the options are not compared.
       shape: the shape of the logits.
       axis: the class axis; a linear loss needs the last axis.
       dtype: float16, bfloat16, float32, or float64, which does not need `jax_enable_x64`.
@@ -284,6 +306,7 @@ def compare_gradients(
       InputError: an argument is invalid, or the formula does not fit the loss.
       ImportError: mpmath is missing; `focal_jax[benchmarks]` installs it.
     """
+    formula = _with_named_errors(formula)
     found, function, plain = _find(loss, formula)
     dtype = _dtype(dtype)
     is_scalar = isinstance(shape, str | bytes) or getattr(shape, "ndim", 1) == 0
@@ -291,7 +314,7 @@ def compare_gradients(
         raise InputError(f"shape: got {shown(shape)}, wanted a sequence of integers")
     shape = tuple(_integer("shape", n, 1) for n in shape)
     seed, repeats = _integer("seed", seed, 0), _integer("repeats", repeats, 1, 10**6)
-    axis = static_axis(axis, len(shape)) if found.has_class_axis else axis
+    axis = static_axis(axis, len(shape)) if shape or found.has_class_axis else axis
     if found.kind == "linear" and axis != len(shape) - 1:
         raise InputError(f"axis: got {axis}, wanted the last axis: the loss is linear")
     num_classes = shape[axis] if found.has_class_axis else 2

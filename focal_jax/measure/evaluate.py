@@ -125,7 +125,8 @@ def _lift(value: Callable[[Any], Any], slope: Callable[[Any], Any]) -> Any:
         x = _dual(x)
         return _Dual(value(x.value), _scaled(x.slopes, slope(x.value)) if x.slopes else None)
 
-    return _vectorize(lifted)
+    vectorized = _vectorize(lifted)
+    return lambda x: vectorized(np.atleast_1d(x))  # also of a constant
 
 
 def _sigmoid(x: Any) -> Any:
@@ -141,7 +142,7 @@ OPERATIONS = Operations(
     sigmoid=_lift(_sigmoid, lambda x: _sigmoid(x) * _sigmoid(-x)),
     log_sigmoid=_lift(lambda x: -mpmath.log1p(mpmath.exp(-x)), lambda x: _sigmoid(-x)),
     where=lambda mask, a, b: np.where(np.asarray(mask, bool), _to_dual(a), _to_dual(b)),
-    stop_gradient=_vectorize(lambda x: _Dual(_dual(x).value)),
+    stop_gradient=_lift(lambda x: x, lambda x: 0),
 )
 
 
