@@ -1,5 +1,6 @@
 # Every target creates the virtual environment that it needs, with Python 3.11 or newer.
 # ARGS adds arguments to a command, TESTS selects tests.
+# Packages are compiled on their first import: pip would compile the modules that nothing imports.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -59,8 +60,8 @@ $(PROJECTS)/.projects: pyproject.toml $(wildcard tests/projects/*.txt)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is required: make test-projects PYTHON=...")'
 	$(PYTHON) -m venv $(PROJECTS)
 	$(PROJECTS)/bin/python -m pip install --quiet --upgrade pip
-	$(PROJECTS)/bin/python -m pip install --quiet --editable '.[benchmarks,compat]' pytest pytest-xdist hypothesis
-	install() { $(PROJECTS)/bin/python -m pip install --quiet "$$@" || echo "not installed: $$*"; }; \
+	$(PROJECTS)/bin/python -m pip install --quiet --no-compile --editable '.[benchmarks,compat]' pytest pytest-xdist hypothesis
+	install() { $(PROJECTS)/bin/python -m pip install --quiet --no-compile "$$@" || echo "not installed: $$*"; }; \
 	  grep -v '^#' tests/projects/requirements.txt | while read -r package; do install "$$package"; done; \
 	  while read -r package; do install --no-deps "$$package"; done < tests/projects/without-dependencies.txt
 	touch $@
@@ -69,7 +70,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 # Installs the compilers for the version of JAX that the tests use. A compiler without a wheel for
@@ -79,7 +80,7 @@ $(COMPILERS)/.compilers: $(READY)
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
 	for wheels in "jax[tpu]==$$version" \
 	  "jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-nvvm nvidia-cuda-nvcc"; do \
-	  $(COMPILERS)/bin/python -m pip install --quiet "jax==$$version" $$wheels \
+	  $(COMPILERS)/bin/python -m pip install --quiet --no-compile "jax==$$version" $$wheels \
 	    || echo "not available on this platform: $$wheels"; \
 	done
 	touch $@

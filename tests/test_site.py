@@ -199,6 +199,7 @@ def test_figure_shows_the_current_losses(name, tmp_path):
         np.testing.assert_allclose(np.interp(x, *a.T), np.interp(x, *b.T), atol=4)
 
 
+@pytest.mark.quick
 def test_gallery_states_the_inputs_of_the_figures():
     curves = importlib.import_module("focal_jax.measure.curves").curves
     text = (DOCS / "family.md").read_text(encoding="utf-8")

@@ -466,6 +466,7 @@ def test_minimum_bytes_count_reads_and_writes():
     assert narrow.minimum_bytes == 2 * logits + logits // 2
 
 
+@pytest.mark.quick
 def test_plain_formulas_equal_the_losses():
     for name in ("sigmoid", "anchors", "soft"):
         workload = WORKLOADS[name].quick()
