@@ -958,3 +958,18 @@ def test_formula_that_returns_no_array_of_numbers(formula):
     loss = engine.elementwise_loss(engine.cross_entropy)
     with pytest.raises(InputError, match=r"formula: got .*, wanted an array, computed by"):
         compare_gradients(loss, formula=formula, shape=(7,), repeats=1)
+
+
+@pytest.mark.parametrize("margin", [60.0, 174.0, 700.0])
+def test_digits_of_a_linear_loss_follow_its_logits(margin):
+    arrays = {
+        "features": np.ones((1, 2)),
+        "kernel": np.array([[[margin, 0.0], [0.0, 0.0]]]),
+        "labels": np.array([0]),
+        "gamma": np.array([2.0]),
+    }
+    found = evaluate(LOSSES["linear_" + INTEGER], arrays).losses[0]
+    with mpmath.workdps(400):
+        e = mpmath.exp(-margin)
+        want = (e / (1 + e)) ** 2 * mpmath.log1p(e)
+        assert abs(found / want - 1) < 1e-30

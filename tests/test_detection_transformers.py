@@ -156,3 +156,16 @@ def test_edge_loss(page):
         expected -= iou[k] * weight_right[k, e] * log_p[k, e, left[k, e] + 1]
     found = page["edge_loss"](edges, left, weight_left, weight_right, iou, 3)
     np.testing.assert_allclose(found, expected / 3, rtol=1e-9)
+
+
+def test_gradients_beside_a_padding_row_and_a_predicted_box_without_area(page):
+    boxes = np.full((1, 1, 4, 4), 0.5)
+    boxes[..., 2:] = 0
+    classes, objects = np.array([[1, -1]]), np.array([[[0.5, 0.5, 0.2, 0.2], [0, 0, 0, 0]]])
+
+    def gradient(classes, objects):
+        return jax.grad(page["set_loss"], 1)(np.zeros((1, 1, 4, 2)), boxes, classes, objects)
+
+    want = gradient(classes[:, :1], objects[:, :1])
+    assert np.all(np.isfinite(want))
+    np.testing.assert_allclose(gradient(classes, objects), want, rtol=1e-6)

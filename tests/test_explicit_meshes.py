@@ -187,6 +187,52 @@ def test_statistics_and_losses_with_labels_placed_in_another_way(jit):
             assert_close(compute(logits, labels, where), want, rtol=1e-5, atol=1e-6)
 
 
+HEADS_OF_EMBEDDINGS = {
+    "integer": lambda x, w, y: _LINEAR(x, w, y, transpose_kernel=True),
+    "smoothed": lambda x, w, y: _LINEAR(x, w, y, label_smoothing=0.1, transpose_kernel=True),
+    "statistics": lambda x, w, y: (
+        focal_jax.linear_token_statistics(x, w, y, transpose_kernel=True).log_probability
+    ),
+    "sparse": lambda x, w, y: focal_jax.linear_softmax_focal_loss_with_sparse_labels(
+        x, w, y[..., None], jnp.ones((*y.shape, 1)), transpose_kernel=True
+    ),
+    "sigmoid": lambda x, w, y: focal_jax.linear_sigmoid_focal_loss(
+        x, w, y[..., None], transpose_kernel=True
+    ),
+}
+
+
+@pytest.mark.parametrize("embedding", [P("data"), P("model"), P(("data", "model"))], ids=str)
+@pytest.mark.parametrize("features", [P("data"), P("data", "model"), P(None, "data")], ids=str)
+@pytest.mark.parametrize("name", HEADS_OF_EMBEDDINGS)
+def test_a_mesh_axis_that_shards_the_positions_and_the_classes(name, features, embedding):
+    rng, mesh = np.random.default_rng(2), make_mesh((4, 2), AxisType.Explicit)
+    x, w = (rng.normal(size=s).astype(np.float32) for s in ((8, 4, DEPTH), (16, DEPTH)))
+    labels = rng.integers(0, 16, (8, 4)).astype(np.int32)
+    compute = jax.jit(
+        jax.value_and_grad(lambda *args: jnp.sum(HEADS_OF_EMBEDDINGS[name](*args)), (0, 1))
+    )
+    want = compute(x, w, labels)
+    with jax.sharding.set_mesh(mesh):
+        specs = (features, embedding, features)
+        placed = [jax.device_put(v, NamedSharding(mesh, s)) for v, s in zip((x, w, labels), specs)]
+        assert_close(compute(*placed), want, rtol=1e-5, atol=1e-5)
+
+
+def test_masks_of_the_tversky_loss_placed_in_another_way():
+    mesh, arrays = make_mesh((4, 2), AxisType.Explicit), _arrays()
+    where = arrays["indices"] > 0
+    compute = jax.jit(
+        jax.grad(lambda z, y, m: jnp.sum(focal_jax.focal_tversky_loss(z, y, where=m)))
+    )
+    want = compute(arrays["logits"], arrays["labels"], where)
+    with jax.sharding.set_mesh(mesh):
+        for spec in (P(), P("data"), P("data", "model")):
+            logits = jax.device_put(arrays["logits"], NamedSharding(mesh, spec))
+            mask = jax.device_put(where, NamedSharding(mesh, P("data")))
+            assert_close(compute(logits, arrays["labels"], mask), want, rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------- detection
 
 BOXES = np.float32([[0, 0, 9, 9], [5, 5, 20, 20], [30, 30, 50, 60], [0, 0, 4, 4]] * 4)

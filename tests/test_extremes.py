@@ -809,3 +809,14 @@ def test_dual_loss_of_the_least_probable_class_has_no_infinite_intermediate():
     loss = focal_jax.dual_focal_loss_with_integer_labels
     with jax.debug_infs(True):
         jax.grad(lambda z: loss(z, 2))(jnp.array([2.0, 0.0, -1.0]))
+
+
+def test_dual_loss_is_differentiated_where_x64_is_turned_off_after_the_forward_pass():
+    z, labels = jnp.array([[2.0, 0.0, 1.0]]), jnp.array([0])
+    with jax.enable_x64(True):
+        _, transpose = jax.vjp(
+            lambda z: focal_jax.dual_focal_loss_with_integer_labels(z, labels), z
+        )
+    (got,) = transpose(jnp.ones(1, jnp.float32))
+    want = jax.grad(lambda z: focal_jax.dual_focal_loss_with_integer_labels(z, labels).sum())(z)
+    assert_close(got, want, 1e-6)

@@ -714,6 +714,13 @@ def test_subclass_of_reduced_keeps_the_constructor():
     assert Own("sigmoid_focal_loss", gamma=1.0).clone().options == (("gamma", 1.0),)
 
 
+def test_errors_of_an_inherited_call_name_the_class(framework):
+    with pytest.raises(InputError, match=r"option that SoftmaxFocalLoss.__call__ does not have"):
+        framework.SoftmaxFocalLoss()(jnp.zeros((2, 3)), jnp.array([0, 1]), alpha=None)
+    with pytest.raises(InputError, match=r"^SoftmaxFocalLoss.__call__: got missing"):
+        framework.SoftmaxFocalLoss()(jnp.zeros((2, 3)))
+
+
 def test_linen_options_are_pairs():
     with pytest.raises(InputError, match="options: got 1, wanted pairs"):
         focal_jax.linen.Reduced("sigmoid_focal_loss", options=1)

@@ -212,6 +212,16 @@ def test_forward_mode_alone_raises_and_the_reference_has_it(row):
     assert_close(tangent, sum(jnp.vdot(gradient[k], inside[k]) for k in inside), 1e-4)
 
 
+def test_only_losses_with_a_formula_refer_to_the_reference():
+    def forward(function):
+        with pytest.raises(TypeError, match="custom_vjp") as error:
+            jax.jvp(lambda z: function(z, jnp.array([0])), (jnp.ones((1, 2)),), (jnp.ones((1, 2)),))
+        return "focal_jax.reference" in str(getattr(error.value, "__notes__", []))
+
+    assert forward(focal_jax.softmax_focal_loss_with_integer_labels)
+    assert not forward(lambda z, y: focal_jax.token_statistics(z, y).entropy)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in PROGRAMS if row.numbers], ids=str)
 def test_derivatives_in_a_closed_over_tracer(row):

@@ -67,6 +67,11 @@ def reduce_classes(axis: int, operands: Any, initial: Any, combine: Callable[[An
     return jax.tree.unflatten(tree, [jnp.expand_dims(x, axis) for x in found])
 
 
+def argmax(z: Array, axis: int) -> Array:
+    """Return the first class with the largest logit, as int32, with a class axis of size 1."""
+    return jnp.expand_dims(lax.argmax(z, axis, jnp.int32), axis)
+
+
 def max_logit(z: Array, axis: int) -> Array:
     """Return the largest logit; `finfo.min` if every logit is -inf."""
     return jnp.max(z, axis, keepdims=True, initial=jnp.finfo(z.dtype).min)

@@ -53,8 +53,9 @@ def of_log_probability(
     arguments.require(
         isinstance(position, PositionLoss), f"loss: got {shown(loss)}, wanted {wanted}"
     )
-    name = position.__name__
-    arguments.require(position.row_option is None, f"loss: {name} needs a whole row of logits")
+    name = loss.declaration.name
+    got = f"loss: got {name}, which needs a whole row of logits"
+    arguments.require(position.row_option is None, f"{got}, wanted {wanted} alone")
     check_names(name, position.options, options)
     log_p = arguments.floating_array("log_probability", log_probability)
     dtype = arguments.compute_dtype(log_p)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from focal_jax.engine.class_axis import cast_logits, class_index
+from focal_jax.engine.class_axis import argmax, cast_logits, class_index
 from focal_jax.engine.sharding import AxisName
 
 
@@ -23,7 +23,7 @@ def _first_largest(axis: int, z: Array) -> Array:
 def _first_largest_jvp(axis, primals, tangents):
     (z,), (dz,) = primals, tangents
     if z.shape[axis]:
-        first = jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
+        first = argmax(z, axis)
         dz = jnp.where(class_index(z, axis) == first, dz, 0)
     return _first_largest(axis, z), jnp.sum(dz, axis, keepdims=True)
 

@@ -269,26 +269,31 @@ def check_names(loss: str, known: Iterable[str], given: Iterable[str]) -> None:
 def check_call(function: F) -> F:
     """Raise `InputError` if the arguments do not fit the signature of the function (decorator)."""
     signature = inspect.signature(function)
-    name = function.__qualname__.removesuffix(".__init__")
+    is_method = "self" in signature.parameters
     named = {k: p for k, p in signature.parameters.items() if k != "self"}
     names = [p.replace(annotation=p.empty) for p in named.values()]
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith("keras.") and "self" not in signature.parameters:  # Keras's own call
-            raise InputError(f"{name}: got Keras's (y_true, y_pred), wanted focal_jax.compat.keras")
+        if caller.startswith("keras.") and not is_method:  # Keras's own call
+            got = f"{function.__name__}: got Keras's (y_true, y_pred)"
+            raise InputError(f"{got}, wanted focal_jax.compat.keras")
         try:
             signature.bind(*args, **keywords)
         except TypeError as error:
+            owner = f"{type(args[0]).__name__}." if is_method else ""  # of an inherited method too
+            name = f"{owner}{function.__name__}".removesuffix(".__init__")
             if all(p.kind is not p.VAR_KEYWORD for p in names):
                 check_names(name, named, keywords)
-            wanted = f"{name}{inspect.Signature(names)}"
-            raise InputError(f"{name}: got {error}, wanted {wanted}") from None
+            raise InputError(
+                f"{name}: got {error}, wanted {name}{inspect.Signature(names)}"
+            ) from None
         try:
             return function(*args, **keywords)
         except TypeError as error:
-            if "custom_vjp" in str(error) and not hasattr(error, "__notes__"):
+            has_formula = hasattr(args[0] if is_method else checked, "declaration")
+            if has_formula and "custom_vjp" in str(error) and not hasattr(error, "__notes__"):
                 error.add_note("focal_jax.reference has formulas for forward-mode derivatives.")
             raise
 

@@ -107,7 +107,8 @@ class PositionLoss(CopiedAsFunction):
         from focal_jax.engine.linear import linear_source
 
         if self.row_option is not None:
-            raise InputError(f"linear: {self.__name__} needs a whole row of logits at once")
+            got = f"linear: got {self.__name__}, which needs a whole row of logits at once"
+            raise InputError(f"{got}, wanted another loss")
         of_logits = bias, transpose_kernel, logit_softcap, chunk_size, mesh, class_axis_name
         source, arrays, name = linear_source(features, kernel, *of_logits, temperature)
         return head.integer_losses(self, source, arrays, labels, class_axis_name=name, **options)

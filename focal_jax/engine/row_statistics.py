@@ -21,7 +21,7 @@ from jax import Array, lax
 
 from focal_jax.engine import arguments, chunks, scalar
 from focal_jax.engine.chunks import ChunkSpec, Linear
-from focal_jax.engine.class_axis import cast_logits, class_index, pick_class
+from focal_jax.engine.class_axis import argmax, cast_logits, class_index, pick_class
 from focal_jax.engine.cpu import compile_separately
 from focal_jax.engine.cpu_sums import MAX_FLOAT_INDEX, is_at_most, minimum_with_distance
 from focal_jax.engine.next_class import is_first_with
@@ -124,7 +124,7 @@ def _pick(z: Array, indices: Array | None, start: Any, axis: int) -> Array | Non
 def of_classes(axis: int, z: Array, start: Array | int, indices: Array | None) -> RowStatistics:
     """Return the statistics of the classes whose logits are `z`, of which the first is `start`."""
     index = class_index(z, axis)
-    own = jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
+    own = argmax(z, axis)
     largest = jnp.maximum(pick_class(z, own, axis), jnp.finfo(z.dtype).min)
     top = lax.stop_gradient(largest)
     # XLA:CPU does not vectorize a sum that is fused with a select or a clamp, so a minimum excludes
@@ -218,7 +218,8 @@ def of_source(
     """Return the statistics of all classes, of all shards."""
     num_classes = source.logits_shape(logits)[source.axis(logits)]
     arguments.require(num_classes, "logits: got 0 classes, wanted at least one")
-    return source.on_shards(_of_shards, source, logits, class_axis_name, indices, where)
+    row = source.on_shards(_of_shards, source, logits, class_axis_name, indices, where)
+    return place_like(jax.tree.leaves(logits)[0], row)
 
 
 def _of_shards(source: Any, logits: Any, class_axis_name, indices: Array, where) -> RowStatistics:

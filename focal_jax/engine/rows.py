@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from focal_jax.engine import scalar
 from focal_jax.engine.blocks import in_blocks
-from focal_jax.engine.class_axis import cast_logits, max_logit, reduce_classes
+from focal_jax.engine.class_axis import argmax, cast_logits, max_logit, reduce_classes
 from focal_jax.engine.cpu_sums import is_at_most, sums_in_passes
 from focal_jax.engine.platform import by_platform
 from focal_jax.engine.scalar import Terms
@@ -55,7 +55,7 @@ def max_class_on_cpu(z: Array, axis: int) -> Array | None:
     num_classes = z.shape[axis]
     if not num_classes or (axis == z.ndim - 1 and not is_at_most(num_classes, _FEW_CLASSES)):
         return None
-    return jnp.argmax(z, axis, keepdims=True).astype(jnp.int32)
+    return argmax(z, axis)
 
 
 def _row_in_passes(axis: int, logits: Array, where: Array | None) -> RowSums:

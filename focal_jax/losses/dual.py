@@ -28,8 +28,7 @@ def _gap(
     from focal_jax.engine.next_class import largest_below  # most programs do not use it
 
     below = largest_below(axis, logits, sums.label_logit, where, class_axis_name)
-    least = -scalar.max_finite(below)
-    return jnp.where(below == -jnp.inf, least, below - sums.label_logit)
+    return jnp.where(below == -jnp.inf, -scalar.max_finite(below), below - sums.label_logit)
 
 
 def _shifted(t: Terms, gap: Array) -> tuple[Terms, Array]:

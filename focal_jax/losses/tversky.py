@@ -11,7 +11,7 @@ from focal_jax.catalogue import declare
 from focal_jax.engine import arguments, exponent, number, scalar
 from focal_jax.engine.options import prepare_options, unwrap
 from focal_jax.engine.rules import keep_rules
-from focal_jax.engine.sharding import cast_to_common_varying
+from focal_jax.engine.sharding import cast_to_common_varying, place_like
 
 _OPTIONS = {
     "alpha": number(0.7, low=0.0, per_class=True),
@@ -129,5 +129,6 @@ def focal_tversky_loss(
     options = prepare_options(_OPTIONS, given, (num_classes,), dtype)
     mask = arguments.mask_array(where, positions, axis)
     # The options are not cast, because the sums over the devices do not vary over the mesh axes.
-    logits, labels, mask = cast_to_common_varying(logits, labels, mask)
+    placed = place_like(logits, (labels, mask))
+    logits, labels, mask = cast_to_common_varying(logits, *placed)
     return _losses(axis, axis_name, logits, labels, options, mask)

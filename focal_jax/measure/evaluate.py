@@ -200,14 +200,15 @@ def evaluate(
     static = {k: arrays.get(k, loss.options[k].default) for k in (*loss.masks, *loss.flags)}
     floats = {k: np.asarray(x) for k, x in arrays.items() if x is not None and k not in static}
     index = None if loss.differentiable_labels else floats.pop("labels").astype(int)
-    first = floats["features" if loss.kind == "linear" else "logits"]
+    logits_of = ("features", "kernel", "bias") + ("logits",) * loss.has_class_axis
+    product = {k: floats[k] for k in logits_of if k in floats}
+    first = _matmul(**product) if loss.kind == "linear" else floats["logits"]
     # `1 - p` in a formula needs more digits the closer p is to 1.
     spread = np.ptp(first, -1).max() if loss.has_class_axis else np.abs(first).max()
     with mpmath.workdps(DIGITS + int(spread)):
         plain = {k: _to_mpf(v) for k, v in floats.items()}
         if loss.kind == "region":
             return _evaluate_region(loss, formula, plain, static)
-        logits_of = ("features", "kernel", "bias") + ("logits",) * loss.has_class_axis
         x = {
             k: _variables(k, v) if arguments is None or k in arguments else v
             for k, v in plain.items()
