@@ -48,12 +48,13 @@ def of_log_probability(
     Raises:
       InputError: for a loss that is not a function of the log-probability alone.
     """
-    position: Any = getattr(getattr(loss, "declaration", None), "engine_loss", None)
+    declaration: Any = getattr(loss, "declaration", None)
+    position: Any = getattr(declaration, "engine_loss", None)
     wanted = "a loss of a softmax and class indices"
     arguments.require(
         isinstance(position, PositionLoss), f"loss: got {shown(loss)}, wanted {wanted}"
     )
-    name = loss.declaration.name
+    name = declaration.name
     got = f"loss: got {name}, which needs a whole row of logits"
     arguments.require(position.row_option is None, f"{got}, wanted {wanted} alone")
     check_names(name, position.options, options)

@@ -275,25 +275,24 @@ def check_call(function: F) -> F:
 
     @functools.wraps(function)
     def checked(*args: Any, **keywords: Any) -> Any:
+        owner: Any = args[0] if is_method else checked  # its class may inherit the method
+        name = ".".join([type(owner).__name__] * is_method + [function.__name__])
+        name = name.removesuffix(".__init__")
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith("keras.") and not is_method:  # Keras's own call
-            got = f"{function.__name__}: got Keras's (y_true, y_pred)"
-            raise InputError(f"{got}, wanted focal_jax.compat.keras")
+            raise InputError(f"{name}: got Keras's (y_true, y_pred), wanted focal_jax.compat.keras")
         try:
             signature.bind(*args, **keywords)
         except TypeError as error:
-            owner = f"{type(args[0]).__name__}." if is_method else ""  # of an inherited method too
-            name = f"{owner}{function.__name__}".removesuffix(".__init__")
             if all(p.kind is not p.VAR_KEYWORD for p in names):
                 check_names(name, named, keywords)
-            raise InputError(
-                f"{name}: got {error}, wanted {name}{inspect.Signature(names)}"
-            ) from None
+            wanted = f"{name}{inspect.Signature(names)}"
+            raise InputError(f"{name}: got {error}, wanted {wanted}") from None
         try:
             return function(*args, **keywords)
         except TypeError as error:
-            has_formula = hasattr(args[0] if is_method else checked, "declaration")
-            if has_formula and "custom_vjp" in str(error) and not hasattr(error, "__notes__"):
+            is_jax_error = "custom_vjp" in str(error) and not hasattr(error, "__notes__")
+            if is_jax_error and hasattr(owner, "declaration"):
                 error.add_note("focal_jax.reference has formulas for forward-mode derivatives.")
             raise
 

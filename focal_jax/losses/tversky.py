@@ -38,9 +38,6 @@ def _shares_jvp(primals, tangents):
     return (one_minus_index, index), (slope, -slope)
 
 
-_shares_in_loops = keep_rules(_shares)
-
-
 @partial(jax.jit, static_argnums=(0, 1))
 def _losses(axis, axis_name, logits, labels, options, where):
     from focal_jax.engine.every_class import class_probabilities  # most programs do not use it
@@ -59,7 +56,7 @@ def _losses(axis, axis_name, logits, labels, options, where):
         jnp.sum(arguments.mask_to_zero(x, where), positions) for x in (y * p, y * q, (1 - y) * p)
     ]
     tp, fn, fp = counts if axis_name is None else lax.psum(counts, axis_name)
-    one_minus_index, index = _shares_in_loops(alpha * fn + beta * fp, tp + smooth)
+    one_minus_index, index = keep_rules(_shares)(alpha * fn + beta * fp, tp + smooth)
     log_abs = scalar.log_abs(one_minus_index, index)
     return scalar.abs_power(one_minus_index, log_abs, gamma)
 
