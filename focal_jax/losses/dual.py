@@ -23,7 +23,7 @@ def _gap(
 ) -> Array:
     """Return `log(p_j / p_t)`, the largest logit below that of the label's class minus the latter.
 
-    It is the smallest finite number if no logit is below.
+    It is a large negative number if no logit is below.
     """
     from focal_jax.engine.next_class import largest_below  # most programs do not use it
 
