@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from focal_jax.engine import arguments, checks
 from focal_jax.engine.arguments import InputError, mask_to_zero
 from focal_jax.engine.options import check_call
+from focal_jax.engine.sharding import place_like
 
 NORMALIZATIONS = ("sum", "mean", "valid", "batch_size")
 _HINTS = {
@@ -149,24 +150,25 @@ def reduce_loss(
         raise InputError("losses: got a tuple of arrays, wanted one array: unpack the tuple first")
     losses = arguments.floating_array("losses", losses)
     dtype = arguments.compute_dtype(losses)
-    where = arguments.mask_array(where, losses.shape)
+    mask: Any = place_like(losses, arguments.mask_array(where, losses.shape))
     if labels is not None:
         labels = arguments.integer_labels(labels, losses.shape, None, ignore_label)
-        where = arguments.not_ignored(labels, ignore_label, where)
+        mask = arguments.not_ignored(place_like(losses, labels), ignore_label, mask)
     elif ignore_label is not None:
         raise InputError(
             f"ignore_label: got {arguments.shown(ignore_label)} without labels, wanted labels too"
         )
     arguments.check_axis_name("axis_name", axis_name)
+    weight: Array | None = None
     with jax.debug_nans(False):  # until the mask is applied
-        losses = mask_to_zero(losses.astype(dtype), where)
+        losses = mask_to_zero(losses.astype(dtype), mask)
         if weights is not None:
-            weights = weight_array(weights, losses)
-            weights = arguments.align(weights, losses.shape).astype(dtype)
-            weights = mask_to_zero(jnp.where(weights < 0, jnp.nan, weights), where)
-            losses *= weights
-    denominator = _denominator(normalization, losses, where, weights, axis_name)
-    too_small = denominator < 1 if weights is None else denominator <= 0
+            given = arguments.align(weight_array(weights, losses), losses.shape).astype(dtype)
+            placed: Array = place_like(losses, given)
+            weight = mask_to_zero(jnp.where(placed < 0, jnp.nan, placed), mask)
+            losses *= weight
+    denominator = _denominator(normalization, losses, mask, weight, axis_name)
+    too_small = denominator < 1 if weight is None else denominator <= 0
     denominator = jnp.where(too_small, 1, denominator)
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     return devices * jnp.sum(losses) / denominator

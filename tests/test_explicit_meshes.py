@@ -359,3 +359,57 @@ def test_meshes_that_do_not_fit(options, message):
     options = {"mesh": make_mesh((4, 2)), "class_axis_name": "model"} | options
     with pytest.raises(focal_jax.InputError, match=message):
         focal_jax.linear_token_statistics(x, w, labels, **options)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["reduce", "tversky", "sparse", "linear", "linear sigmoid"])
+def test_arguments_placed_at_random(name, seed):
+    mesh, arrays = make_mesh((4, 2), AxisType.Explicit), _arrays()
+    rng = np.random.default_rng(seed)
+    kernel = rng.normal(size=(CLASSES, CLASSES)).astype(np.float32)
+    pairs = arrays["indices"][:, None], arrays["gamma"][:, None]
+    where = arrays["indices"] > 0
+    z, alpha = arrays["logits"], arrays["alpha"]
+    function, args = {
+        "reduce": (
+            lambda losses, weights, where: focal_jax.reduce_loss(
+                losses, weights=weights, where=where
+            ),
+            (z[:, 0], arrays["gamma"], where),
+        ),
+        "tversky": (
+            lambda z, y, alpha, where: focal_jax.focal_tversky_loss(z, y, alpha=alpha, where=where),
+            (z, arrays["labels"], alpha, where),
+        ),
+        "sparse": (
+            lambda z, i, w, alpha, where: focal_jax.softmax_focal_loss_with_sparse_labels(
+                z, i, w, alpha=alpha, where=where
+            ),
+            (z, *pairs, alpha, where),
+        ),
+        "linear": (
+            lambda x, w, b, y, alpha, where: _LINEAR(
+                x, w, y, bias=b, alpha=alpha, where=where, label_smoothing=0.1
+            ),
+            (z, kernel, alpha, arrays["indices"], alpha, where),
+        ),
+        "linear sigmoid": (
+            lambda x, w, b, i, where: focal_jax.linear_sigmoid_focal_loss(
+                x, w, i, bias=b, where=where
+            ),
+            (z, kernel, alpha, pairs[0], where),
+        ),
+    }[name]
+    compute = jax.jit(jax.value_and_grad(lambda *args: jnp.sum(function(*args))))
+    want = compute(*args)
+    axes = [None, "data", "model", ("data", "model")]
+    with jax.sharding.set_mesh(mesh):
+        for _ in range(4):
+            placed = []
+            for x in args:
+                sizes = {"data": 4, "model": 2, ("data", "model"): 8, None: 1}
+                fits = [axis for axis in axes if x.shape[0] % sizes[axis] == 0]
+                spec = P(fits[rng.integers(len(fits))])
+                is_placed = rng.random() < 0.75
+                placed.append(jax.device_put(x, NamedSharding(mesh, spec)) if is_placed else x)
+            assert_close(compute(*placed), want, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from focal_jax.engine import arguments
 from focal_jax.engine.arguments import InputError, shown
 from focal_jax.engine.layout import replicate_on_mesh
 from focal_jax.engine.options import check_call, number
-from focal_jax.engine.sharding import on_explicit_mesh
+from focal_jax.engine.sharding import explicit_mesh
 
 __all__ = ["box_iou", "decode_boxes", "encode_boxes"]
 
@@ -143,7 +143,9 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
       IJCV 2010.
     """
     a, b = box_arrays(a=a, b=b)
-    b = replicate_on_mesh(b, a) if on_explicit_mesh([a]) else b  # one axis cannot shard both
+    b = (
+        replicate_on_mesh(b, a) if explicit_mesh([a]) is not None else b
+    )  # one axis cannot shard both
     return pairwise(iou, to_box(clip_coordinates(a)), to_box(clip_coordinates(b)))
 
 

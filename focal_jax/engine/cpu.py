@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
 from focal_jax.engine.platform import by_platform
-from focal_jax.engine.sharding import on_explicit_mesh
+from focal_jax.engine.sharding import explicit_mesh
 
 
 def _make_single_device_primitive() -> Any:
@@ -126,6 +126,6 @@ def compile_separately(function: Callable[..., Any], *args: Any, after: Array | 
 
 def by_devices(on_one: Callable[..., Any], on_many: Callable[..., Any], *args: Any) -> Any:
     """Return `on_one(*args)` if the program runs on one device, and else `on_many(*args)`."""
-    if single_device_primitive is None or on_explicit_mesh(jax.tree.leaves(args)):
+    if single_device_primitive is None or explicit_mesh(jax.tree.leaves(args)) is not None:
         return on_many(*args)
     return lax.cond(single_device_primitive.bind(), on_one, on_many, *args)

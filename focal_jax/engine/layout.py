@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from focal_jax.engine import checks
 from focal_jax.engine.arguments import InputError
 from focal_jax.engine.chunks import Linear
-from focal_jax.engine.sharding import AxisName, axis_names, specs_like
+from focal_jax.engine.sharding import AxisName, axis_names, explicit_mesh, specs_like
 
 
 class Layout(NamedTuple):
@@ -90,7 +90,7 @@ def on_mesh(
     """
     # In the compiled function, because eager JAX would report a masked NaN with `jax_debug_nans`.
     if source.layout is None:
-        linear = source.promoted(linear, others[-1])
+        linear = source.promoted(_on_the_mesh_of(linear, others), others[-1])
         return function(static, linear, class_axis_name, *others)
     mesh, classes, spec = source.layout
     by_class: list[Any] = [None, None]
@@ -115,6 +115,22 @@ def on_mesh(
         local, mesh=mesh, in_specs=tuple(specs), out_specs=spec, axis_names=manual
     )
     return mapped(*leaves)
+
+
+def _on_the_mesh_of(linear: Linear, others: Any) -> Linear:
+    """Return the arrays of a head; those without a mesh become replicated over the others' mesh.
+
+    In a jitted function a NumPy array has no mesh, and JAX does not mix it with arrays of a mesh.
+    """
+    mesh = explicit_mesh(jax.tree.leaves((linear, others)))
+    if mesh is None:
+        return linear
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(x):
+        return jax.sharding.reshard(x, whole) if jax.typeof(x).sharding.mesh.empty else x
+
+    return jax.tree.map(place, linear)
 
 
 def replicate_on_mesh(x: Array, like: Array) -> Array:

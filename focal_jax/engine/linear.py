@@ -93,20 +93,17 @@ def linear_source(
     softcap = checks.static_logit_softcap(logit_softcap)
     linear = Linear(features, kernel, bias)
     layout = layout_of(linear, class_axis, mesh, class_axis_name)
-    source = LinearSource(chunk_size, softcap, 0 if class_axis == 0 else -1, layout)
-    positions = features.shape[:-1]
-    dtype, axis = source.dtype(linear), len(positions)
-    divisor = prepare_temperature(temperature, positions, dtype, axis, num_classes)
-    if divisor is not None and jax.typeof(features).sharding.mesh.empty:
-        features = replicate_on_mesh(features, divisor)
     if layout is None:
         linear = linear._replace(
             features=whole_on_mesh(features, -1),
             kernel=replicate_on_mesh(kernel, features),
             bias=None if bias is None else replicate_on_mesh(bias, features),
         )
-    divisor = place_like(features, divisor)
-    linear = linear._replace(temperature=divisor)
+    source = LinearSource(chunk_size, softcap, 0 if class_axis == 0 else -1, layout)
+    positions = features.shape[:-1]
+    dtype, axis = source.dtype(linear), len(positions)
+    divisor = prepare_temperature(temperature, positions, dtype, axis, num_classes)
+    linear = linear._replace(temperature=place_like(features, divisor))
     same = {"features": features} | ({} if divisor is None else {"temperature": divisor})
     check_not_varying(same, class_axis_name)
     is_local = layout is None or layout.classes is None

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from focal_jax.engine.arguments import InputError
 
@@ -65,9 +65,10 @@ def check_not_varying(arrays: Mapping[str, Any], class_axis_name: AxisName | Non
             )
 
 
-def on_explicit_mesh(arrays: Iterable[Array]) -> bool:
-    """Return whether the type of any of the arrays shards it over an explicit mesh."""
-    return any(any(jax.typeof(x).sharding.spec) for x in arrays)
+def explicit_mesh(arrays: Iterable[Array]) -> Any:
+    """Return the explicit mesh of the first array that has one. A NumPy array has none in `jit`."""
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+    return next((x for x in meshes if not x.empty and AxisType.Explicit in x.axis_types), None)
 
 
 def place_like(like: Array, tree: Any) -> Any:
@@ -77,11 +78,9 @@ def place_like(like: Array, tree: Any) -> Any:
     JAX rejects a select and the cotangents of a `custom_vjp` whose operands are sharded in
     different ways. Without an explicit mesh the arrays are returned unchanged.
     """
-    arrays = jax.tree.leaves((like, tree))
-    if not on_explicit_mesh(arrays):
+    mesh = explicit_mesh(jax.tree.leaves((like, tree)))
+    if mesh is None:
         return tree
-    # In a jitted function a NumPy array has no mesh.
-    mesh = next(mesh for x in arrays if not (mesh := jax.typeof(x).sharding.mesh).empty)
 
     def place(x: Array, spec: PartitionSpec) -> Array:
         return jax.sharding.reshard(x, NamedSharding(mesh, spec))

@@ -136,14 +136,12 @@ def _losses(
     arguments.warn_of_one_class(num_classes)
     weight = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     weight = weight.astype(dtype)  # its cotangents are added up in the dtype of the loss
-    classes = jnp.moveaxis(classes, -1, axis)
     with jax.debug_nans(False):  # before the mask is applied
-        given = jnp.moveaxis(given, -1, axis)
+        classes, given = (jnp.moveaxis(x, -1, axis) for x in (classes, given))
+        arrays = place_like(jax.tree.leaves(logits)[0], (classes, given, weight, prepared, mask))
+        classes, given, weight, prepared, mask = arrays
         y = arguments.cast_and_mask(given, dtype, mask)
         y, negative = arguments.clip_labels(given, y, jnp.inf)
-    given = classes, y, negative, weight, prepared, mask
-    given = place_like(jax.tree.leaves(logits)[0], given)
-    classes, y, negative, weight, prepared, mask = given
     row = row_statistics.of_source(source, logits, class_axis_name, classes, mask)
     x, rest = row_statistics.of_picked(row, classes)
     of_class, invalid = label_weight(weight, classes, num_classes)

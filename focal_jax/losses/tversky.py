@@ -47,8 +47,6 @@ def _losses(axis, axis_name, logits, labels, options, where):
     _, invalid = arguments.clip_labels(labels, y, 1)
     # The derivative is 1, also at the bounds. XLA:GPU does not fuse the result of `clip_labels`.
     y = y + lax.stop_gradient(jnp.clip(y, 0, 1) - y)
-    options = arguments.cast_and_mask(options, dtype, None)
-    alpha, beta, gamma, smooth = (unwrap(options[name]) for name in _OPTIONS)
     y = jnp.where(invalid, jnp.nan, y)
     p, q = class_probabilities(axis, logits, where)
     positions = tuple(i for i in range(logits.ndim) if i != axis)
@@ -56,6 +54,8 @@ def _losses(axis, axis_name, logits, labels, options, where):
         jnp.sum(arguments.mask_to_zero(x, where), positions) for x in (y * p, y * q, (1 - y) * p)
     ]
     tp, fn, fp = counts if axis_name is None else lax.psum(counts, axis_name)
+    options = place_like(tp, arguments.cast_and_mask(options, dtype, None))
+    alpha, beta, gamma, smooth = (unwrap(options[name]) for name in _OPTIONS)
     one_minus_index, index = keep_rules(_shares)(alpha * fn + beta * fp, tp + smooth)
     log_abs = scalar.log_abs(one_minus_index, index)
     return scalar.abs_power(one_minus_index, log_abs, gamma)
