@@ -437,6 +437,7 @@ def test_timed_calls_alternate(monkeypatch):
         (jax.nn.softmax, {}, "loss: got .*, wanted one of"),
         (SIGMOID, {"shape": (3, 0)}, "shape: got 0"),
         (SIGMOID, {"shape": (3.0,)}, "shape: got 3.0"),
+        (SIGMOID, {"seed": np.timedelta64(3)}, "seed: got"),
         (INTEGER, {"shape": (7, 1)}, "shape along the class axis: got 1"),
         (INTEGER, {"axis": 2}, "axis: got 2"),
         (INTEGER, {"shape": ()}, "axis: got -1"),

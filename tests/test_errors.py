@@ -527,7 +527,7 @@ def test_python_bools_are_no_numbers(call, row):
 @pytest.mark.parametrize("row", PROGRAMS, ids=str)
 def test_a_softmax_over_one_class_warns(call, row):
     arguments = row.all(0, (4, 1))
-    if not row.softmax or row.kind == "interval":
+    if not row.softmax or (row.kind == "interval" and call != "eager"):
         return
     with pytest.warns(UserWarning, match="one class.*sigmoid_focal_loss"):
         getattr(row, call)(**arguments)
@@ -573,6 +573,9 @@ def test_invalid_labels_of_the_engine_are_a_mask(result):
     loss = engine.elementwise_loss(lambda z, y: z * y, label_is_invalid=lambda y: result)
     with pytest.raises(focal_jax.InputError, match="label_is_invalid: got"):
         loss(jnp.ones(2), jnp.ones(2))
+    for function in (3, lambda: result):
+        with pytest.raises(focal_jax.InputError, match=r"label_is_invalid: got .*, wanted"):
+            engine.elementwise_loss(lambda z, y: z * y, label_is_invalid=function)
 
 
 @pytest.mark.parametrize("slope", [np.ones(4), np.ones((4, 1, 1)), np.ones(7), "a", 1j])

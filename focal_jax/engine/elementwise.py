@@ -44,7 +44,7 @@ def parameter_order(
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        raise InputError(f"{role}: got {function}, wanted a Python function") from None
+        raise InputError(f"{role}: got {arguments.shown(function)}, wanted a function") from None
     arrays = [p for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)][:leading]
     others = [p for p in parameters if p not in arrays and p.kind is not p.VAR_POSITIONAL]
     names = [p.name for p in others if p.name in options or p.default is p.empty]
@@ -293,7 +293,6 @@ def elementwise_loss(
       InputError: if the parameters of `value` or `slopes` are not the declared options.
     """
     options = declared(options, ElementwiseLoss.__call__, ElementwiseLoss.linear)
-    if not (label_is_invalid is None or callable(label_is_invalid)):
-        got = arguments.shown(label_is_invalid)
-        raise InputError(f"label_is_invalid: got {got}, wanted None or a function")
+    if label_is_invalid is not None:
+        parameter_order("label_is_invalid", label_is_invalid, 1, {})
     return ElementwiseLoss(value, slopes, options, label_is_invalid)

@@ -182,7 +182,10 @@ def _with_named_errors(formula: Callable[..., Any] | None) -> Callable[..., Any]
 
 
 def _integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(
+        value, bool | np.timedelta64
+    )
+    if not is_integer or value < low:
         raise InputError(f"{name}: got {shown(value)}, wanted an integer of at least {low}")
     if int(value) > high:
         raise InputError(f"{name}: got {shown(value)}, wanted at most {high}")
@@ -190,7 +193,7 @@ def _integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
 
 
 def _dtype(dtype: DTypeLike) -> str:
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(Exception):  # of NumPy or JAX
         if dtype is not None and jnp.dtype(dtype).name in DTYPES:
             return jnp.dtype(dtype).name
     raise InputError(f"dtype: got {shown(dtype)}, wanted one of {DTYPES}")
