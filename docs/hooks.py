@@ -175,8 +175,8 @@ API = {
         ["focal_jax.reference", "focal_jax.measure"],
     ),
 }  # fmt: skip
-# The table of the page on losses: every task, and the functions for it. The losses without another
-# task are those of detectors.
+# The table of the page on losses: every task, and the functions for it. The first task gets the
+# names that no other task lists.
 TASKS = {
     "Detectors and heat maps": [],
     "Classifiers and segmenters": [

@@ -54,9 +54,9 @@ class Reduced(_Fields):
         # Every linen module has the fields `parent` and `name`. `clone` passes all fields.
         fields = {name: options.pop(name) for name in ("parent", "name") if name in options}
         pairs: Any = options.pop("options", ())
-        wanted = "pairs of a name and a value"
         got = f"options: got {arguments.shown(pairs)}"
-        arguments.require(isinstance(pairs, tuple | dict), f"{got}, wanted {wanted}")
+        is_valid = isinstance(pairs, tuple | dict)
+        arguments.require(is_valid, f"{got}, wanted pairs of a name and a value")
         options = {**dict(pairs), **options}
         loss = catalogue.function_of(loss)
         reduced.check_reserved(loss)

@@ -726,8 +726,8 @@ def test_numbers_in_lists_of_jax_arrays_are_checked():
     assert got.tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_class_indices_without_an_axis(axis):
+@pytest.mark.parametrize("index", [0, 1])
+def test_class_indices_without_an_axis(index):
     x, kernel = jnp.ones(3), jnp.ones((3, 2))
     calls = {
         "indices": (
@@ -741,4 +741,4 @@ def test_class_indices_without_an_axis(axis):
     }
     for name, functions in calls.items():
         with pytest.raises(focal_jax.InputError, match=rf"^{name}: got shape \(\), wanted \(1,\)"):
-            functions[axis]()
+            functions[index]()

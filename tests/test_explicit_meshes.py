@@ -402,13 +402,12 @@ def test_arguments_placed_at_random(name, seed):
     }[name]
     compute = jax.jit(jax.value_and_grad(lambda *args: jnp.sum(function(*args))))
     want = compute(*args)
-    axes = [None, "data", "model", ("data", "model")]
+    sizes = {None: 1, "data": 4, "model": 2, ("data", "model"): 8}
     with jax.sharding.set_mesh(mesh):
         for _ in range(4):
             placed = []
             for x in args:
-                sizes = {"data": 4, "model": 2, ("data", "model"): 8, None: 1}
-                fits = [axis for axis in axes if x.shape[0] % sizes[axis] == 0]
+                fits = [axis for axis, size in sizes.items() if x.shape[0] % size == 0]
                 spec = P(fits[rng.integers(len(fits))])
                 is_placed = rng.random() < 0.75
                 placed.append(jax.device_put(x, NamedSharding(mesh, spec)) if is_placed else x)

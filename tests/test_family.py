@@ -543,7 +543,7 @@ def test_labels_at_class_indices(module):
         np.testing.assert_allclose(value, cross_entropy[index], rtol=1e-6)
         np.testing.assert_allclose(slope, cross_entropy[left + 1] - cross_entropy[left], rtol=1e-5)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of one class
+        warnings.simplefilter("ignore")  # the loss warns of one class
         assert float(loss(jnp.zeros(1), jnp.float32(0))) == 0
 
 

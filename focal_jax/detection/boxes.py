@@ -143,9 +143,8 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
       IJCV 2010.
     """
     a, b = box_arrays(a=a, b=b)
-    b = (
-        replicate_on_mesh(b, a) if explicit_mesh([a]) is not None else b
-    )  # one axis cannot shard both
+    if explicit_mesh([a]) is not None:  # one mesh axis cannot shard both arrays
+        b = replicate_on_mesh(b, a)
     return pairwise(iou, to_box(clip_coordinates(a)), to_box(clip_coordinates(b)))
 
 

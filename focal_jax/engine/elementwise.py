@@ -139,7 +139,7 @@ class ElementwiseLoss(CopiedAsFunction):
         names = parameter_order("value", value, 2, options)
         slope_names = names if slopes is None else parameter_order("slopes", slopes, 2, options)
         if slopes is None:
-            from focal_jax.engine.autodiff import slopes_of  # the losses of the package have slopes
+            from focal_jax.engine.autodiff import slopes_of  # few losses need it
 
             slopes = slopes_of(value, names, options)
         self._value, self._slopes, self._slope_names = value, slopes, slope_names

@@ -78,7 +78,7 @@ class ClassSlopes(NamedTuple):
 def class_values(loss: Any, x: Array, exps: Split, y: Array, alpha: Array, options: Any) -> Array:
     """Return each class's summand, `alpha_c y_c f(p_c)`."""
     weight, t = alpha * y, class_terms(x, exps)
-    # With an infinite n, higher derivatives would multiply it by slopes of 0.
+    # Higher derivatives multiply n by slopes of 0, so it is finite where the weight is 0.
     t = t._replace(n=jnp.where(weight == 0, scalar.clip_inf(t.n), t.n))
     return scalar.weigh(weight, loss.value_of(t, options))
 

@@ -56,7 +56,8 @@ def of_log_probability(
     )
     name = declaration.name
     got = f"loss: got {name}, which needs a whole row of logits"
-    arguments.require(position.row_option is None, f"{got}, wanted {wanted} alone")
+    wanted = "a loss of the log-probability of the label's class alone"
+    arguments.require(position.row_option is None, f"{got}, wanted {wanted}")
     check_names(name, position.options, options)
     log_p = arguments.floating_array("log_probability", log_probability)
     dtype = arguments.compute_dtype(log_p)

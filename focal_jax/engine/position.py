@@ -56,7 +56,7 @@ class PositionLoss(CopiedAsFunction):
         slope_names = names if slopes is None else parameter_order("slopes", slopes, 1, inner)
         self._value, self._inner, self._slope_names = value, inner, slope_names
         if slopes is None:
-            from focal_jax.engine.autodiff import slopes_of_terms  # see `ElementwiseLoss`
+            from focal_jax.engine.autodiff import slopes_of_terms  # few losses need it
 
             slopes = slopes_of_terms(value, names, inner)
         self._slopes = slopes

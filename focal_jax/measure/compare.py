@@ -193,7 +193,7 @@ def _integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
 
 
 def _dtype(dtype: DTypeLike) -> str:
-    with contextlib.suppress(Exception):  # of NumPy or JAX
+    with contextlib.suppress(Exception):  # NumPy and JAX raise different exceptions
         if dtype is not None and jnp.dtype(dtype).name in DTYPES:
             return jnp.dtype(dtype).name
     raise InputError(f"dtype: got {shown(dtype)}, wanted one of {DTYPES}")

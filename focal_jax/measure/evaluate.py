@@ -126,7 +126,7 @@ def _lift(value: Callable[[Any], Any], slope: Callable[[Any], Any]) -> Any:
         return _Dual(value(x.value), _scaled(x.slopes, slope(x.value)) if x.slopes else None)
 
     vectorized = _vectorize(lifted)
-    return lambda x: vectorized(np.atleast_1d(x))  # also of a constant
+    return lambda x: vectorized(np.atleast_1d(x))  # a constant has no axis
 
 
 def _sigmoid(x: Any) -> Any:
