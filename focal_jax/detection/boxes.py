@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from focal_jax.engine import arguments
@@ -90,22 +90,32 @@ def _centers_and_sides(box: Box) -> tuple[Array, Array, Array, Array]:
     return box.x1 + 0.5 * width, box.y1 + 0.5 * height, width, height
 
 
-def box_offsets(
-    box: Box, anchor: Box, weights: Sequence[float] = WEIGHTS, min_side: float = 1.0
-) -> tuple[Array, Array, Array, Array]:
-    """Return the four offsets of `encode_boxes`, one array each."""
-    width, height = (jnp.maximum(side, min_side) for side in _centers_and_sides(box)[2:])
-    anchor_sides = _centers_and_sides(anchor)[2:]
-    anchor_width, anchor_height = (jnp.maximum(side, _EPSILON) for side in anchor_sides)
+def _columns() -> Array:
+    """Return the indices of the columns, to select by: XLA:GPU writes a stack to memory."""
+    return lax.broadcasted_iota(jnp.int32, (1, 4), 1)
+
+
+def ends(box: Box) -> tuple[Array, Array]:
+    """Return `(x1, y1, x1, y1)` and `(x2, y2, x2, y2)` of each box, both `[N, 4]`."""
+    x1, y1, x2, y2 = (coordinate[:, None] for coordinate in box)
+    is_x = _columns() % 2 == 0
+    return jnp.where(is_x, x1, y1), jnp.where(is_x, x2, y2)
+
+
+def offsets_of_ends(
+    box: tuple[Array, Array],
+    anchor: tuple[Array, Array],
+    weights: Sequence[float],
+    min_side: float,
+) -> Array:
+    """Return the offsets of `encode_boxes` from the ends of boxes and anchors."""
+    (low, high), (anchor_low, anchor_high) = box, anchor
+    side = jnp.maximum(high - low, min_side)
+    anchor_side = jnp.maximum(anchor_high - anchor_low, _EPSILON)
     # Differences of coordinates that are near each other are exact; centers are rounded.
-    dx = 0.5 * ((box.x1 - anchor.x1) + (box.x2 - anchor.x2))
-    dy = 0.5 * ((box.y1 - anchor.y1) + (box.y2 - anchor.y2))
-    return (
-        dx / anchor_width * weights[0],
-        dy / anchor_height * weights[1],
-        jnp.log(width / anchor_width) * weights[2],
-        jnp.log(height / anchor_height) * weights[3],
-    )
+    distance = 0.5 * ((low - anchor_low) + (high - anchor_high))
+    offsets = jnp.where(_columns() < 2, distance / anchor_side, jnp.log(side / anchor_side))
+    return offsets * jnp.asarray([weights], offsets.dtype)
 
 
 def check_weights(weights: Sequence[float]) -> tuple[float, ...]:
@@ -189,7 +199,7 @@ def encode_boxes(
     min_side = POSITIVE.static("min_side", min_side)
     boxes, anchors = box_arrays(boxes=boxes, anchors=anchors)
     arguments.check_shape("boxes", boxes, anchors.shape, "one box for each anchor")
-    return jnp.stack(box_offsets(to_box(boxes), to_box(anchors), weights, min_side), -1)
+    return offsets_of_ends(ends(to_box(boxes)), ends(to_box(anchors)), weights, min_side)
 
 
 @check_call

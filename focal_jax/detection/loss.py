@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -17,8 +16,9 @@ from focal_jax.detection.boxes import (
     WEIGHTS,
     Box,
     box_arrays,
-    box_offsets,
     check_weights,
+    ends,
+    offsets_of_ends,
     pairwise,
     share_inside,
     to_box,
@@ -33,11 +33,12 @@ from focal_jax.detection.matching import (
     iou_thresholds,
     prepare,
 )
-from focal_jax.engine import arguments
+from focal_jax.engine import arguments, scalar
 from focal_jax.engine.arguments import InputError, check_shape, shown
 from focal_jax.engine.layout import replicate_on_mesh
 from focal_jax.engine.options import check_call
 from focal_jax.engine.platform import by_platform
+from focal_jax.engine.rules import keep_rules
 from focal_jax.losses.sigmoid import sigmoid_focal_loss
 
 __all__ = ["RetinaNetLoss", "retinanet_loss"]
@@ -55,18 +56,39 @@ class RetinaNetLoss(NamedTuple):
     regression: Array
 
 
-def gather_best(anchors: Array, annotations: Array) -> tuple[Array, Box, Array]:
-    """Return the largest IoU of each anchor, and the box and the class of that annotation."""
+class Best(NamedTuple):
+    """The annotation with the largest IoU of each anchor.
+
+    On a TPU, where a gather is slow, the matching finds the box, and `row` is 0. Elsewhere it
+    finds the row, which takes a quarter of the memory, and `box` is 0.
+    """
+
+    iou: Array
+    label: Array
+    row: Array
+    box: Box
+
+    def ends(self, annotations: Array) -> tuple[Array, Array]:
+        """Return the ends of the boxes, see `boxes.ends`."""
+
+        def gather(annotations, best):
+            return jax.tree.map(lambda x: x[best.row], ends(to_box(annotations)))
+
+        return by_platform(gather, gather, annotations, self, on_tpu=lambda _, best: ends(best.box))
+
+
+def gather_best(anchors: Array, annotations: Array) -> Best:
+    """Return the best annotations for CPUs and GPUs."""
     iou, index = find_best(anchors, annotations)
-    values = to_box(annotations), annotations[:, 4]
-    return iou, *jax.tree.map(lambda x: x[jnp.maximum(index, 0)], values)
+    index, zero = jnp.maximum(index, 0), jnp.zeros_like(iou)
+    return Best(iou, annotations[index, 4], index, Box(zero, zero, zero, zero))
 
 
-def carry_best(anchors: Array, annotations: Array) -> tuple[Array, Box, Array]:
-    """Return the same as `gather_best` without a gather, which is slow on TPUs."""
+def carry_best(anchors: Array, annotations: Array) -> Best:
+    """Return the best annotations for TPUs."""
     columns = *to_box(annotations), annotations[:, 4]
-    iou, _, *box, label = find_best(anchors, annotations, *columns)
-    return iou, Box(*box), label
+    iou, index, *box, label = find_best(anchors, annotations, *columns)
+    return Best(iou, label, jnp.zeros_like(index), Box(*box))
 
 
 class _Matching(NamedTuple):
@@ -75,24 +97,21 @@ class _Matching(NamedTuple):
     positive_iou: float
     negative_iou: float
     force_match: bool
-    weights: Sequence[float]
-    min_side: float
 
-    def targets(
+    def labels(
         self, annotations: Array, regions: Array | None, anchors: Array
-    ) -> tuple[Array, Array]:
-        """Return each anchor's class, `BACKGROUND` or `IGNORED`, and its offsets `[A, 4]`."""
+    ) -> tuple[Array, Best]:
+        """Return each anchor's class, `BACKGROUND` or `IGNORED`, and its best annotation."""
         args = anchors, annotations
-        iou, box, label = by_platform(gather_best, gather_best, *args, on_tpu=carry_best)
-        unmatched = jnp.where(iou < self.negative_iou, BACKGROUND, IGNORED)
+        best = by_platform(gather_best, gather_best, *args, on_tpu=carry_best)
+        unmatched = jnp.where(best.iou < self.negative_iou, BACKGROUND, IGNORED)
         if regions is not None:
             inside = pairwise(share_inside, to_box(anchors), to_box(regions))
             unmatched = jnp.where(jnp.any(inside >= 0.5, 1), IGNORED, unmatched)
-        positive = iou >= self.positive_iou
+        positive = best.iou >= self.positive_iou
         if self.force_match:
             positive |= are_forced(anchors, annotations)
-        label = jnp.where(positive, label.astype(jnp.int32), unmatched)
-        return label, jnp.stack(box_offsets(box, to_box(anchors), self.weights, self.min_side), -1)
+        return jnp.where(positive, best.label.astype(jnp.int32), unmatched), best
 
 
 def _are_valid(annotations: Array, num_classes: int) -> Array:
@@ -106,23 +125,66 @@ def _are_valid(annotations: Array, num_classes: int) -> Array:
 @partial(jax.jit, static_argnums=(0, 1))  # `jax_debug_nans` would report a NaN of a padding row
 def _targets(
     matching: _Matching, num_classes: int, boxes: tuple[Array, Array], ignored: Array | None
-) -> tuple[Array, Array, Array, Array]:
-    """Return masks of valid images and of images with objects, the classes and the offsets."""
+) -> tuple[Array, Array, Array, tuple[Array, Best, Array]]:
+    """Return masks of valid images and of images with objects, the labels, and the matching.
+
+    The matching is the annotations, the best one of each anchor, and the anchors.
+    """
     valid = _are_valid(boxes[1], num_classes)[:, None]
     anchors, annotations = prepare(*boxes)
+    is_padding = annotations[..., 4:] == BACKGROUND
+    annotations = jnp.where(is_padding, BACKGROUND, annotations)  # without a NaN
     regions = None
     if ignored is not None:
-        ignored = ignored[..., None] & (annotations[..., 4:] != BACKGROUND)
+        ignored = ignored[..., None] & ~is_padding
         regions, annotations = (
             jnp.where(ignored, annotations, 0),
             jnp.where(ignored, BACKGROUND, annotations),
         )
     # With one more row of padding there is always a row to gather.
     annotations = jnp.pad(annotations, ((0, 0), (0, 1), (0, 0)), constant_values=BACKGROUND)
-    targets = jax.vmap(matching.targets, in_axes=(0, 0, None))
-    label, offsets = targets(annotations, regions, anchors)
+    labels = jax.vmap(matching.labels, in_axes=(0, 0, None))
+    label, best = labels(annotations, regions, anchors)
     has_objects = jnp.any(annotations[..., 4:] != BACKGROUND, 1, keepdims=True)
-    return valid, has_objects, label[..., None], offsets
+    return valid, has_objects, label[..., None], (annotations, best, anchors)
+
+
+class _Regression(NamedTuple):
+    """The options of the regression loss."""
+
+    weights: tuple[float, ...]
+    min_side: float
+    beta: float
+
+    def errors(self, offsets: Array, positive: Array, annotations: Array, best: Best, anchors: Any):
+        """Return the errors of the offsets of positive anchors, and 0 for the others."""
+
+        def encode(annotations, best):
+            box = best.ends(annotations)
+            return offsets_of_ends(box, ends(to_box(anchors)), self.weights, self.min_side)
+
+        wanted = jax.vmap(encode)(annotations, best).astype(offsets.dtype)
+        return arguments.mask_to_zero(offsets - wanted, positive)
+
+
+# `optax.huber_loss` of the errors would keep them in memory for its gradient.
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _smooth_l1_core(options: _Regression, *args: Any) -> Array:
+    size = jnp.abs(options.errors(*args))
+    quadratic = jnp.minimum(size, options.beta)
+    return (quadratic / options.beta) * (size - 0.5 * quadratic)
+
+
+@_smooth_l1_core.defjvp
+def _smooth_l1_jvp(options, primals, tangents):
+    offsets, positive, annotations, best, anchors = primals
+    box = jax.tree.map(scalar.prevent_cse, best.box)
+    matching = scalar.prevent_cse(annotations), best._replace(box=box), anchors
+    slope = jnp.clip(options.errors(offsets, positive, *matching) / options.beta, -1, 1)
+    return _smooth_l1_core(options, *primals), slope * tangents[0]
+
+
+_smooth_l1 = keep_rules(_smooth_l1_core, num_static=1)
 
 
 def _class_loss(class_loss: Any, alpha: Any, gamma: Any) -> Callable[..., Array]:
@@ -244,10 +306,12 @@ def retinanet_loss(
     matching = _Matching(
         *iou_thresholds(positive_iou, negative_iou),
         arguments.static_bool("force_match", force_match),
+    )
+    regression = _Regression(
         check_weights(weights),
         POSITIVE.static("min_side", min_side),
+        POSITIVE.static("smooth_l1_beta", smooth_l1_beta),
     )
-    beta = POSITIVE.static("smooth_l1_beta", smooth_l1_beta)
     if ignored is not None:
         ignored = arguments.as_array("ignored", ignored, "bool, whether an annotation is a region")
         if ignored.dtype != bool:
@@ -266,7 +330,7 @@ def retinanet_loss(
 
     anchors = replicate_on_mesh(anchors, class_logits)
     args = lax.stop_gradient((anchors, annotations)), ignored
-    valid, has_objects, label, offsets = _targets(matching, num_classes, *args)
+    valid, has_objects, label, matched = _targets(matching, num_classes, *args)
     positive, counted = label > BACKGROUND, label != IGNORED
     if empty_images == "skip":
         counted &= has_objects
@@ -274,8 +338,7 @@ def retinanet_loss(
     losses = loss(class_logits, label == index, where=counted)
     losses = losses.astype(arguments.compute_dtype(losses))
     dtype = arguments.compute_dtype(box_regression)
-    error = box_regression.astype(dtype) - offsets.astype(dtype)
-    smooth_l1 = optax.huber_loss(arguments.mask_to_zero(error, positive), delta=beta) / beta
+    smooth_l1 = _smooth_l1(regression, box_regression.astype(dtype), positive, *matched)
 
     positives, devices, count = jnp.sum(positive, 1, dtype=jnp.int32), 1, images
     if normalization == "batch":

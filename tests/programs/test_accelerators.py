@@ -72,9 +72,8 @@ LIMITS = [
     Limits("H200", "imagenet", "bfloat16", 1.10, 0.02),
     Limits("H200", "vocabulary", "float32", 1.05, 0.02),
     Limits("H200", "vocabulary", "bfloat16", 1.10, 0.02),
-    Limits("H200", "retinanet", "float32", 1.25, 0.1, kernels=24),
-    # optax's Huber loss stores masks for its gradient.
-    Limits("H200", "retinanet", "bfloat16", 1.37, 0.12, kernels=24),
+    Limits("H200", "retinanet", "float32", 1.15, 0.06, kernels=24),
+    Limits("H200", "retinanet", "bfloat16", 1.28, 0.12, kernels=24),
     Limits("v5e", "sigmoid", "float32", 1.05, 0.01, cycles=1.05),
     Limits("v5e", "sigmoid", "bfloat16", 1.05, 0.01, cycles=1.15),
     Limits("v5e", "anchors", "float32", 1.40, 0.1, cycles=0.55, kernels=16),
