@@ -21,6 +21,7 @@ from helpers import (
 from jax.experimental import checkify
 
 import focal_jax
+from focal_jax.engine.platform import forced_form
 
 pytestmark = pytest.mark.quick
 
@@ -272,6 +273,30 @@ def test_infinite_logits(row):
     for sign, label in itertools.product((1, -1), (0.0, 0.4, 1.0)):
         _, gradient = slopes({"logits": sign * z, "labels": jnp.full(2, label)})
         assert _all_finite(gradient)
+
+
+@pytest.mark.parametrize("row", ELEMENTWISE, ids=str)
+def test_tpu_form_has_the_numbers_of_the_cpu_form(row):
+    # On a TPU the losses with a gradient are computed from finite logits.
+    logits, labels = np.meshgrid(
+        [0, 0.3, -0.3, 5, -5, 40, -40, 1e4, -1e4, 1e15, -1e15, 1e30, -1e30, *INVALID], [0, 0.3, 1]
+    )
+    labels = np.float32(labels if row.soft else np.round(labels))
+    options = {k: np.float32(v) for k, v in row.scalars().items()}
+    arrays = {row.first: np.float32(logits), "labels": labels} | options
+
+    def losses_and_gradients(arrays):
+        losses, gradient = jax.vjp(lambda kw: row.eager(**kw), arrays)
+        return losses, gradient(jnp.ones_like(losses))[0]
+
+    found = []
+    for form in ("tpu", "cpu"):
+        with forced_form(form):
+            found.append(jax.jit(losses_and_gradients)(arrays))
+    got, want = found
+    assert np.any(np.isinf(want[0]))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [0, 1.5, 2])

@@ -6,6 +6,7 @@ and mesh axes of the cotangents.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from focal_jax.engine.options import (
     prepare_options,
     unwrap,
 )
+from focal_jax.engine.platform import by_platform
 from focal_jax.engine.rules import with_gradient
 from focal_jax.engine.sharding import cast_to_common_varying, place_like
 
@@ -165,6 +167,15 @@ class ElementwiseLoss(CopiedAsFunction):
             result = self.value_of(z, y, options)
             return arguments.mask_and_invalidate(result, invalid, args[-1])
 
+        def losses_on_tpu(*args):
+            # A TPU computes losses and slopes in one kernel, and their common terms once, if both
+            # use the same finite logits. Beyond these logits, a large loss is proportional to them.
+            z, y, invalid, options = prepare(True, *args)
+            result, largest = self.value_of(z, y, options), scalar.max_finite(z)
+            beyond = jnp.abs(prepare(False, *args)[0] - z) / largest
+            result += jnp.where(jnp.abs(result) > math.sqrt(largest), result * beyond, 0)
+            return arguments.mask_and_invalidate(result, invalid, args[-1])
+
         def all_slopes(logits, labels, options, where):
             z, y, invalid, given = prepare(True, logits, labels, options, where)
             by_logit, by_label, found = self.slopes_of(z, y, given)
@@ -172,7 +183,7 @@ class ElementwiseLoss(CopiedAsFunction):
             finish = partial(arguments.mask_and_invalidate, invalid=invalid, where=where)
             return jax.tree.map(finish, (by_logit, by_label, by_option))
 
-        self._core = _with_slopes(losses, all_slopes)
+        self._core = _with_slopes(losses, losses_on_tpu, all_slopes)
 
     @check_call
     def __call__(
@@ -229,7 +240,9 @@ class ElementwiseLoss(CopiedAsFunction):
         return by_logit, by_label, of_options
 
 
-def _with_slopes(losses: Callable[..., Array], all_slopes: Callable[..., Any]):
+def _with_slopes(
+    losses: Callable[..., Array], on_tpu: Callable[..., Array], all_slopes: Callable[..., Any]
+):
     """Return the losses with a `custom_vjp` that multiplies the cotangent by the slopes."""
 
     @jax.jit
@@ -237,7 +250,7 @@ def _with_slopes(losses: Callable[..., Array], all_slopes: Callable[..., Any]):
         return compile_separately(losses, *args)
 
     def forward(*args):
-        result = primal(*args)
+        result = by_platform(primal, primal, *args, on_tpu=on_tpu)
         return result, (args, result)
 
     def backward(residuals, ct):
