@@ -21,11 +21,7 @@ LOSSES: dict[str, Loss] = {}  # filled by `declare`
 
 
 def declare(
-    kind: Kind,
-    labels: tuple[Labels, ...],
-    options: Any,
-    *,
-    stop_gradient_weight: bool = False,
+    kind: Kind, labels: tuple[Labels, ...], options: Any, *, stop_gradient_weight: bool = False
 ) -> Callable[[F], F]:
     """Enter a public function in the catalogue (decorator).
 

@@ -196,7 +196,10 @@ class Reduced:
         for name, value in dict(self.options).items():
             array = np.asarray(value) if isinstance(value, ConstantArray) else value
             options.setdefault(name, array)
-        bound = inspect.signature(self.loss).bind_partial(*arrays, **options)
+        try:
+            bound = inspect.signature(self.loss).bind_partial(*arrays, **options)
+        except TypeError as error:
+            raise InputError(f"{getattr(self.loss, '__name__', 'loss')}: {error}") from error
         bound.apply_defaults()  # those of `functools.partial` too
         given = bound.arguments | options
         masks: dict[str, Any] = {"axis_name": self.axis_name, "where": given.get("where")}

@@ -106,7 +106,8 @@ def linear_token_statistics(
     r"""Compute the statistics of a linear layer's softmax without storing its logits.
 
     The logits are `features @ kernel + bias`; then the softcap applies, then the temperature. One
-    pass over the chunks of classes computes all statistics, a second pass their gradient.
+    pass over the chunks of classes computes all statistics, a second pass their gradient. The
+    arguments that are not listed are those of `linear_softmax_focal_loss_with_integer_labels`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -117,19 +118,10 @@ def linear_token_statistics(
       [-0.5514, 1.5514, 0.9753, 0]
 
     Args:
-      features: `[..., D]`.
-      kernel: `[D, C]`, or `[C, D]` with `transpose_kernel`.
       labels: class indices, `[...]`.
-      bias: None or `[C]`.
       temperature: a number > 0, or an array that broadcasts to the labels.
-      logit_softcap: None or a number > 0. For this argument and for `class_axis_name`, `mesh`,
-        `transpose_kernel` and `chunk_size` see `linear_softmax_focal_loss_with_integer_labels`.
       ignore_label: all statistics of positions with this label are 0.
       where: mask of the statistics.
-      class_axis_name: mapped axes over which the classes are sharded.
-      mesh: a mesh over which the head is sharded.
-      transpose_kernel: whether the kernel is `[C, D]`.
-      chunk_size: classes per chunk.
 
     Returns:
       `TokenStatistics`, with arrays `[...]`.

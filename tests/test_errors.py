@@ -573,9 +573,29 @@ def test_invalid_labels_of_the_engine_are_a_mask(result):
     loss = engine.elementwise_loss(lambda z, y: z * y, label_is_invalid=lambda y: result)
     with pytest.raises(focal_jax.InputError, match="label_is_invalid: got"):
         loss(jnp.ones(2), jnp.ones(2))
+    with pytest.raises(focal_jax.InputError, match="label_is_invalid: got"):
+        loss.linear(jnp.ones((2, 3)), jnp.ones((3, 2)), jnp.zeros((2, 1), int))
     for function in (3, lambda: result):
         with pytest.raises(focal_jax.InputError, match=r"label_is_invalid: got .*, wanted"):
             engine.elementwise_loss(lambda z, y: z * y, label_is_invalid=function)
+
+
+def test_a_linear_head_needs_the_labels_0_and_1():
+    signs = engine.elementwise_loss(
+        lambda z, y: engine.cross_entropy(z * y, jnp.ones_like(y)),
+        label_is_invalid=lambda y: jnp.abs(y) != 1,
+    )
+    assert jnp.isnan(signs(jnp.ones(2), jnp.array([-1.0, 0.0]))).tolist() == [False, True]
+    arrays = jnp.ones((2, 3)), jnp.ones((3, 2)), jnp.zeros((2, 1), int)
+    with pytest.raises(
+        focal_jax.InputError, match="label_is_invalid: got True for the label 0 or 1"
+    ):
+        jax.jit(signs.linear)(*arrays)
+    from_0_to_1 = engine.elementwise_loss(
+        engine.cross_entropy, label_is_invalid=lambda y: (y < 0) | (y > 1)
+    )
+    wanted = engine.elementwise_loss(engine.cross_entropy).linear(*arrays)
+    np.testing.assert_array_equal(jax.jit(from_0_to_1.linear)(*arrays), wanted)
 
 
 @pytest.mark.parametrize("slope", [np.ones(4), np.ones((4, 1, 1)), np.ones(7), "a", 1j])

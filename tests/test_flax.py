@@ -385,6 +385,12 @@ def test_reduced_rejects_a_positional_argument_given_by_keyword(framework, data)
         loss(logits, labels=labels)
 
 
+def test_reduced_rejects_too_many_arrays(framework, data):
+    logits, labels = data
+    with pytest.raises(InputError, match=r"softmax_focal_loss.*: too many positional arguments"):
+        framework.Reduced("softmax_focal_loss_with_integer_labels")(logits, labels, labels)
+
+
 def test_error_names_an_invalid_mask_beside_an_ignore_label(framework):
     with pytest.raises(InputError, match="where: got shape"):
         framework.SoftmaxFocalLoss(ignore_label=0)(

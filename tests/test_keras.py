@@ -142,6 +142,51 @@ def test_every_loss_by_name(name):
     np.testing.assert_array_equal(again(labels, LOGITS), loss(labels, LOGITS))
 
 
+class _Weighted(compat.SoftmaxFocalLoss):
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+
+
+class _Varifocal(compat.Loss):
+    def __init__(self, **keywords):
+        super().__init__("varifocal_loss", **keywords)
+
+
+class _Forwarding(compat.Loss):
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+
+
+class _Fixed(compat.SigmoidFocalLoss):
+    def __init__(self, gamma=3.0):
+        super().__init__(gamma=gamma)
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels"),
+    [
+        (_Weighted(alpha=[0.5, 1, 1, 1], gamma=1.0, reduction="sum"), INDICES),
+        (_Varifocal(alpha=0.5, name="quality"), ONE_HOT),
+        (_Forwarding("asymmetric_loss", margin=0.2), ONE_HOT),
+        (_Fixed(gamma=1.0), ONE_HOT),
+    ],
+)
+def test_subclasses_are_restored_from_their_configuration(loss, labels):
+    again = type(loss).from_config(loss.get_config())
+    assert (again.name, again.reduction) == (loss.name, loss.reduction)
+    np.testing.assert_array_equal(again(labels, LOGITS), loss(labels, LOGITS))
+
+
+@pytest.mark.parametrize("probability", [[[1.1]], [[-0.1]]])
+def test_gradient_of_an_invalid_probability_is_nan(probability):
+    loss = compat.SigmoidFocalLoss(from_logits=False)
+    value, gradient = jax.value_and_grad(lambda p: loss(jnp.ones((1, 1)), p))(
+        jnp.array(probability)
+    )
+    assert jnp.isnan(value)
+    assert jnp.all(jnp.isnan(gradient))
+
+
 @pytest.mark.parametrize(
     ("loss", "y_true", "y_pred", "match"),
     [

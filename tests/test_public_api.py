@@ -170,7 +170,7 @@ def test_import_executes_at_most_4300_lines(loaded):
 
 
 def test_package_does_not_grow():
-    assert sum(LINES.values()) <= 11899
+    assert sum(LINES.values()) <= 11989
 
 
 def test_no_file_has_more_than_450_lines():

@@ -11,7 +11,7 @@ Importing this module raises ImportError without Keras, and InputError with anot
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -73,7 +73,22 @@ def _logits(p: Array, sigmoid: bool) -> Array:
     if sigmoid:
         below = y < 1
         z -= jnp.where(below, jnp.log1p(-jnp.where(below, y, 0)), -jnp.inf)
-    return jnp.where(invalid, jnp.nan, z)
+    return z + jnp.where(invalid, jnp.nan, 0) * y  # the derivative is NaN too
+
+
+def _constructor_names(cls: type, names: Iterable[str]) -> set[str]:
+    """Return the names that the constructor of a `Loss` takes, itself or by `**keywords`."""
+    found: set[str] = set()
+    constructors = [c for c in cls.__mro__ if "__init__" in vars(c)]
+    for c in constructors:
+        parameters = inspect.signature(c.__init__).parameters.values()
+        found |= set(names) if c is Loss else {x.name for x in parameters}
+        if c is Loss or not any(x.kind is x.VAR_KEYWORD for x in parameters):
+            break
+    # A subclass that does not take the loss sets it.
+    first = inspect.signature(constructors[0].__init__).parameters.values()
+    takes_loss = any(x.name == "loss" or x.kind is x.VAR_POSITIONAL for x in first)
+    return found if takes_loss else found - {"loss"}
 
 
 def _position_mask(mask: Any, shape: tuple[int, ...]) -> Array:
@@ -221,6 +236,7 @@ class Loss(keras.losses.Loss):
         if kind == "linear":
             own = "transpose_kernel"
             kernel = arguments.floating_array("kernel", rest[0])
+            arguments.require(kernel.ndim == 2, f"kernel: got shape {kernel.shape}, wanted [D, C]")
             shape = (*shape[:-1], kernel.shape[0 if options.get(own) else -1])
             options["bias"] = rest[1] if len(rest) > 1 else None
         if kind == "elementwise":
@@ -308,10 +324,9 @@ class Loss(keras.losses.Loss):
         }
         own = ("from_logits", "label_smoothing", "ignore_class", "dtype")
         config = {"loss": self.loss.name, **{k: getattr(self, k) for k in own}, **options}
-        keep = inspect.signature(type(self).__init__).parameters
-        if not any(x.kind is x.VAR_KEYWORD for x in keep.values()):
-            config = {k: v for k, v in config.items() if k in keep}
-        return {**super().get_config(), **config}
+        config = {**super().get_config(), **config}
+        keep = _constructor_names(type(self), config)
+        return {k: v for k, v in config.items() if k in keep}
 
 
 @_register

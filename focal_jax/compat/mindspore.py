@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from focal_jax.compat._arguments import check_calls, check_options, class_indices
-from focal_jax.engine import arguments
+from focal_jax.engine import arguments, scalar
 from focal_jax.engine.arguments import InputError, shown
 from focal_jax.engine.checks import check_number
 from focal_jax.engine.options import CLASS_WEIGHTS
@@ -32,7 +32,9 @@ def _loss_per_class(predict: Array, target: Array, **options) -> Array:
     far = -jax.nn.log_softmax(predict.astype(dtype), 1)
     weight = 1 if alpha is None else alpha.reshape(1, -1, *(1,) * (predict.ndim - 2)).astype(dtype)
     slope = jnp.where(far > 1e6, weight * far, slope)
-    return jnp.where(target == 0, 0, target * slope)
+    # The gradient is NaN where the loss is.
+    slope += jnp.where(jnp.isnan(slope), jnp.nan, 0) * scalar.clip_inf(predict.astype(dtype))
+    return scalar.weigh(target, slope)
 
 
 @check_calls

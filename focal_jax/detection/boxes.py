@@ -132,9 +132,10 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
 
         IoU = |a & b| / max(|a| + |b| - |a & b|, 1e-8)
 
-    The result is differentiable in both arguments, with a finite gradient also at boxes without
-    area. Coordinates are clipped to half of the dtype's largest number and areas to a quarter of
-    it, so that infinite boxes do not give NaN. A NaN coordinate gives NaN.
+    The result is differentiable in both arguments. At boxes without area the gradient is finite,
+    but it exceeds the range of float16. Coordinates are clipped to half of the dtype's largest
+    number and areas to a quarter of it, so that infinite boxes do not give NaN. A NaN coordinate
+    gives NaN.
 
     Example:
       >>> from focal_jax.detection import box_iou

@@ -282,7 +282,7 @@ def retinanet_loss(
 
     Raises:
       InputError: if an argument is invalid, or `class_loss` returns an invalid shape or dtype.
-      NameError: if `axis_name` is not bound.
+      NameError: if `axis_name` is used and is not bound.
 
     References:
       [Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002). ICCV 2017.

@@ -57,8 +57,3 @@ class Loss(NamedTuple):
     def masks(self) -> tuple[str, ...]:
         """The options, besides `where`, that are bool arrays."""
         return tuple(name for name, x in self.options.items() if x.kind == "mask")
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """The options that are Python bools."""
-        return tuple(name for name, x in self.options.items() if x.kind == "flag")

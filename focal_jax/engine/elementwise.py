@@ -56,8 +56,8 @@ def parameter_order(
     by_name = all(p.kind is not p.POSITIONAL_ONLY for p in others)
     if not (enough and by_name and set(names) == set(options)):
         raise InputError(
-            f"{role}: got parameters ({', '.join(map(str, parameters))}), wanted {leading} arrays "
-            f"and then the options {list(options)}"
+            f"{role}: got parameters ({', '.join(map(str, parameters))}), wanted {leading} "
+            f"array{'s' * (leading > 1)} and then the options {list(options)}"
         )
     return tuple(names)
 
@@ -145,6 +145,7 @@ class ElementwiseLoss(CopiedAsFunction):
 
             slopes = slopes_of(value, names, options)
         self._value, self._slopes, self._slope_names = value, slopes, slope_names
+        self.label_is_invalid = label_is_invalid
         self.__name__ = getattr(value, "__name__", "loss").strip("_")
         self.__doc__ = value.__doc__
         self.declaration = Loss(self.__name__, "elementwise", ("hard", "soft"), self.options, self)

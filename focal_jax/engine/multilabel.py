@@ -127,6 +127,12 @@ def linear_losses(
 ) -> Array:
     """Return the sum over the classes for each position; see `ElementwiseLoss.linear`."""
     check_names(loss.__name__, loss.options, options)
+    if loss.label_is_invalid is not None:
+        with jax.ensure_compile_time_eval():
+            invalid = loss.label_is_invalid(jnp.array([0.0, 1.0]))
+            invalid = jnp.any(arguments.bool_array("label_is_invalid", invalid)).item()
+        got = "label_is_invalid: got True for the label 0 or 1"
+        arguments.require(not invalid, f"{got}, wanted False: a linear head has these labels")
     of_logits = bias, transpose_kernel, None, chunk_size, mesh, class_axis_name
     source, linear, name = linear_source(features, kernel, *of_logits)
     *positions, local = source.logits_shape(linear)

@@ -58,10 +58,9 @@ def clip_inf(x: Array) -> Array:
 def prevent_cse(x: Array) -> Array:
     """Return `x` for the backward pass, in a form that XLA does not merge with the forward pass.
 
-    If the forward and the backward pass contain the same expensive expression, XLA's common-
-    subexpression elimination (CSE) computes the expression once and writes it to memory, which
-    costs more than computing it twice. `lax.optimization_barrier` also prevents the merge, but
-    doubles the cycles on a TPU. As a side effect infinities become finite.
+    On CPUs and GPUs, XLA's common-subexpression elimination (CSE) writes an expensive expression
+    that both passes contain to memory, which costs more than computing it twice. As a side effect
+    infinities become finite.
     """
     return clip_inf(x)
 

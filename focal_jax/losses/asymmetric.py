@@ -69,11 +69,6 @@ def _shifted_terms_jvp(primals, tangents):
     return m, Terms(-dq, dq, dn, dlog_q, dn_over_q)
 
 
-def _times(gamma: int | float | Array, x: Array) -> Array:
-    """Return `gamma * x`. XLA computes x for a static exponent of 0 unless it is left out."""
-    return jnp.zeros_like(x) if isinstance(gamma, int | float) and gamma == 0 else gamma * x
-
-
 def _near_zero(z: Array, margin: Array, t: Terms) -> tuple[Array, Array, Array]:
     """Return where the logit is near 0, and `log(t.q / m.q)` and `t.n - m.n`, valid only there.
 
@@ -109,7 +104,9 @@ def _slopes(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
     log_w_ratio = gamma_positive * log_ratio + (gamma_positive - gamma_negative) * m_log_q
     near &= jnp.abs(log_w_ratio) < 1
     difference = jnp.expm1(jnp.where(near, log_w_ratio, 0)) * t.n + n_difference
-    falls = w_positive * (t.q + _times(g_positive, t.p * t.n))
+    falls = w_positive * t.q
+    if not isinstance(g_positive, int | float) or g_positive:  # XLA would compute a product with 0
+        falls += g_positive * (w_positive * (t.p * t.n))
     of_negative = jnp.where(m.q > 0, not_y * w_negative, 0)
     by_margin = of_negative * (_one_over_p(z, margin) + g_negative * n_over_q)
     # 1 / p is bounded for the sake of higher derivatives.

@@ -35,7 +35,8 @@ def linear_sigmoid_focal_loss(
 
     Taggers, recommenders and extreme multi-label classifiers have many classes, of which a few are
     positive. The logits are computed for one chunk of classes at a time, once for the loss and
-    again for the gradient.
+    again for the gradient. The arguments that are not listed are those of
+    `linear_softmax_focal_loss_with_integer_labels`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,20 +48,11 @@ def linear_sigmoid_focal_loss(
       [0.1769, 0.3692]
 
     Args:
-      features: `[..., D]`.
-      kernel: `[D, C]`, or `[C, D]` with `transpose_kernel`. The products have the wider dtype of
-        features and kernel, and are accumulated in float32 at least.
       labels: `[..., L]`, integer: the indices of the positive classes, padded with -1. A class that
         is given twice counts once. Any other index outside `[0, C)` makes its position NaN.
-      bias: None or `[C]`.
       alpha: weight of the positives in [0, 1], a number or `[...]`; negatives weigh `1 - alpha`.
       gamma: focusing exponent, at least 0, a number or `[...]`.
       where: mask of the positions.
-      class_axis_name: mapped axes over which the classes of kernel and bias are sharded; see
-        `linear_softmax_focal_loss_with_integer_labels`. Labels refer to all classes.
-      mesh: a mesh over which the head is sharded; see the same function.
-      transpose_kernel: whether the kernel is `[C, D]`, such as an embedding.
-      chunk_size: classes per chunk; see `linear_softmax_focal_loss_with_integer_labels`.
 
     Returns:
       The sums of the losses over the classes, `[...]`.

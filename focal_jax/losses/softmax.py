@@ -199,10 +199,6 @@ def linear_softmax_focal_loss_with_integer_labels(
       The losses, `[...]`; or with `return_logsumexp` a pair with the log-sum-exp, as in
       `softmax_focal_loss_with_integer_labels`.
 
-    Raises:
-      InputError: for an invalid argument, and for sizes that the mesh does not divide.
-      NameError: for a `class_axis_name` that is not bound.
-
     References:
       [Lin et al. 2017, Focal Loss for Dense Object Detection](https://arxiv.org/abs/1708.02002).
       [Milakov et al. 2018, Online normalizer calculation for

@@ -197,7 +197,8 @@ def evaluate(
       derivatives in the logits only, of shape `[C, positions, C]`.
     """
     formula = FORMULAS[loss.name] if formula is None else formula
-    static = {k: arrays.get(k, loss.options[k].default) for k in (*loss.masks, *loss.flags)}
+    others = {k: x for k, x in loss.options.items() if not x.differentiable}
+    static = {k: arrays.get(k, x.default) for k, x in others.items()}
     floats = {k: np.asarray(x) for k, x in arrays.items() if x is not None and k not in static}
     index = None if loss.differentiable_labels else floats.pop("labels").astype(int)
     logits_of = ("features", "kernel", "bias") + ("logits",) * loss.has_class_axis
