@@ -674,7 +674,7 @@ def test_forms_of_the_matching_agree_bit_for_bit():
 
     def found(anchors, annotations, best_of):
         best = best_of(anchors, annotations)
-        return best.iou, best.label, best.ends(annotations)
+        return best.iou, best.label, best.corners(annotations)
 
     results = []
     for form, best_of in (("cpu", gather_best), ("accelerator", gather_best), ("tpu", carry_best)):

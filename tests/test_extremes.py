@@ -21,6 +21,7 @@ from helpers import (
 from jax.experimental import checkify
 
 import focal_jax
+from focal_jax import engine
 from focal_jax.engine.platform import forced_form
 
 pytestmark = pytest.mark.quick
@@ -297,6 +298,18 @@ def test_tpu_form_has_the_numbers_of_the_cpu_form(row):
     assert np.any(np.isinf(want[0]))
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_tpu_form_of_a_loss_that_overflows():
+    exponential = engine.elementwise_loss(
+        lambda z, y: jnp.exp(z) + y, label_is_invalid=lambda y: jnp.isinf(y)
+    )
+    logits, labels = jnp.array([1.0, 100.0, jnp.inf, 0.0]), jnp.array([0.0, 0, 0, jnp.inf])
+    with forced_form("tpu"):
+        losses, _ = jax.vjp(exponential, logits, labels)
+    np.testing.assert_allclose(losses, exponential(logits, labels), rtol=1e-6)
+    assert jnp.isinf(losses[1:3]).all()
+    assert jnp.isnan(losses[3])
 
 
 @pytest.mark.parametrize("gamma", [0, 1.5, 2])

@@ -185,6 +185,11 @@ def test_gradient_of_an_invalid_probability_is_nan(probability):
     )
     assert jnp.isnan(value)
     assert jnp.all(jnp.isnan(gradient))
+    # A position without weight has no gradient.
+    both = jnp.array([probability[0], [0.3]])
+    of_weights = jax.grad(lambda p: loss(jnp.ones((2, 1)), p, jnp.array([0.0, 1.0])))(both)
+    assert of_weights[0] == 0
+    assert of_weights[1] < 0
 
 
 @pytest.mark.parametrize(

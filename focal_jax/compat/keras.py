@@ -73,11 +73,13 @@ def _logits(p: Array, sigmoid: bool) -> Array:
     if sigmoid:
         below = y < 1
         z -= jnp.where(below, jnp.log1p(-jnp.where(below, y, 0)), -jnp.inf)
-    return z + jnp.where(invalid, jnp.nan, 0) * y  # the derivative is NaN too
+    # The derivative of an invalid probability is 1: the cotangent 0 of a masked position stays 0,
+    # and the slope of any other loss at a NaN logit is NaN.
+    return jnp.where(invalid, jnp.nan + y, z)
 
 
 def _constructor_names(cls: type, names: Iterable[str]) -> set[str]:
-    """Return the names that the constructor of a `Loss` takes, itself or by `**keywords`."""
+    """Return the parameters of a constructor, and of those that its `**keywords` reach."""
     found: set[str] = set()
     constructors = [c for c in cls.__mro__ if "__init__" in vars(c)]
     for c in constructors:
@@ -85,7 +87,7 @@ def _constructor_names(cls: type, names: Iterable[str]) -> set[str]:
         found |= set(names) if c is Loss else {x.name for x in parameters}
         if c is Loss or not any(x.kind is x.VAR_KEYWORD for x in parameters):
             break
-    # A subclass that does not take the loss sets it.
+    # Without a parameter `loss` or `*args`, the subclass is assumed to choose the loss itself.
     first = inspect.signature(constructors[0].__init__).parameters.values()
     takes_loss = any(x.name == "loss" or x.kind is x.VAR_POSITIONAL for x in first)
     return found if takes_loss else found - {"loss"}
@@ -236,7 +238,8 @@ class Loss(keras.losses.Loss):
         if kind == "linear":
             own = "transpose_kernel"
             kernel = arguments.floating_array("kernel", rest[0])
-            arguments.require(kernel.ndim == 2, f"kernel: got shape {kernel.shape}, wanted [D, C]")
+            got = f"kernel: got shape {kernel.shape}"
+            arguments.require(kernel.ndim == 2, f"{got}, wanted [D, C], or [C, D] with {own}")
             shape = (*shape[:-1], kernel.shape[0 if options.get(own) else -1])
             options["bias"] = rest[1] if len(rest) > 1 else None
         if kind == "elementwise":

@@ -27,14 +27,16 @@ def _loss_per_class(predict: Array, target: Array, **options) -> Array:
     """
     dtype = arguments.compute_dtype(predict)
     target, alpha = target.astype(dtype), options["alpha"]
-    slope = jax.grad(lambda target: jnp.sum(softmax_focal_loss(predict, target, **options)))(target)
+    slope = jax.grad(lambda y: jnp.sum(softmax_focal_loss(predict, y, **options)))(target)
     # The derivative in the target is limited to about 1e19. Where p underflows, it is -log p.
-    far = -jax.nn.log_softmax(predict.astype(dtype), 1)
-    weight = 1 if alpha is None else alpha.reshape(1, -1, *(1,) * (predict.ndim - 2)).astype(dtype)
-    slope = jnp.where(far > 1e6, weight * far, slope)
-    # The gradient is NaN where the loss is.
-    slope += jnp.where(jnp.isnan(slope), jnp.nan, 0) * scalar.clip_inf(predict.astype(dtype))
-    return scalar.weigh(target, slope)
+    minus_log_p = -jax.nn.log_softmax(predict.astype(dtype), 1)
+    weight = jnp.ones((), dtype)
+    if alpha is not None:
+        weight = alpha.reshape(1, -1, *(1,) * (predict.ndim - 2)).astype(dtype)
+    slope = jnp.where(minus_log_p > 1e6, scalar.weigh(weight, minus_log_p), slope)
+    losses = jnp.expand_dims(softmax_focal_loss(predict, target, **options), 1)
+    # An invalid target makes the losses of its position NaN, and their gradients.
+    return jnp.where(jnp.isnan(losses), losses, scalar.weigh(target, slope))
 
 
 @check_calls

@@ -91,24 +91,24 @@ def _centers_and_sides(box: Box) -> tuple[Array, Array, Array, Array]:
 
 
 def _columns() -> Array:
-    """Return the indices of the columns, to select by: XLA:GPU writes a stack to memory."""
+    """Return the column indices `[1, 4]` for a select: XLA:GPU writes a stack to memory."""
     return lax.broadcasted_iota(jnp.int32, (1, 4), 1)
 
 
-def ends(box: Box) -> tuple[Array, Array]:
-    """Return `(x1, y1, x1, y1)` and `(x2, y2, x2, y2)` of each box, both `[N, 4]`."""
+def corners(box: Box) -> tuple[Array, Array]:
+    """Return the corners `(x1, y1, x1, y1)` and `(x2, y2, x2, y2)` of each box, both `[N, 4]`."""
     x1, y1, x2, y2 = (coordinate[:, None] for coordinate in box)
     is_x = _columns() % 2 == 0
     return jnp.where(is_x, x1, y1), jnp.where(is_x, x2, y2)
 
 
-def offsets_of_ends(
+def encode_corners(
     box: tuple[Array, Array],
     anchor: tuple[Array, Array],
     weights: Sequence[float],
     min_side: float,
 ) -> Array:
-    """Return the offsets of `encode_boxes` from the ends of boxes and anchors."""
+    """Return the offsets of `encode_boxes` from the corners of boxes and anchors."""
     (low, high), (anchor_low, anchor_high) = box, anchor
     side = jnp.maximum(high - low, min_side)
     anchor_side = jnp.maximum(anchor_high - anchor_low, _EPSILON)
@@ -132,10 +132,10 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> Array:
 
         IoU = |a & b| / max(|a| + |b| - |a & b|, 1e-8)
 
-    The result is differentiable in both arguments. At boxes without area the gradient is finite,
-    but it exceeds the range of float16. Coordinates are clipped to half of the dtype's largest
-    number and areas to a quarter of it, so that infinite boxes do not give NaN. A NaN coordinate
-    gives NaN.
+    The result is differentiable in both arguments. At boxes without area the gradient is finite
+    in float32, and infinite after a cast to float16. Coordinates are clipped to half of the dtype's
+    largest number and areas to a quarter of it, so that infinite boxes do not give NaN. A NaN
+    coordinate gives NaN.
 
     Example:
       >>> from focal_jax.detection import box_iou
@@ -200,7 +200,7 @@ def encode_boxes(
     min_side = POSITIVE.static("min_side", min_side)
     boxes, anchors = box_arrays(boxes=boxes, anchors=anchors)
     arguments.check_shape("boxes", boxes, anchors.shape, "one box for each anchor")
-    return offsets_of_ends(ends(to_box(boxes)), ends(to_box(anchors)), weights, min_side)
+    return encode_corners(corners(to_box(boxes)), corners(to_box(anchors)), weights, min_side)
 
 
 @check_call

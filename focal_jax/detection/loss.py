@@ -17,8 +17,8 @@ from focal_jax.detection.boxes import (
     Box,
     box_arrays,
     check_weights,
-    ends,
-    offsets_of_ends,
+    corners,
+    encode_corners,
     pairwise,
     share_inside,
     to_box,
@@ -57,24 +57,26 @@ class RetinaNetLoss(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The annotation with the largest IoU of each anchor.
+    """The annotation that has the largest IoU with each anchor.
 
-    On a TPU, where a gather is slow, the matching finds the box, and `row` is 0. Elsewhere it
-    finds the row, which takes a quarter of the memory, and `box` is 0.
+    On a TPU, where a gather is slow, `box` has the box of the annotation, and `index_of` is 0.
+    Elsewhere `index_of` has its index, which takes a quarter of the memory, and `box` is 0.
     """
 
     iou: Array
     label: Array
-    row: Array
+    index_of: Array
     box: Box
 
-    def ends(self, annotations: Array) -> tuple[Array, Array]:
-        """Return the ends of the boxes, see `boxes.ends`."""
+    def corners(self, annotations: Array) -> tuple[Array, Array]:
+        """Return the corners of the boxes, see `boxes.corners`."""
 
         def gather(annotations, best):
-            return jax.tree.map(lambda x: x[best.row], ends(to_box(annotations)))
+            return jax.tree.map(lambda x: x[best.index_of], corners(to_box(annotations)))
 
-        return by_platform(gather, gather, annotations, self, on_tpu=lambda _, best: ends(best.box))
+        return by_platform(
+            gather, gather, annotations, self, on_tpu=lambda _, best: corners(best.box)
+        )
 
 
 def gather_best(anchors: Array, annotations: Array) -> Best:
@@ -133,7 +135,7 @@ def _targets(
     valid = _are_valid(boxes[1], num_classes)[:, None]
     anchors, annotations = prepare(*boxes)
     is_padding = annotations[..., 4:] == BACKGROUND
-    annotations = jnp.where(is_padding, BACKGROUND, annotations)  # without a NaN
+    annotations = jnp.where(is_padding, BACKGROUND, annotations)  # a box of padding may be NaN
     regions = None
     if ignored is not None:
         ignored = ignored[..., None] & ~is_padding
@@ -160,8 +162,8 @@ class _Regression(NamedTuple):
         """Return the errors of the offsets of positive anchors, and 0 for the others."""
 
         def encode(annotations, best):
-            box = best.ends(annotations)
-            return offsets_of_ends(box, ends(to_box(anchors)), self.weights, self.min_side)
+            box = best.corners(annotations)
+            return encode_corners(box, corners(to_box(anchors)), self.weights, self.min_side)
 
         wanted = jax.vmap(encode)(annotations, best).astype(offsets.dtype)
         return arguments.mask_to_zero(offsets - wanted, positive)
@@ -170,9 +172,9 @@ class _Regression(NamedTuple):
 # `optax.huber_loss` of the errors would keep them in memory for its gradient.
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _smooth_l1_core(options: _Regression, *args: Any) -> Array:
-    size = jnp.abs(options.errors(*args))
-    quadratic = jnp.minimum(size, options.beta)
-    return (quadratic / options.beta) * (size - 0.5 * quadratic)
+    abs_error = jnp.abs(options.errors(*args))
+    quadratic = jnp.minimum(abs_error, options.beta)
+    return (quadratic / options.beta) * (abs_error - 0.5 * quadratic)
 
 
 @_smooth_l1_core.defjvp

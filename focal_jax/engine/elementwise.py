@@ -154,12 +154,13 @@ class ElementwiseLoss(CopiedAsFunction):
         def prepare(for_backward, logits, labels, options, where):
             dtype = arguments.compute_dtype(logits)
             z, y, options = arguments.cast_and_mask((logits, labels, options), dtype, where)
+            given = y
             if for_backward:
                 z, y = scalar.prevent_cse(z), scalar.prevent_cse(y)
             options = {name: unwrap(option) for name, option in options.items()}
             if label_is_invalid is None or labels.dtype == bool:
                 return z, *arguments.clip_labels(labels, y, 1), options
-            invalid = arguments.bool_array("label_is_invalid", label_is_invalid(y))
+            invalid = arguments.bool_array("label_is_invalid", label_is_invalid(given))
             arguments.check_shape("label_is_invalid", invalid, y.shape, "the shape of the labels")
             return z, jnp.where(invalid, 0, y), invalid, options
 
@@ -169,12 +170,14 @@ class ElementwiseLoss(CopiedAsFunction):
             return arguments.mask_and_invalidate(result, invalid, args[-1])
 
         def losses_on_tpu(*args):
-            # A TPU computes losses and slopes in one kernel, and their common terms once, if both
-            # use the same finite logits. Beyond these logits, a large loss is proportional to them.
+            # XLA:TPU computes losses and slopes in one kernel, and their common terms once if both
+            # use the same logits, clipped to finite numbers. Beyond them a loss above
+            # sqrt(largest) is assumed to be proportional to the logit, a smaller loss constant.
             z, y, invalid, options = prepare(True, *args)
             result, largest = self.value_of(z, y, options), scalar.max_finite(z)
             beyond = jnp.abs(prepare(False, *args)[0] - z) / largest
-            result += jnp.where(jnp.abs(result) > math.sqrt(largest), result * beyond, 0)
+            grows = (beyond > 0) & (jnp.abs(result) > math.sqrt(largest))
+            result += jnp.where(grows, result * beyond, 0)
             return arguments.mask_and_invalidate(result, invalid, args[-1])
 
         def all_slopes(logits, labels, options, where):
@@ -292,9 +295,10 @@ def elementwise_loss(
         option that is left out None. Parameters after the first two have the options' names.
       slopes: None, or a function like `value` that returns a tuple: the derivative of the value
         in the logit, in the label, and in each of its options in the order of its own parameters,
-        without masks and flags. None stands for a derivative that is 0. `slopes` gets finite
-        logits. JAX differentiates `slopes` for derivatives of higher order. Without slopes JAX
-        differentiates the value.
+        without masks and flags. None stands for a derivative that is 0. `slopes` gets logits
+        that are clipped to about 2e19, on a TPU `value` too if there is a gradient. JAX
+        differentiates `slopes` for derivatives of higher order. Without slopes JAX differentiates
+        the value.
       label_is_invalid: returns where labels are invalid. The loss is NaN there. By default labels
         outside [0, 1] are invalid, and labels that are outside by a few roundings are clipped.
       **options: declarations: `exponent(2.0)`, `number(1.0, low=0)`, `mask()`, `flag(False)`, or

@@ -58,9 +58,8 @@ def clip_inf(x: Array) -> Array:
 def prevent_cse(x: Array) -> Array:
     """Return `x` for the backward pass, in a form that XLA does not merge with the forward pass.
 
-    On CPUs and GPUs, XLA's common-subexpression elimination (CSE) writes an expensive expression
-    that both passes contain to memory, which costs more than computing it twice. As a side effect
-    infinities become finite.
+    On CPUs and GPUs, XLA's common-subexpression elimination (CSE) would write an expensive
+    expression of both passes to memory, and computing it twice is faster. Infinities become finite.
     """
     return clip_inf(x)
 

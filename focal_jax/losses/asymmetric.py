@@ -20,7 +20,7 @@ def _shifted_terms(z: Array, margin: Array) -> Terms:
     """
     t = scalar.sigmoid_terms(z)
     q, p = jnp.maximum(t.p - margin, 0), jnp.minimum(t.q + margin, 1)
-    # If p underflows, the margin is 0 and -log p equals the logit.
+    # If p underflows, the margin is 0 or subnormal, and -log p is the logit.
     log_p = jnp.where(p < jnp.finfo(z.dtype).tiny, -z, jnp.log(p))
     n = -jnp.where(q < 0.5, scalar.log1p(-jnp.minimum(q, 0.5)), log_p)
     near_one = scalar.log1p(-jnp.minimum(p, 0.5))
