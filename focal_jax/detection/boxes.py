@@ -103,10 +103,7 @@ def corners(box: Box) -> tuple[Array, Array]:
 
 
 def encode_corners(
-    box: tuple[Array, Array],
-    anchor: tuple[Array, Array],
-    weights: Sequence[float],
-    min_side: float,
+    box: tuple[Array, Array], anchor: tuple[Array, Array], weights: Sequence[float], min_side: float
 ) -> Array:
     """Return the offsets of `encode_boxes` from the corners of boxes and anchors."""
     (low, high), (anchor_low, anchor_high) = box, anchor

@@ -239,8 +239,8 @@ class ElementwiseLoss(CopiedAsFunction):
     ) -> tuple[Array, Array, dict[str, Array]]:
         """Return the derivatives of the value in the logit, the label and the options by name."""
         found = self._slopes(z, y, **options)
-        slopes, of_options = slopes_by_name(found, z, 2, self._slope_names, self.options)
-        by_logit, by_label = slopes
+        slopes = slopes_by_name(found, z, 2, self._slope_names, self.options)
+        (by_logit, by_label), of_options = slopes
         return by_logit, by_label, of_options
 
 
@@ -295,10 +295,9 @@ def elementwise_loss(
         option that is left out None. Parameters after the first two have the options' names.
       slopes: None, or a function like `value` that returns a tuple: the derivative of the value
         in the logit, in the label, and in each of its options in the order of its own parameters,
-        without masks and flags. None stands for a derivative that is 0. `slopes` gets logits
-        that are clipped to about 2e19, on a TPU `value` too if there is a gradient. JAX
-        differentiates `slopes` for derivatives of higher order. Without slopes JAX differentiates
-        the value.
+        without masks and flags. None stands for a derivative that is 0. `slopes` gets logits that
+        are clipped to about 2e19, on a TPU `value` too if there is a gradient. JAX differentiates
+        `slopes` for derivatives of higher order, and the value if there are no slopes.
       label_is_invalid: returns where labels are invalid. The loss is NaN there. By default labels
         outside [0, 1] are invalid, and labels that are outside by a few roundings are clipped.
       **options: declarations: `exponent(2.0)`, `number(1.0, low=0)`, `mask()`, `flag(False)`, or

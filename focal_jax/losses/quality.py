@@ -35,11 +35,7 @@ _loss = elementwise_loss(_value, _slopes, beta=exponent(2.0))
 
 @declare("elementwise", ("hard", "soft"), _loss)
 def quality_focal_loss(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    *,
-    beta: ArrayLike = 2.0,
-    where: ArrayLike | None = None,
+    logits: ArrayLike, labels: ArrayLike, *, beta: ArrayLike = 2.0, where: ArrayLike | None = None
 ) -> Array:
     r"""Compute the quality focal loss of independent scores between 0 and 1.
 
