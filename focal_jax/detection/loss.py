@@ -59,20 +59,20 @@ class RetinaNetLoss(NamedTuple):
 class Best(NamedTuple):
     """The annotation that has the largest IoU with each anchor.
 
-    On a TPU, where a gather is slow, `box` has the box of the annotation, and `index_of` is 0.
-    Elsewhere `index_of` has its index, which takes a quarter of the memory, and `box` is 0.
+    `annotation` is the index of the annotation, and `box` is 0. On a TPU, where a gather is slow,
+    `annotation` is 0, and `box` is the box, which takes four times the memory of the index.
     """
 
     iou: Array
     label: Array
-    index_of: Array
+    annotation: Array
     box: Box
 
     def corners(self, annotations: Array) -> tuple[Array, Array]:
         """Return the corners of the boxes, see `boxes.corners`."""
 
         def gather(annotations, best):
-            return jax.tree.map(lambda x: x[best.index_of], corners(to_box(annotations)))
+            return jax.tree.map(lambda x: x[best.annotation], corners(to_box(annotations)))
 
         return by_platform(
             gather, gather, annotations, self, on_tpu=lambda _, best: corners(best.box)

@@ -105,7 +105,7 @@ def _slopes(z, y, gamma_positive, gamma_negative, margin, stop_weight_gradient):
     near &= jnp.abs(log_w_ratio) < 1
     difference = jnp.expm1(jnp.where(near, log_w_ratio, 0)) * t.n + n_difference
     falls = w_positive * t.q
-    if not isinstance(g_positive, int | float) or g_positive:  # XLA would compute a product with 0
+    if not isinstance(g_positive, int | float) or g_positive:  # XLA computes a product with 0
         falls += g_positive * (w_positive * (t.p * t.n))
     of_negative = jnp.where(m.q > 0, not_y * w_negative, 0)
     by_margin = of_negative * (_one_over_p(z, margin) + g_negative * n_over_q)

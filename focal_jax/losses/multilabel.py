@@ -86,7 +86,7 @@ def linear_asymmetric_loss(
 
         loss = sum over c of asymmetric_loss(logits_c, y_c)
 
-    The arguments that are not listed are those of `linear_sigmoid_focal_loss`.
+    The other arguments are those of `linear_softmax_focal_loss_with_integer_labels`.
 
     Example:
       >>> import jax.numpy as jnp
