@@ -172,10 +172,13 @@ class Reduced:
             check_normalization(value, jnp.zeros(1))
         elif name in ("normalization", "loss_weight"):
             value = constant(value)
-            number = arguments.number_array(name, value, jnp.dtype(jnp.float32))
+            low, dtype = (
+                0 if name == "normalization" else -math.inf,
+                jnp.dtype(jnp.result_type(float)),
+            )
+            checks.check_known_numbers(name, value, dtype, low)
+            number = arguments.number_array(name, value, dtype)
             arguments.check_shape(name, number, (), "one number for all losses")
-            low = 0 if name == "normalization" else -math.inf
-            checks.check_known_numbers(name, value, low)
         elif name == "axis_name":
             arguments.check_axis_name(name, value)
         elif name in self.option_names:

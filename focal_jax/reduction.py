@@ -75,9 +75,9 @@ def _denominator(
 ) -> Array:
     """Return the denominator, summed over the mapped axes."""
     if not (normalization is None or isinstance(normalization, str)):
+        checks.check_known_numbers("normalization", normalization, losses.dtype)
         number = arguments.number_array("normalization", normalization, losses.dtype)
         arguments.check_shape("normalization", number, (), "one denominator for all losses")
-        checks.check_known_numbers("normalization", normalization)
         return number.astype(losses.dtype)
     check_normalization(normalization, losses)
     if normalization == "sum":

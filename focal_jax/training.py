@@ -217,7 +217,9 @@ def logit_adjustment(counts: ArrayLike | Sequence[float], *, tau: float = 1.0) -
     # Scaled down, because the sum of large counts could overflow.
     size = counts.size if isinstance(counts.size, int) else arguments.INT32.max  # or symbolic
     counts *= 0.5 ** (3 + size.bit_length())
-    return jax.scipy.special.xlogy(jnp.asarray(tau, counts.dtype), counts / jnp.sum(counts))
+    share = counts / jnp.sum(counts)
+    share = jnp.where(share == 0, lax.stop_gradient(share), share)  # the slope of log 0 is infinite
+    return jax.scipy.special.xlogy(jnp.asarray(tau, counts.dtype), share)
 
 
 class PositiveWeight(NamedTuple):
@@ -348,7 +350,7 @@ def positive_count_ema(decay: float = 0.9, initial: float = 100.0) -> PositiveCo
         )
         old = arguments.floating_array("state", state.normalizer)
         arguments.check_shape("state", old, (), "one normalizer")
-        checks.check_known_numbers("count", count)
+        checks.check_known_numbers("count", count, old.dtype)
         count = arguments.number_array("count", count, old.dtype).astype(old.dtype)
         arguments.check_shape("count", count, (), "the number of positives")
         arguments.check_axis_name("axis_name", axis_name)

@@ -212,7 +212,12 @@ def test_caffe_errors_name_the_argument(message, layer, inputs):
     ("option", "value"),
     [("normalization", value) for value in ("VALID", "mean", None)]
     + [("gamma", -1.0), ("gamma", None), ("alpha", "0.25"), ("axis", 1.0), ("ignore_label", "x")]
-    + [("loss_weight", None), ("loss_weight", float("nan")), ("loss_weight", -float("inf"))]
+    + [
+        ("loss_weight", 1e39),
+        ("loss_weight", None),
+        ("loss_weight", float("nan")),
+        ("loss_weight", -float("inf")),
+    ]
     + [("alpha", 0.0), ("alpha", -1), ("alpha", (0.5, 0.0)), ("axis", True)]
     + [("axis", 10**9), ("axis", -33), ("gamma", (1.0, 2.0)), ("return_prob", 2), ("alpha", None)],
 )
@@ -495,7 +500,7 @@ any_layer = st.builds(
     axis=st.integers(-4, 4),
     ignore_label=st.none() | st.integers(-(2**31), 2**31 - 1),
     normalization=st.sampled_from(["full", "valid", "batch_size", "none"]),
-    loss_weight=st.floats(allow_nan=False, allow_infinity=False),
+    loss_weight=st.floats(allow_nan=False, allow_infinity=False, width=32),
     return_prob=st.booleans(),
 )
 

@@ -863,6 +863,7 @@ def test_options_are_checked_before_the_matching(option, monkeypatch):
         ("image_shape: got", lambda: pyramid_anchors((8,))),
         ("image_shape: got", lambda: pyramid_anchors((8, 8, 3))),
         ("image_shape: got", lambda: pyramid_anchors((8.5, 8))),
+        ("image_shape: got", lambda: pyramid_anchors((True, 8))),
         ("image_shape: got .* anchors, wanted", lambda: pyramid_anchors((10**9, 10**9))),
         ("levels: got", lambda: pyramid_anchors((8, 8), levels=[3.5])),
         ("levels: got", lambda: pyramid_anchors((8, 8), levels=[100])),

@@ -185,6 +185,15 @@ def test_logit_adjustment_with_tau_zero_and_with_invalid_counts():
         assert jnp.isnan(training.logit_adjustment(counts)).any()
 
 
+def test_gradient_of_logit_adjustment_in_counts_of_zero():
+    def log_probability(counts):
+        return jax.nn.log_softmax(training.logit_adjustment(counts))[0]
+
+    gradient = jax.grad(log_probability)(jnp.array([3.0, 5, 0]))
+    want = jax.grad(log_probability)(jnp.array([3.0, 5]))
+    np.testing.assert_allclose(gradient, [*want, 0], rtol=1e-5, atol=1e-7)
+
+
 def cross_entropy(logits, labels, w):
     """Return PyTorch's `BCEWithLogitsLoss(pos_weight=w, reduction="none")` in float64."""
     z, y = np.asarray(logits, float), np.asarray(labels, float)
@@ -350,6 +359,7 @@ def test_prior_bias_init_of_integers():
     [
         (float("nan"), 1.0, "count: got nan"),
         (-3, 1.0, "count: got -3"),
+        (1e39, 1.0, "count: got 1e[+]39, wanted finite .* range of float32"),
         (1, None, "state: got None"),
         (1, np.ones(3), r"state: got shape \(3,\)"),
     ],

@@ -245,9 +245,8 @@ class FocalLossLayer:
         check_options(softmax_focal_loss_with_integer_labels, alpha=self.alpha, gamma=self.gamma)
         for name, most in (("alpha", 1), ("gamma", 0), ("loss_weight", 0)):
             value = getattr(self, name)
-            checks.check_known_numbers(name, value, -math.inf)
-            is_number = isinstance(value, float)  # may be too large for float32
-            shape = () if is_number else arguments.number_array(name, value, _FLOAT32).shape
+            checks.check_known_numbers(name, value, _FLOAT32, -math.inf)
+            shape = arguments.number_array(name, value, _FLOAT32).shape
             if len(shape) > most or 0 in shape:
                 wanted = "one number" + ", or one per class" * most
                 raise InputError(f"{name}: got shape {shape}, wanted {wanted}")

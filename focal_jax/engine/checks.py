@@ -16,17 +16,18 @@ from focal_jax.engine.options import Option, number
 _SOFTCAP = number(1.0, low=0, above_low=True)
 
 
-def check_known_numbers(name: str, x: Any, low: float = 0) -> None:
-    """Raise if a Python or NumPy number is not finite or is below `low`.
+def check_known_numbers(name: str, x: Any, dtype: jnp.dtype, low: float = 0) -> None:
+    """Raise if a Python or NumPy number is infinite in `dtype`, NaN, or below `low`.
 
     The values of a JAX array are not read: that would wait for the device.
     """
     wanted = "finite numbers" if low == -math.inf else f"finite numbers >= {low}"
+    wanted += f" in the range of {dtype}"
     real = real_number(x)
     known = arguments.numpy_array(name, x if real is None else real, wanted)
     if known is not None and known.dtype.kind in "iufV" and jnp.issubdtype(known.dtype, jnp.number):
         known = known.astype(np.float64)
-        wrong = known[~((known >= low) & (np.abs(known) < math.inf))].ravel()
+        wrong = known[~((known >= low) & (np.abs(known) <= float(jnp.finfo(dtype).max)))].ravel()
         if wrong.size:
             raise InputError(f"{name}: got {wrong[0]:g}, wanted {wanted}")
 
@@ -54,7 +55,7 @@ def distribution_over_classes(
     axis = arguments.static_axis(axis, logits.ndim)
     why = "a distribution over the classes, as the logits; jax.nn.one_hot converts class indices"
     arguments.check_shape("labels", labels, logits.shape, why)
-    arguments.warn_of_one_class(logits.shape[axis])
+    arguments.check_num_classes(logits.shape[axis])
     return logits, labels, axis, logits.shape[:axis] + logits.shape[axis + 1 :]
 
 

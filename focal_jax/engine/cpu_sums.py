@@ -24,7 +24,7 @@ from focal_jax.engine.class_axis import (
 )
 from focal_jax.engine.cpu import by_devices, compile_separately
 
-# In rows of fewer classes, XLA:CPU excludes a class faster by a select than by a scatter.
+# In rows of fewer classes, XLA:CPU replaces an entry faster by a select than by a scatter.
 _MIN_SCATTERED_CLASSES = 40
 # Class indices below this number are exact in float32.
 MAX_FLOAT_INDEX = 2**24
@@ -110,6 +110,7 @@ def write_at_labels(
         return dz
 
     # The gradient of a linear layer with several axes of positions needs a transposed copy of `dz`.
-    # XLA:CPU would compute `dz` for the copy again, and keep the exponentials.
-    form = partial(by_devices, scatter, select) if axis == dz.ndim - 1 > 1 else select
+    # XLA:CPU would compute a `dz` of many classes for the copy again, and keep the exponentials.
+    is_copied = axis == dz.ndim - 1 > 1 and not is_at_most(dz.shape[axis], _MIN_SCATTERED_CLASSES)
+    form = partial(by_devices, scatter, select) if is_copied else select
     return form(dz, labels, entries)

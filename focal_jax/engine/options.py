@@ -67,6 +67,12 @@ class Option:
     below_high: bool = False  # whether `high` itself is invalid
     per_class: bool = False  # whether an array has one entry per class, and not per position
 
+    def __post_init__(self):
+        """Check the bounds."""
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if arguments.real_number(bound) is None or math.isnan(bound):
+                raise InputError(f"{name}: got {arguments.shown(bound)}, wanted a number")
+
     @property
     def optional(self) -> bool:
         """Whether None is a valid value."""
