@@ -172,10 +172,8 @@ class Reduced:
             check_normalization(value, jnp.zeros(1))
         elif name in ("normalization", "loss_weight"):
             value = constant(value)
-            low, dtype = (
-                0 if name == "normalization" else -math.inf,
-                jnp.dtype(jnp.result_type(float)),
-            )
+            dtype = jnp.dtype(jnp.result_type(float))
+            low = 0 if name == "normalization" else -math.inf
             checks.check_known_numbers(name, value, dtype, low)
             number = arguments.number_array(name, value, dtype)
             arguments.check_shape(name, number, (), "one number for all losses")

@@ -550,6 +550,10 @@ def test_losses_of_the_engine():
             ({"gamma": "2"}, "gamma: got '2', wanted a finite number"),
             ({"gamma": engine.exponent(-1)}, "gamma: got -1, wanted"),
             ({"gamma": engine.exponent(1, per_class=True)}, "gamma: got per_class=True"),
+            (
+                {"gamma": engine.number(1.0, low="x")},
+                "gamma: got Option.*, wanted numbers as bounds",
+            ),
         ):
             with pytest.raises(focal_jax.InputError, match=message):
                 make(value, **options)

@@ -20,8 +20,8 @@ _MAX_ANCHORS = 10**8  # 1.6 GB in float32
 def _numbers(name: str, values: Any, wanted: str, low: float, high: float) -> np.ndarray:
     """Return a sequence of Python or NumPy numbers in `[low, high]` as a float64 array."""
     known = known_numbers(values, name, wanted)
-    has_bool = known is not None and known.ndim == 1 and any(isinstance(x, bool) for x in values)
-    if known is None or known.ndim != 1 or has_bool or not np.all((known >= low) & (known <= high)):
+    valid = known is not None and known.ndim == 1 and np.all((known >= low) & (known <= high))
+    if known is None or not valid or any(isinstance(value, bool) for value in values):
         raise InputError(f"{name}: got {shown(values)}, wanted {wanted}")
     return known
 

@@ -21,8 +21,8 @@ def check_known_numbers(name: str, x: Any, dtype: jnp.dtype, low: float = 0) -> 
 
     The values of a JAX array are not read: that would wait for the device.
     """
-    wanted = "finite numbers" if low == -math.inf else f"finite numbers >= {low}"
-    wanted += f" in the range of {dtype}"
+    bound = "" if low == -math.inf else f" >= {low}"
+    wanted = f"finite numbers{bound} in the range of {dtype}"
     real = real_number(x)
     known = arguments.numpy_array(name, x if real is None else real, wanted)
     if known is not None and known.dtype.kind in "iufV" and jnp.issubdtype(known.dtype, jnp.number):

@@ -38,7 +38,7 @@ def layout_of(
         mesh = features.mesh if kernel.mesh.empty else kernel.mesh
         classes, spec = kernel.spec[class_axis], features.spec
         # Only for sharded classes: `jax.shard_map` does not support `vmap` over a sharded axis.
-        if not _explicit(mesh) or classes is None:
+        if AxisType.Explicit not in mesh.axis_types or classes is None:
             return None
         if class_axis_name not in (None, classes):
             raise InputError(
@@ -61,10 +61,6 @@ def layout_of(
     for axis, size in zip(axes, linear.features.shape):
         _check_divides(mesh, "features", size, "positions", axis)
     return Layout(mesh, classes, PartitionSpec(*(axis or None for axis in axes), None))
-
-
-def _explicit(mesh: Any) -> bool:
-    return AxisType.Explicit in mesh.axis_types
 
 
 def _check_divides(mesh: Any, name: str, size: Any, what: str, axes: tuple[str, ...]) -> None:
@@ -96,14 +92,13 @@ def on_mesh(
     by_class: list[Any] = [None, None]
     by_class[source.class_axis] = classes
     specs = specs_like(spec, linear.features, (linear, *others))
-    own = specs[0]._replace(kernel=PartitionSpec(*by_class))
-    if linear.bias is not None:
-        own = own._replace(bias=PartitionSpec(classes))
+    bias = None if linear.bias is None else PartitionSpec(classes)
+    own = specs[0]._replace(kernel=PartitionSpec(*by_class), bias=bias)
     leaves, tree = jax.tree.flatten((linear, *others))
     specs = jax.tree.leaves((own, *specs[1:]))
     kinds = zip(mesh.axis_names, mesh.axis_types)
     manual = {axis for axis, kind in kinds if kind != AxisType.Manual}
-    if _explicit(mesh):
+    if AxisType.Explicit in mesh.axis_types:
         leaves = [jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(leaves, specs)]
 
     def local(*leaves):

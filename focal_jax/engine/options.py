@@ -67,12 +67,6 @@ class Option:
     below_high: bool = False  # whether `high` itself is invalid
     per_class: bool = False  # whether an array has one entry per class, and not per position
 
-    def __post_init__(self):
-        """Check the bounds."""
-        for name, bound in (("low", self.low), ("high", self.high)):
-            if arguments.real_number(bound) is None or math.isnan(bound):
-                raise InputError(f"{name}: got {arguments.shown(bound)}, wanted a number")
-
     @property
     def optional(self) -> bool:
         """Whether None is a valid value."""
@@ -234,14 +228,15 @@ def declared(options: Mapping[str, Any], *functions: Callable[..., Any]) -> dict
     Raise for invalid defaults, and for names of parameters of `functions`.
     """
     out: dict[str, Option] = {}
-    used = {name for function in functions for name in inspect.signature(function).parameters}
-    used |= _RESERVED
+    used = _RESERVED.union(*(inspect.signature(function).parameters for function in functions))
     for name, option in options.items():
         if name in used - {"options"}:
             raise InputError(f"{name}: got the name of an argument of every loss, wanted another")
         out[name] = option if isinstance(option, Option) else number(option)
         if out[name].per_class:
             raise InputError(f"{name}: got per_class=True, wanted one number per position")
+        bounds = arguments.real_number(out[name].low), arguments.real_number(out[name].high)
+        arguments.require(None not in bounds, f"{name}: got {out[name]}, wanted numbers as bounds")
         out[name].check(name, out[name].default)
     return out
 
@@ -264,12 +259,11 @@ _HINTS = {
 def check_names(loss: str, known: Iterable[str], given: Iterable[str]) -> None:
     """Raise for the name of an option that the loss does not have."""
     known = list(known)
-    for name in given:
-        if name not in known:
-            hint = f"; {_HINTS[name]}" if name in _HINTS else ""
-            raise InputError(
-                f"{name}: got an option that {loss} does not have, wanted one of {known}{hint}"
-            )
+    for name in [name for name in given if name not in known]:
+        hint = f"; {_HINTS[name]}" if name in _HINTS else ""
+        raise InputError(
+            f"{name}: got an option that {loss} does not have, wanted one of {known}{hint}"
+        )
 
 
 def check_call(function: F) -> F:
