@@ -352,6 +352,7 @@ ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/method.md": "benchmark-method.md",
     "benchmarks/results.md": "benchmark-results.md",
     "SECURITY.md": "security.md",
     "examples/retinanet_digits/README.md": "detector.md",

@@ -29,6 +29,7 @@ TEXTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     ROOT / "SECURITY.md",
     ROOT / "benchmarks" / "README.md",
+    ROOT / "benchmarks" / "method.md",
     ROOT / "benchmarks" / "results.md",
     ROOT / "examples" / "retinanet_digits" / "README.md",
     ROOT / "examples" / "retinanet_digits" / "results.md",
