@@ -41,9 +41,9 @@ from benchmarks.peers import (
 from benchmarks.workloads import FAMILY, WORKLOADS
 
 DTYPES = ("float32", "bfloat16")
-RETINANET, HEAD = "retinanet", "linear head"
+RETINANET, HEAD, WIDE_HEAD = "retinanet", "linear head", "linear head, 4096 features"
 LOSSES = WORKLOADS | FAMILY
-HEADS = (HEAD, *MORE_HEADS)
+HEADS = (HEAD, WIDE_HEAD, *MORE_HEADS)
 NAMES = (*LOSSES, RETINANET, *HEADS)
 
 # The minimum number of reads of the logits and of the labels, by kind. The gradient of a position
@@ -143,13 +143,13 @@ def retinanet_cases(dtype: str, images: int = 16) -> Iterator[Case]:
 
 
 def linear_cases(
-    name: str, dtype: str, shape: tuple[int, int, int] = (8192, 2048, 131_072)
+    name: str, dtype: str, shape: tuple[int, int, int] | None = None
 ) -> Iterator[Case]:
     """Yield a linear head. The minimum is two reads and one write of features and kernel."""
     struct = jax.ShapeDtypeStruct
-    positions, depth, classes = shape
+    positions, depth, classes = shape or (8192, 4096 if name == WIDE_HEAD else 2048, 131_072)
     features, kernel = struct((positions, depth), dtype), struct((depth, classes), dtype)
-    labels = struct((positions, POSITIVES)[: 1 + (name != HEAD)], "int32")
+    labels = struct((positions, POSITIVES)[: 1 + (name in MORE_HEADS)], "int32")
     for implementation, loss in MORE_HEADS.get(name, linear_losses()).items():
         yield Case(
             name,
