@@ -567,6 +567,22 @@ def test_masked_nans_do_not_trigger_debug_nans_in_eager_calls(row):
         jax.grad(total(row.eager, **fixed))(inside)
 
 
+@pytest.mark.parametrize("row", [x for x in KINDS if x.exponents and not x.region], ids=str)
+def test_masked_options_of_nan_do_not_trigger_debug_nans_in_eager_calls(row):
+    where, numbers = np.array([True, False, True]), jnp.array([1.0, jnp.nan, 2.0])
+    names = [*row.exponents, *(["temperature"] if row.linear else [])]
+    arguments = row.all(1, (3, 2)) | {"where": where if row.softmax else where[:, None]}
+    arguments |= dict.fromkeys(names, numbers if row.softmax else numbers[:, None])
+    if row.linear:
+        arguments[row.first] = arguments[row.first].at[1].set(jnp.nan)
+    fixed = {name: x for name, x in arguments.items() if name not in names}
+    jax.clear_caches()  # JAX checks a cached program of one operation only once
+    with jax.debug_nans(True):
+        found = jax.grad(total(row.eager, **fixed))({name: arguments[name] for name in names})
+    for name in names:
+        assert (np.reshape(found[name], -1) != 0).tolist() == where.tolist()
+
+
 def test_masked_nans_do_not_trigger_debug_nans_in_the_reduction():
     losses = jnp.array([1, jnp.nan, 2], jnp.bfloat16)
     weights = np.array([1, np.nan, 2], np.float32)

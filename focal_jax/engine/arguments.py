@@ -383,11 +383,11 @@ def compute_dtype(logits: Array) -> jnp.dtype:
 def align(x: Array, losses: tuple[int, ...], axis: int | None = None) -> Array:
     """Give `x` the rank of the logits by adding axes of size 1.
 
-    `x` broadcasts to the shape `losses`; `axis` is the class axis that the logits have and the
-    losses do not. Nothing is copied to the full size.
+    `x` broadcasts to `losses`; `axis` is the class axis, which the losses do not have.
     """
-    x = x.reshape((1,) * (len(losses) - x.ndim) + x.shape)
-    return x if axis is None else jnp.expand_dims(x, axis)
+    with jax.debug_nans(False):  # the mask is applied later
+        x = x.reshape((1,) * (len(losses) - x.ndim) + x.shape)
+        return x if axis is None else jnp.expand_dims(x, axis)
 
 
 def mask_to_zero(x: Array, where: Array | None) -> Array:

@@ -115,5 +115,5 @@ def prepare_temperature(
 ) -> Array | None:
     """Return the divisor of the logits, aligned with the logits; None for the number 1."""
     divisor = TEMPERATURE.prepare("temperature", temperature, losses, dtype, axis, num_classes)
-    is_one = arguments.real_number(temperature) == 1
-    return None if is_one else divisor.astype(dtype)
+    with jax.debug_nans(False):  # the mask is applied in the compiled function
+        return None if arguments.real_number(temperature) == 1 else divisor.astype(dtype)
