@@ -160,7 +160,7 @@ class ElementwiseLoss(CopiedAsFunction):
             options = {name: unwrap(option) for name, option in options.items()}
             if label_is_invalid is None or labels.dtype == bool:
                 return z, *arguments.clip_labels(labels, y, 1), options
-            given = jnp.where(jnp.isinf(labels), given, y)
+            given = jnp.where(jnp.isinf(labels), given, y)  # `prevent_cse` makes `y` finite
             invalid = arguments.bool_array("label_is_invalid", label_is_invalid(given))
             arguments.check_shape("label_is_invalid", invalid, y.shape, "the shape of the labels")
             return z, jnp.where(invalid, 0, y), invalid, options
