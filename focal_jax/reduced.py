@@ -98,6 +98,12 @@ def checked_option(loss: Callable[..., Any], name: str, value: Any) -> Any:
     return value
 
 
+def _options_of(loss: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments that have a default or are passed by keyword only."""
+    parameters = inspect.signature(loss).parameters.items()
+    return [k for k, x in parameters if x.kind is x.KEYWORD_ONLY or x.default is not x.empty]
+
+
 def check_option_names(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raise for unknown options and for `return_logsumexp`, which a module does not return."""
     try:
@@ -105,19 +111,15 @@ def check_option_names(loss: Callable[..., Any], options: Mapping[str, Any]) -> 
     except (TypeError, ValueError):  # a builtin
         got = arguments.shown(loss)
         raise InputError(f"loss: got {got}, wanted a Python function") from None
-    known: dict[str, Any] = {
-        name: None
-        for name, x in parameters.items()
-        if x.kind is x.KEYWORD_ONLY or x.default is not x.empty
-    }
+    known = _options_of(loss)
     for name in options:
         if name in parameters and name not in known:
             raise InputError(f"{name}: got a keyword argument, wanted a positional argument")
     if not any(x.kind is x.VAR_KEYWORD for x in parameters.values()):
         check_names(getattr(loss, "__name__", "the loss"), known, options)
-    if (pair := options.get("return_logsumexp", False)) is not False:
-        got = arguments.shown(pair)
-        raise InputError(f"return_logsumexp: got {got}, wanted False: a module returns one number")
+    got = arguments.shown(options.get("return_logsumexp", False))
+    message = f"return_logsumexp: got {got}, wanted False: a module returns one number"
+    arguments.require(got == "False", message)
 
 
 def check_reserved(loss: Callable[..., Any]) -> None:
@@ -163,8 +165,6 @@ class Reduced:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check an attribute, and make arrays constant before Flax sees them."""
-        own_loss: Any = getattr(self, "loss", None)
-        declaration = catalogue.declaration_of(own_loss)
         if name == "loss":
             value = catalogue.function_of(value)
             check_reserved(value)
@@ -181,7 +181,7 @@ class Reduced:
             arguments.check_axis_name(name, value)
         elif name in self.option_names:
             value = checked_option(self.loss, name, value)
-        elif declaration and name in declaration.options:
+        elif hasattr(self, "loss") and name in _options_of(self.loss):
             raise InputError(f"{name}: got an option after the construction, wanted it at creation")
         super().__setattr__(name, value)
 

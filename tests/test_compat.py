@@ -777,6 +777,9 @@ def test_only_caffe_loads_protobuf():
 def test_a_caffe_layer_with_a_list_of_jax_numbers():
     layer = FocalLossLayer(alpha=list(jnp.array([0.5, 1.0, 2.0])))
     assert hash(layer) == hash(FocalLossLayer(alpha=[0.5, 1.0, 2.0]))
+    assert hash(FocalLossLayer(ignore_label=jnp.array(255))) == hash(
+        FocalLossLayer(ignore_label=255)
+    )
     with pytest.raises(InputError, match="alpha: got -1"):
         FocalLossLayer(alpha=[jnp.array(-1.0), 1.0])
     layer = FocalLossLayer(alpha=[0.5])

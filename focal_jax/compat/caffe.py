@@ -257,7 +257,7 @@ class FocalLossLayer:
         is_integer = isinstance(self.axis, numbers.Integral) and not isinstance(self.axis, bool)
         if not is_integer or not -_MAX_RANK <= self.axis < _MAX_RANK:
             raise InputError(f"axis: got {shown(self.axis)}, wanted an integer in [-32, 32)")
-        arguments.static_ignore_label(self.ignore_label)
+        object.__setattr__(self, "ignore_label", arguments.static_ignore_label(self.ignore_label))
         arguments.static_bool("return_prob", self.return_prob)
 
     def __call__(self, logits: ArrayLike, labels: ArrayLike) -> Array | tuple[Array, Array]:
