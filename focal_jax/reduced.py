@@ -118,8 +118,7 @@ def check_option_names(loss: Callable[..., Any], options: Mapping[str, Any]) -> 
     if not any(x.kind is x.VAR_KEYWORD for x in parameters.values()):
         check_names(getattr(loss, "__name__", "the loss"), known, options)
     got = arguments.shown(options.get("return_logsumexp", False))
-    message = f"return_logsumexp: got {got}, wanted False: a module returns one number"
-    arguments.require(got == "False", message)
+    arguments.require(got == "False", f"return_logsumexp: got {got}, wanted False in a module")
 
 
 def check_reserved(loss: Callable[..., Any]) -> None:

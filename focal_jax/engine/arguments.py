@@ -164,7 +164,7 @@ def integer_labels(
     check_integer("labels", labels, hint)
     check_label_shape(labels, logits, axis)
     if axis is not None:
-        check_num_classes(logits[axis])
+        warn_of_one_class(logits[axis])
     return as_int32(labels, ignore_label)
 
 
@@ -206,9 +206,8 @@ def as_int32(labels: Any, ignore_label: int | None = None) -> Any:
     return where(fits, labels.astype(np.int32), INT32.min + (ignore_label == INT32.min))
 
 
-def check_num_classes(num_classes: int) -> None:
-    """Raise if a softmax has no class, and warn if it has one; all shards count."""
-    require(num_classes != 0, "logits: got 0 classes, wanted at least one")
+def warn_of_one_class(num_classes: int) -> None:
+    """Warn if a softmax has one class; of sharded classes, all shards count."""
     if num_classes == 1:
         message = "logits: got one class, whose softmax is 1: loss and gradient are 0; wanted two "
         message += "classes, or a loss of one logit such as sigmoid_focal_loss"

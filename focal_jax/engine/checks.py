@@ -55,7 +55,7 @@ def distribution_over_classes(
     axis = arguments.static_axis(axis, logits.ndim)
     why = "a distribution over the classes, as the logits; jax.nn.one_hot converts class indices"
     arguments.check_shape("labels", labels, logits.shape, why)
-    arguments.check_num_classes(logits.shape[axis])
+    arguments.warn_of_one_class(logits.shape[axis])
     return logits, labels, axis, logits.shape[:axis] + logits.shape[axis + 1 :]
 
 

@@ -216,6 +216,8 @@ def of_source(
     source: Any, logits: Any, class_axis_name: AxisName | None, indices: Array, where: Array | None
 ) -> RowStatistics:
     """Return the statistics of all classes, of all shards."""
+    num_classes = source.logits_shape(logits)[source.axis(logits)]
+    arguments.require(num_classes, "logits: got 0 classes, wanted at least one")
     row = source.on_shards(_of_shards, source, logits, class_axis_name, indices, where)
     return place_like(jax.tree.leaves(logits)[0], row)
 

@@ -76,7 +76,7 @@ def distribution_focal_loss(
     axis = arguments.static_axis(axis, logits.ndim)
     labels = arguments.real_array("labels", labels)
     arguments.check_label_shape(labels, logits.shape, axis)
-    arguments.check_num_classes(logits.shape[axis])
+    arguments.warn_of_one_class(logits.shape[axis])
     mask = arguments.mask_array(where, labels.shape, axis)
     with jax.debug_nans(False):  # the mask is applied in `_losses`
         labels, mask = place_like(logits, (jnp.expand_dims(labels, axis), mask))

@@ -133,7 +133,7 @@ def _losses(
     prepared = prepare_options(_LOSS.options, options, losses, dtype, axis, num_classes)
     same = {"indices": classes, "weights": given, "where": mask, **prepared}
     check_not_varying(same, class_axis_name)
-    arguments.check_num_classes(num_classes)
+    arguments.warn_of_one_class(num_classes)
     weight = arguments.class_weights(CLASS_WEIGHTS.check("alpha", alpha), num_classes, dtype)
     weight = weight.astype(dtype)  # its cotangents are added up in the dtype of the loss
     with jax.debug_nans(False):  # before the mask is applied
