@@ -98,10 +98,9 @@ def checked_option(loss: Callable[..., Any], name: str, value: Any) -> Any:
     return value
 
 
-def _options_of(loss: Callable[..., Any]) -> list[str]:
-    """Return the names of the arguments that have a default or are passed by keyword only."""
-    parameters = inspect.signature(loss).parameters.items()
-    return [k for k, x in parameters if x.kind is x.KEYWORD_ONLY or x.default is not x.empty]
+def _optional(named: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Return the names of the parameters that have a default or are keyword-only."""
+    return [k for k, x in named.items() if x.kind is x.KEYWORD_ONLY or x.default is not x.empty]
 
 
 def check_option_names(loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
@@ -111,14 +110,15 @@ def check_option_names(loss: Callable[..., Any], options: Mapping[str, Any]) -> 
     except (TypeError, ValueError):  # a builtin
         got = arguments.shown(loss)
         raise InputError(f"loss: got {got}, wanted a Python function") from None
-    known = _options_of(loss)
+    known = _optional(parameters)
     for name in options:
         if name in parameters and name not in known:
             raise InputError(f"{name}: got a keyword argument, wanted a positional argument")
     if not any(x.kind is x.VAR_KEYWORD for x in parameters.values()):
         check_names(getattr(loss, "__name__", "the loss"), known, options)
-    got = arguments.shown(options.get("return_logsumexp", False))
-    arguments.require(got == "False", f"return_logsumexp: got {got}, wanted False in a module")
+    if (pair := options.get("return_logsumexp", False)) is not False:
+        got = arguments.shown(pair)
+        raise InputError(f"return_logsumexp: got {got}, wanted False: a module returns one number")
 
 
 def check_reserved(loss: Callable[..., Any]) -> None:
@@ -180,7 +180,7 @@ class Reduced:
             arguments.check_axis_name(name, value)
         elif name in self.option_names:
             value = checked_option(self.loss, name, value)
-        elif hasattr(self, "loss") and name in _options_of(self.loss):
+        elif hasattr(self, "loss") and name in _optional(inspect.signature(self.loss).parameters):
             raise InputError(f"{name}: got an option after the construction, wanted it at creation")
         super().__setattr__(name, value)
 

@@ -774,6 +774,15 @@ def test_only_caffe_loads_protobuf():
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
+def test_integer_anchors_of_pytorch_retinanet_do_not_wrap():
+    box = [0, 0, 2**32, 2**32]
+    arrays = jnp.full((1, 1, 2), 0.5), jnp.zeros((1, 1, 4))
+    loss = partial(pytorch_retinanet.FocalLoss(), *arrays)
+    annotations = np.array([[[*box, 0]]], np.float32)
+    got, want = (loss(anchors, annotations)[0] for anchors in ([[box]], np.float32([[box]])))
+    np.testing.assert_array_equal(got, want)
+
+
 def test_a_caffe_layer_with_a_list_of_jax_numbers():
     layer = FocalLossLayer(alpha=list(jnp.array([0.5, 1.0, 2.0])))
     assert hash(layer) == hash(FocalLossLayer(alpha=[0.5, 1.0, 2.0]))

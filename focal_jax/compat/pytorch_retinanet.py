@@ -63,10 +63,10 @@ class FocalLoss:
             raise InputError(f"classifications: got shape {p.shape}, wanted [B, A, C]")
         regressions = arguments.floating_array("regressions", regressions)
         arguments.check_shape("regressions", regressions, (*p.shape[:2], 4), "4 offsets an anchor")
-        anchors = arguments.number_array("anchors", anchors, arguments.compute_dtype(p))
-        arguments.check_shape("anchors", anchors, (1, p.shape[1], 4), "anchors of all images")
         # 1 - 1e-4 rounds to 1 in 16 bits.
         p = p.astype(arguments.compute_dtype(p))
+        anchors = arguments.number_array("anchors", anchors, p.dtype)
+        arguments.check_shape("anchors", anchors, (1, p.shape[1], 4), "anchors of all images")
         # At the ends of the range jnp.clip halves the gradient, and PyTorch's clamp does not.
         p = jnp.where(p < _MARGIN, _MARGIN, jnp.where(p > 1 - _MARGIN, 1 - _MARGIN, p))
         loss = retinanet_loss(

@@ -24,8 +24,8 @@ from focal_jax.engine.class_axis import (
 )
 from focal_jax.engine.cpu import by_devices, compile_separately
 
-# In rows of fewer classes, XLA:CPU replaces an entry faster by a select than by a scatter.
-_MIN_SCATTERED_CLASSES = 40
+# In rows of at most this many classes, XLA:CPU replaces an entry faster by a select than a scatter.
+_MAX_SELECTED_CLASSES = 39
 # Class indices below this number are exact in float32.
 MAX_FLOAT_INDEX = 2**24
 
@@ -80,7 +80,7 @@ def exponentials(axis: int, gradient: bool, logits: Array) -> Callable[..., Arra
         return no_select if has_rows else partial(compile_separately, exp_excluding)
     # The sum and the gradient both use the exponentials. XLA:CPU writes them to memory once, into
     # the gradient's buffer. For short rows a select is faster than a scatter.
-    if has_rows and num_classes >= _MIN_SCATTERED_CLASSES:
+    if has_rows and not is_at_most(num_classes, _MAX_SELECTED_CLASSES):
         return partial(by_devices, _exp_excluding_by_scatter, _exp_excluding_without_select)
     return exp_excluding
 
@@ -111,6 +111,6 @@ def write_at_labels(
 
     # The gradient of a linear layer with several axes of positions needs a transposed copy of `dz`.
     # XLA:CPU would compute a `dz` of many classes for the copy again, and keep the exponentials.
-    is_copied = axis == dz.ndim - 1 > 1 and not is_at_most(dz.shape[axis], _MIN_SCATTERED_CLASSES)
-    form = partial(by_devices, scatter, select) if is_copied else select
+    scatters = axis == dz.ndim - 1 > 1 and not is_at_most(dz.shape[axis], _MAX_SELECTED_CLASSES)
+    form = partial(by_devices, scatter, select) if scatters else select
     return form(dz, labels, entries)
